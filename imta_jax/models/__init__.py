@@ -1,0 +1,77 @@
+"""Networks with exits, by name."""
+
+import difflib
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+
+from imta_jax.models.msdnet import msdnet
+from imta_jax.models.multi_exit import GRADIENT_EQUILIBRIA, MultiExitNetwork
+from imta_jax.models.resnet import resnet
+from imta_jax.techniques.inline_collaboration import COLLABORATIONS
+
+ARCHITECTURES = {'msdnet': msdnet, 'resnet': resnet}
+
+
+def create(
+  name: str,
+  *,
+  num_classes: int = 100,
+  gradient_equilibrium: str = 'all',
+  collaboration: str = 'off',
+  stop_collaboration_gradient: bool = True,
+  dtype: Any = jnp.float32,
+  batch_norm_axis: str | None = None,
+  **fields: Any,
+) -> MultiExitNetwork:
+  """Makes a network.
+
+  Args:
+    name: 'msdnet' or 'resnet'.
+    num_classes: Classes.
+    gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
+    collaboration: 'off', 'identity' or 'network'; see MultiExitNetwork.
+    stop_collaboration_gradient: See MultiExitNetwork.
+    dtype: What the network computes in, 'float32' or 'bfloat16'.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None for
+      statistics a device.
+    **fields: The architecture's own fields; see `msdnet` and `resnet`.
+
+  Returns:
+    A Flax module; `model.apply(variables, images)` gives logits [num_exits, batch, num_classes].
+
+  Raises:
+    ValueError: If the name, a field or a field's value is unknown.
+  """
+  if name not in ARCHITECTURES:
+    raise ValueError(f'model {name!r} is unknown: take one of {", ".join(ARCHITECTURES)}')
+  for field, value, choices in (
+    ('gradient_equilibrium', gradient_equilibrium, GRADIENT_EQUILIBRIA),
+    ('collaboration', collaboration, COLLABORATIONS),
+  ):
+    if value not in choices:
+      raise ValueError(f'{field} {value!r} is unknown: take one of {", ".join(choices)}')
+  known = [
+    field
+    for function in (ARCHITECTURES[name], create)
+    for field, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind != parameter.VAR_KEYWORD
+  ]
+  for field in fields:
+    if field not in known:
+      close = difflib.get_close_matches(field, known, 1)
+      hint = f'did you mean {close[0]!r}?' if close else f'it has {", ".join(sorted(set(known)))}'
+      raise ValueError(f'model {name!r} has no field {field!r}: {hint}')
+  dtype = jnp.dtype(dtype)
+  stages, exits = ARCHITECTURES[name](dtype=dtype, batch_norm_axis=batch_norm_axis, **fields)
+  return MultiExitNetwork(
+    stages=stages,
+    exits=exits,
+    num_classes=num_classes,
+    gradient_equilibrium=gradient_equilibrium,
+    collaboration=collaboration,
+    stop_collaboration_gradient=stop_collaboration_gradient,
+    dtype=dtype,
+    batch_norm_axis=batch_norm_axis,
+  )

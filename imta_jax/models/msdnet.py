@@ -1,0 +1,215 @@
+"""MSDNet, the multi-scale dense network (Huang et al., ICLR 2018) that the paper trains."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imta_jax.models.layers import ConvNorm, PooledExit
+from imta_jax.models.multi_exit import Features
+
+ConvNormFactory = Callable[..., ConvNorm]
+
+
+class FirstLayer(nn.Module):
+  """From images to the first map of every scale; each halves the resolution of the one before."""
+
+  widths: Sequence[int]
+  stem: str
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, features: Features, train: bool) -> Features:
+    (x,) = features
+    if self.stem == 'cifar':
+      x = self.conv_norm(self.widths[0], 3, name='scale_0')(x, train)
+    else:
+      x = self.conv_norm(self.widths[0], 7, stride=2, use_bias=True, name='scale_0')(x, train)
+      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    maps = [x]
+    for scale, width in enumerate(self.widths[1:], start=1):
+      maps.append(self.conv_norm(width, 3, stride=2, name=f'scale_{scale}')(maps[-1], train))
+    return tuple(maps)
+
+
+class Branch(nn.Module):
+  """A 3×3 convolution, behind a 1×1 one that bounds its input width where there is a bottleneck."""
+
+  features: int
+  stride: int
+  bottleneck_width: int | None
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    if self.bottleneck_width is not None:
+      x = self.conv_norm(min(x.shape[-1], self.bottleneck_width), 1, name='bottleneck')(x, train)
+    return self.conv_norm(self.features, 3, stride=self.stride, name='conv')(x, train)
+
+
+class DenseLayer(nn.Module):
+  """One multi-scale layer: every scale keeps its map and gains what it and the finer one yield.
+
+  Attributes:
+    scales: Indices of the scales written, fine to coarse.
+    drops_scale: Whether the layer reads one scale more than it writes.
+    growth: Channels that each written scale gains.
+    bottleneck_factors: By scale index; None for no bottleneck.
+    conv_norm: Makes the convolutions.
+  """
+
+  scales: Sequence[int]
+  drops_scale: bool
+  growth: Sequence[int]
+  bottleneck_factors: Sequence[int] | None
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, features: Features, train: bool) -> Features:
+    first_read = self.scales[0] - self.drops_scale
+    maps = dict(zip(range(first_read, self.scales[-1] + 1), features, strict=True))
+
+    def branch(source, growth, stride, name):
+      width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
+      return Branch(growth, stride, width, self.conv_norm, name=name)(maps[source], train)
+
+    written = []
+    for scale, growth in zip(self.scales, self.growth, strict=True):
+      if scale == first_read:
+        gained = [branch(scale, growth, 1, f'normal_{scale}')]
+      else:
+        gained = [
+          branch(scale - 1, growth // 2, 2, f'down_{scale}'),
+          branch(scale, growth // 2, 1, f'normal_{scale}'),
+        ]
+      written.append(jnp.concatenate([maps[scale], *gained], axis=-1))
+    return tuple(written)
+
+
+class Transition(nn.Module):
+  """A 1×1 convolution of every scale that narrows it."""
+
+  widths: Sequence[int]
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, features: Features, train: bool) -> Features:
+    return tuple(
+      self.conv_norm(width, 1, name=f'map_{index}')(x, train)
+      for index, (x, width) in enumerate(zip(features, self.widths, strict=True))
+    )
+
+
+class Stage(nn.Module):
+  """Layers in turn."""
+
+  layers: Sequence[nn.Module]
+
+  def __call__(self, features: Features, train: bool = False) -> Features:
+    for layer in self.layers:
+      features = layer(features, train)
+    return features
+
+
+def msdnet(
+  num_exits: int = 7,
+  base: int = 1,
+  step: int = 1,
+  step_mode: str = 'lin_grow',
+  channels: int = 16,
+  growth_rate: int = 6,
+  scale_factors: Sequence[int] = (1, 2, 4),
+  bottleneck_factors: Sequence[int] = (1, 2, 4),
+  prune: str = 'max',
+  reduction: float = 0.5,
+  bottleneck: bool = True,
+  stem: str = 'cifar',
+  *,
+  dtype: Any = jnp.float32,
+  batch_norm_axis: str | None = None,
+) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+  """The stages and exits of an MSDNet; the defaults are Table 1's network.
+
+  Args:
+    num_exits: Exits, and stages.
+    base: Layers of the first stage.
+    step: Layers that a further stage has, or the slope at which their number grows.
+    step_mode: 'even': `step` layers a stage. 'lin_grow': `step * i + 1` in stage i + 1.
+    channels: Channels of the first layer, a unit of scale factor.
+    growth_rate: Channels that a layer adds, a unit of scale factor.
+    scale_factors: Width of each scale, fine to coarse; as many as there are scales.
+    bottleneck_factors: Width of each scale's bottlenecks, in units of what the 3×3 conv gives.
+    prune: 'max': scales are dropped in equal intervals. 'min': only as late as possible.
+    reduction: What transitions leave of the channels, a fraction; 0 for no transitions.
+    bottleneck: Whether a 1×1 convolution precedes each 3×3 one.
+    stem: 'cifar' for small images, 'imagenet' divides the resolution by 4 first.
+    dtype: What the network computes in.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+
+  Returns:
+    Stages and exits for a MultiExitNetwork.
+
+  Raises:
+    ValueError: If an option is not one of those above.
+  """
+  for field, value, choices in (
+    ('step_mode', step_mode, ('even', 'lin_grow')),
+    ('prune', prune, ('max', 'min')),
+    ('stem', stem, ('cifar', 'imagenet')),
+  ):
+    if value not in choices:
+      raise ValueError(f'{field} {value!r} is unknown: take one of {", ".join(choices)}')
+  for field, value in (('num_exits', num_exits), ('base', base), ('step', step)):
+    if value < 1:
+      raise ValueError(f'{field} {value} is out of range: it must be 1 or more')
+  if not 0 <= reduction <= 1:
+    raise ValueError(f'reduction {reduction} is out of range: it must be between 0 and 1')
+  num_scales = len(scale_factors)
+  if bottleneck and len(bottleneck_factors) != num_scales:
+    raise ValueError(
+      f'bottleneck_factors {tuple(bottleneck_factors)} must be as many as the scale_factors '
+      f'{tuple(scale_factors)}'
+    )
+
+  depths = [base] + [step if step_mode == 'even' else step * i + 1 for i in range(1, num_exits)]
+  num_layers = sum(depths)
+
+  def scales_after(layer):
+    """How many scales layer number `layer` writes; layer 0 is the first layer, which writes all."""
+    if prune == 'max':
+      return num_scales - max(0, layer - 1) // math.ceil(num_layers / num_scales)
+    return min(num_scales, num_layers - layer + 1)
+
+  conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
+  stages, exits = [], []
+  number, width = 0, channels
+  for depth in depths:
+    layers = []
+    if not stages:
+      layers.append(FirstLayer([channels * f for f in scale_factors], stem, conv_norm))
+    for _ in range(depth):
+      number += 1
+      scales = range(num_scales - scales_after(number), num_scales)
+      drops_scale = scales_after(number) < scales_after(number - 1)
+      layers.append(
+        DenseLayer(
+          scales,
+          drops_scale,
+          [growth_rate * scale_factors[scale] for scale in scales],
+          bottleneck_factors if bottleneck else None,
+          conv_norm,
+        )
+      )
+      width += growth_rate
+      narrows = drops_scale if prune == 'max' else number in (num_layers // 3, 2 * num_layers // 3)
+      if reduction and narrows:
+        width = math.floor(reduction * width)
+        layers.append(Transition([width * scale_factors[scale] for scale in scales], conv_norm))
+    stages.append(Stage(layers))
+    exit_width = 128 if stem == 'cifar' else width * scale_factors[-1]
+    exits.append(PooledExit(tuple(conv_norm(exit_width, 3, stride=2) for _ in range(2)), pool=2))
+  return stages, exits

@@ -1,0 +1,126 @@
+"""The network with exits: any architecture's stages and exits, wired with GE and ISC."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imta_jax.techniques.gradient_equilibrium import equilibrium_factors, scale_gradient
+from imta_jax.techniques.inline_collaboration import CollaborativeClassifier
+
+GRADIENT_EQUILIBRIA = ('all', 'coarsest', 'off')
+Features = tuple[jax.Array, ...]
+
+
+class MultiExitNetwork(nn.Module):
+  """k stages and k exits; stage i feeds exit i and stage i+1.
+
+  A stage maps a tuple of feature maps, fine to coarse (for the first stage: the images alone), to
+  the next. An exit reads the last, coarsest, map and gives an embedding. A classifier turns the
+  embedding, and by collaboration the previous exit's logits, into logits. Classifiers are what
+  phase II trains: their variables lie under the names `classifiers_0` … `classifiers_{k-1}`.
+
+  Attributes:
+    stages: Modules (features, train) -> features.
+    exits: Modules (feature map, train) -> embedding [batch, width].
+    num_classes: Classes.
+    gradient_equilibrium: Which maps GE rescales where they go on to the next stage: 'all' (the
+      paper), 'coarsest' (the last one alone, its published code), or 'off'.
+    collaboration: ISC between exits: 'off', 'identity' or 'network'.
+    stop_collaboration_gradient: See CollaborativeClassifier.
+    dtype: What the network computes in; variables and logits are float32.
+    batch_norm_axis: Name of the mapped axis over which the classifiers' batch statistics are
+      averaged, or None.
+  """
+
+  stages: Sequence[nn.Module]
+  exits: Sequence[nn.Module]
+  num_classes: int
+  gradient_equilibrium: str = 'all'
+  collaboration: str = 'off'
+  stop_collaboration_gradient: bool = True
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @property
+  def num_exits(self) -> int:
+    return len(self.exits)
+
+  def setup(self):
+    self.classifiers = [
+      CollaborativeClassifier(
+        self.num_classes,
+        self.collaboration,
+        self.stop_collaboration_gradient,
+        self.dtype,
+        self.batch_norm_axis,
+      )
+      for _ in self.exits
+    ]
+
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """Logits of every exit.
+
+    Args:
+      images: [batch, height, width, channels], normalised.
+      train: Whether batch norm uses, and records, the batch's own statistics.
+
+    Returns:
+      [num_exits, batch, num_classes], float32.
+    """
+    return self.classify(self.embed(images, train), train)
+
+  def embed(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+    """The embedding [batch, width] of every exit: all of the network but its last layers."""
+    features = self.start(images)
+    embeddings = []
+    for index in range(self.num_exits):
+      features, embedding = self._advance(index, features, train)
+      embeddings.append(embedding)
+    return tuple(embeddings)
+
+  def classify(self, embeddings: Sequence[jax.Array], train: bool = False) -> jax.Array:
+    """Logits [num_exits, batch, num_classes] from the embeddings of every exit."""
+    logits = []
+    for classifier, embedding in zip(self.classifiers, embeddings, strict=True):
+      logits.append(classifier(embedding, logits[-1] if logits else None, train))
+    return jnp.stack(logits)
+
+  def start(self, images: jax.Array) -> Features:
+    """What the first stage reads, for `run_stage`."""
+    return (images.astype(self.dtype),)
+
+  def run_stage(
+    self, index: int, features: Features, previous_logits: jax.Array | None = None
+  ) -> tuple[Features, jax.Array]:
+    """Runs one stage and its exit, in evaluation mode: inference that may stop after any exit.
+
+        features, logits = model.apply(variables, images, method='start'), None
+        for index in range(model.num_exits):
+          features, logits = model.apply(variables, index, features, logits, method='run_stage')
+
+    Args:
+      index: The stage, from 0.
+      features: What the stage before gave; `start(images)` for the first.
+      previous_logits: [batch, num_classes] of the exit before; None for the first.
+
+    Returns:
+      The features for the next stage, and this exit's logits [batch, num_classes].
+    """
+    features, embedding = self._advance(index, features, train=False)
+    return features, self.classifiers[index](embedding, previous_logits)
+
+  def _advance(self, index: int, features: Features, train: bool) -> tuple[Features, jax.Array]:
+    """Runs stage `index` and its exit; GE acts where the two part (Eq. 4 and 5)."""
+    features = self.stages[index](features, train)
+    coarsest = features[-1]
+    if self.gradient_equilibrium != 'off':
+      exit_factor, onward_factor = equilibrium_factors(index + 1, self.num_exits)
+      rescaled = features if self.gradient_equilibrium == 'all' else features[-1:]
+      features = features[: len(features) - len(rescaled)] + tuple(
+        scale_gradient(x, onward_factor) for x in rescaled
+      )
+      coarsest = scale_gradient(coarsest, exit_factor)
+    return features, self.exits[index](coarsest, train)

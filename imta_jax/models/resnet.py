@@ -1,0 +1,150 @@
+"""ResNet (He et al., CVPR 2016), plain or with exits after any of its blocks."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imta_jax.models.layers import ConvNorm, PooledExit
+from imta_jax.models.multi_exit import Features
+
+ConvNormFactory = Callable[..., ConvNorm]
+
+# Blocks in each group of the ImageNet networks, and whether they have bottlenecks.
+_IMAGENET_DEPTHS = {
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+}
+
+
+class Stem(nn.Module):
+  """From images to the first map."""
+
+  stem: str
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    if self.stem == 'cifar':
+      return self.conv_norm(16, 3, name='conv_norm')(x, train)
+    x = self.conv_norm(64, 7, stride=2, name='conv_norm')(x, train)
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+class Block(nn.Module):
+  """A residual block: two 3×3 convolutions, or 1×1, 3×3 and 1×1 to four times the width.
+
+  Attributes:
+    width: Channels of the 3×3 convolutions.
+    stride: Of the first 3×3 convolution.
+    bottleneck: Whether the block is of the second kind.
+    projects: Whether a shortcut that changes shape is a 1×1 convolution, as in the ImageNet
+      networks; otherwise it skips pixels and pads channels with zeros, as in the CIFAR ones.
+    conv_norm: Makes the convolutions.
+  """
+
+  width: int
+  stride: int
+  bottleneck: bool
+  projects: bool
+  conv_norm: ConvNormFactory
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    if self.bottleneck:
+      features = 4 * self.width
+      y = self.conv_norm(self.width, 1, name='conv_0')(x, train)
+      y = self.conv_norm(self.width, 3, stride=self.stride, name='conv_1')(y, train)
+      y = self.conv_norm(features, 1, relu=False, name='conv_2')(y, train)
+    else:
+      features = self.width
+      y = self.conv_norm(self.width, 3, stride=self.stride, name='conv_0')(x, train)
+      y = self.conv_norm(self.width, 3, relu=False, name='conv_1')(y, train)
+    if x.shape != y.shape and self.projects:
+      x = self.conv_norm(features, 1, stride=self.stride, relu=False, name='shortcut')(x, train)
+    elif x.shape != y.shape:
+      x = x[:, :: self.stride, :: self.stride]
+      x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+    return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+  """Layers of one map in turn."""
+
+  layers: Sequence[nn.Module]
+
+  def __call__(self, features: Features, train: bool = False) -> Features:
+    (x,) = features
+    for layer in self.layers:
+      x = layer(x, train)
+    return (x,)
+
+
+def resnet(
+  depth: int = 56,
+  exits_after: Sequence[int] = (),
+  stem: str = 'cifar',
+  *,
+  dtype: Any = jnp.float32,
+  batch_norm_axis: str | None = None,
+) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+  """The stages and exits of a ResNet.
+
+  The last exit is the plain network's: it pools the whole map. Exits before it first pass two 3×3
+  convolutions of stride 2 to 128 channels, as MSDNet's do.
+
+  Args:
+    depth: 20, 32, 44, 56, 110 or another 6n + 2 with the 'cifar' stem; 18, 34 or 50 with the
+      'imagenet' one.
+    exits_after: Numbers, from 1, of the blocks after which an exit branches off; the last block
+      always has one. Empty for the plain network.
+    stem: 'cifar' for small images, 'imagenet' divides the resolution by 4 first.
+    dtype: What the network computes in.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+
+  Returns:
+    Stages and exits for a MultiExitNetwork.
+
+  Raises:
+    ValueError: If there is no network of that depth, or no such block.
+  """
+  if stem == 'cifar':
+    if depth < 8 or depth % 6 != 2:
+      raise ValueError(f'depth {depth} is not one of the CIFAR ResNets: take 6n + 2 (20, 56, 110)')
+    group_sizes, bottleneck, base_width = ((depth - 2) // 6,) * 3, False, 16
+  elif stem == 'imagenet':
+    if depth not in _IMAGENET_DEPTHS:
+      choices = ', '.join(map(str, _IMAGENET_DEPTHS))
+      raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: take one of {choices}')
+    (group_sizes, bottleneck), base_width = _IMAGENET_DEPTHS[depth], 64
+  else:
+    raise ValueError(f"stem {stem!r} is unknown: take 'cifar' or 'imagenet'")
+  num_blocks = sum(group_sizes)
+  wrong = [block for block in exits_after if not 1 <= block <= num_blocks]
+  if wrong or len(set(exits_after)) < len(exits_after):
+    raise ValueError(
+      f'exits_after {tuple(exits_after)} must be different blocks from 1 to {num_blocks}'
+    )
+
+  conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
+  exit_blocks = sorted({*exits_after, num_blocks})
+  stages, exits, layers = [], [], [Stem(stem, conv_norm)]
+  number = 0
+  for group, size in enumerate(group_sizes):
+    for index in range(size):
+      number += 1
+      stride = 2 if group and not index else 1
+      layers.append(
+        Block(base_width * 2**group, stride, bottleneck, stem == 'imagenet', conv_norm)
+      )
+      if number in exit_blocks:
+        stages.append(Stage(layers))
+        layers = []
+        is_last = number == num_blocks
+        convolutions = () if is_last else tuple(conv_norm(128, 3, stride=2) for _ in range(2))
+        exits.append(PooledExit(convolutions))
+  return stages, exits

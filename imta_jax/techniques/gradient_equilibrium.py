@@ -1,0 +1,62 @@
+"""Gradient Equilibrium (GE), Section 3.1 of the paper.
+
+The gradient that a stage receives is a sum over every exit behind it, so it grows towards the
+input. GE rescales it where an exit branches off; the forward pass is untouched.
+
+    exit_factor, onward_factor = equilibrium_factors(exit, num_exits)
+    logits = exit_head(scale_gradient(features, exit_factor))
+    features = next_stage(scale_gradient(features, onward_factor))
+"""
+
+from functools import partial
+
+import jax
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+  """Returns `x` unchanged; its gradient is multiplied by `factor` (Eq. 4).
+
+  Args:
+    x: An array of any shape.
+    factor: The gradient's factor, a Python number.
+
+  Returns:
+    `x` itself.
+  """
+  del factor
+  return x
+
+
+def _forward(x, factor):
+  del factor
+  return x, None
+
+
+def _backward(factor, _, gradient):
+  return (gradient * factor,)
+
+
+scale_gradient.defvjp(_forward, _backward)
+
+
+def equilibrium_factors(exit: int, num_exits: int) -> tuple[float, float]:
+  """The two gradient factors at the branch of an exit (the text before Eq. 5).
+
+  Along any path the factors multiply to 1/(k-i+1) for features at stage i, whichever exit j >= i
+  the gradient comes from (Eq. 5); the variance of their sum is therefore bounded (Eq. 6).
+
+  Args:
+    exit: The exit's number i, from 1 to `num_exits`.
+    num_exits: The number of exits k.
+
+  Returns:
+    (1/(k-i+1), (k-i)/(k-i+1)): the factor of what the exit reads, and of what the next stage reads.
+
+  Raises:
+    ValueError: If there is no such exit.
+  """
+  if not 1 <= exit <= num_exits:
+    raise ValueError(f'exit {exit} does not exist: exits are numbered from 1 to {num_exits}')
+  exits_left = num_exits - exit + 1
+  return 1 / exits_left, (exits_left - 1) / exits_left

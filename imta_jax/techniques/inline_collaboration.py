@@ -1,0 +1,81 @@
+"""Inline Subnetwork Collaboration (ISC), Section 3.2 of the paper.
+
+An exit's logits are knowledge for the exit after it. They travel behind `stop_gradient`, so that a
+later exit cannot harm an earlier one.
+
+    first = CollaborativeClassifier(num_classes, 'off')(embedding_1)
+    second = CollaborativeClassifier(num_classes, 'network')(embedding_2, first)
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+COLLABORATIONS = ('off', 'identity', 'network')
+
+
+class CollaborativeClassifier(nn.Module):
+  """The last layer of an exit: a dense layer that may also see the previous exit's logits.
+
+  Attributes:
+    num_classes: Classes.
+    collaboration: 'off': the dense layer alone. 'identity': the previous logits are added to its
+      output, which makes it a residual. 'network': they pass a dense layer as wide as the
+      embedding, batch norm and ReLU, and the result is concatenated to the embedding.
+    stop_collaboration_gradient: Whether the previous logits are constants in the backward pass, as
+      the paper says; its published code lets the gradient through.
+    dtype: What it computes in; parameters and the returned logits are float32.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+  """
+
+  num_classes: int
+  collaboration: str = 'off'
+  stop_collaboration_gradient: bool = True
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, embedding: jax.Array, previous_logits: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
+    """Logits of one exit.
+
+    Args:
+      embedding: [batch, width].
+      previous_logits: [batch, num_classes] of the exit before; None at the first exit.
+      train: Whether batch norm uses, and records, the batch's own statistics.
+
+    Returns:
+      [batch, num_classes], float32.
+
+    Raises:
+      ValueError: If `collaboration` is not one of COLLABORATIONS.
+    """
+    if self.collaboration not in COLLABORATIONS:
+      raise ValueError(
+        f'collaboration {self.collaboration!r} is unknown: take one of {", ".join(COLLABORATIONS)}'
+      )
+    collaborates = self.collaboration != 'off' and previous_logits is not None
+    if collaborates and self.stop_collaboration_gradient:
+      previous_logits = jax.lax.stop_gradient(previous_logits)
+    if collaborates and self.collaboration == 'network':
+      transferred = self._dense(embedding.shape[-1], 'transfer_dense')(previous_logits)
+      transferred = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=self.dtype,
+        axis_name=self.batch_norm_axis,
+        name='transfer_norm',
+      )(transferred)
+      embedding = jnp.concatenate([embedding, nn.relu(transferred)], axis=-1)
+    logits = self._dense(self.num_classes, 'dense')(embedding).astype(jnp.float32)
+    if collaborates and self.collaboration == 'identity':
+      logits += previous_logits
+    return logits
+
+  def _dense(self, features, name):
+    uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # ±1/sqrt(inputs)
+    return nn.Dense(features, dtype=self.dtype, kernel_init=uniform, name=name)

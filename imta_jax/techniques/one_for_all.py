@@ -1,0 +1,66 @@
+"""One-for-all knowledge distillation (OFA), Section 3.3 of the paper.
+
+The last exit, the most accurate one, teaches all exits before it.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+CLASS_REDUCTIONS = ('sum', 'mean')
+
+
+def one_for_all_loss(
+  logits: jax.Array,
+  labels: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  alpha: float,
+  temperature: float,
+  class_reduction: str = 'sum',
+) -> jax.Array:
+  """The loss of a network whose last exit teaches the others (Eq. 7 and 8).
+
+  Summed over the exits i = 1 … k and averaged over images,
+
+      L_i = alpha CE_i + (1 - alpha) T² KL(softmax(teacher / T) || softmax(logits_i / T)),  i < k
+      L_k = CE_k
+
+  The factor T² keeps the size of the gradient independent of T (Hinton et al., 2015).
+
+  Args:
+    logits: [num_exits, batch, num_classes].
+    labels: [batch], class indices.
+    teacher_logits: [batch, num_classes]; no gradient flows to them.
+    alpha: Weight of the labels against the teacher, between 0 and 1.
+    temperature: T, above 0.
+    class_reduction: 'sum' is the divergence; 'mean' divides it by the number of classes, as the
+      paper's published code does.
+
+  Returns:
+    The loss, a float32 scalar.
+
+  Raises:
+    ValueError: If an option is out of its range.
+  """
+  if not 0 <= alpha <= 1:
+    raise ValueError(f'alpha {alpha} is out of range: it must be between 0 and 1')
+  if not temperature > 0:
+    raise ValueError(f'temperature {temperature} is out of range: it must be above 0')
+  if class_reduction not in CLASS_REDUCTIONS:
+    raise ValueError(
+      f'class_reduction {class_reduction!r} is unknown: take one of {", ".join(CLASS_REDUCTIONS)}'
+    )
+  logits = logits.astype(jnp.float32)
+  teacher_logits = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
+    logits, jnp.broadcast_to(labels, logits.shape[:-1])
+  ).mean(axis=-1)
+  divergence = optax.kl_divergence_with_log_targets(
+    jax.nn.log_softmax(logits[:-1] / temperature),
+    jax.nn.log_softmax(teacher_logits / temperature),
+  ).mean(axis=-1)
+  if class_reduction == 'mean':
+    divergence /= logits.shape[-1]
+  distilled = alpha * cross_entropy[:-1] + (1 - alpha) * temperature**2 * divergence
+  return distilled.sum() + cross_entropy[-1]
