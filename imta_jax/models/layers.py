@@ -1,10 +1,25 @@
 """Layers that the architectures share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+def convolve(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any
+) -> jax.Array:
+  """`jax.lax.conv_general_dilated`, with a 1×1 convolution as the matrix product that it is.
+
+  XLA's CPU backend runs the product, and above all its gradients, two to three times as fast.
+  """
+  if kernel.shape[:2] == (1, 1) and set(strides) == {1}:
+    return jax.lax.dot_general(
+      x, kernel[0, 0], (((3,), (0,)), ((), ())), precision=options.get('precision')
+    )
+  return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 class ConvNorm(nn.Module):
@@ -40,6 +55,7 @@ class ConvNorm(nn.Module):
       padding=self.kernel_size // 2,
       use_bias=self.use_bias,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+      conv_general_dilated=convolve,
       dtype=self.dtype,
       name='conv',
     )(x)

@@ -56,7 +56,7 @@ def one_for_all_loss(
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
     logits, jnp.broadcast_to(labels, logits.shape[:-1])
   ).mean(axis=-1)
-  divergence = optax.kl_divergence_with_log_targets(
+  divergence = optax.losses.kl_divergence_with_log_targets(
     jax.nn.log_softmax(logits[:-1] / temperature),
     jax.nn.log_softmax(teacher_logits / temperature),
   ).mean(axis=-1)

@@ -1,0 +1,42 @@
+"""MNIST-5k: 5,000 real digits that a package ships; the whole system in two minutes on a laptop.
+
+    python -m imta_jax.main --config=configs/mnist5k.py
+
+Reproduces no table of the paper. Cost: 12 + 6 epochs of 55 steps. Data: embedded, no download.
+"""
+
+from imta_jax import config as config_lib
+
+
+def get_config(argument=''):
+  arguments = config_lib.parse_argument(argument, exits=4)
+  config = config_lib.default()
+  config.dataset.update(
+    name='mnist5k',
+    validation_size=500,
+    image_size=28,
+    mean=(0.131,),
+    std=(0.308,),
+    padding=2,
+    flip=False,
+  )
+  config.model.update(
+    name='msdnet',
+    num_exits=arguments.exits,
+    base=1,
+    step=1,
+    step_mode='even',
+    channels=8,
+    growth_rate=4,
+    scale_factors=(1, 2, 4),
+    bottleneck_factors=(1, 2, 4),
+    prune='max',
+    reduction=0.5,
+    bottleneck=True,
+    stem='cifar',
+  )
+  phase_one, phase_two = config.phases
+  phase_one.update(epochs=2.0, schedule='cosine')
+  phase_two.update(epochs=2.0, schedule='cosine')
+  config.evaluation_batch_size = 500
+  return config

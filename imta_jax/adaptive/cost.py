@@ -1,0 +1,104 @@
+"""Multiply-adds and parameters up to each exit, counted by the rule of the paper's networks.
+
+Counted: a convolution's multiply-adds without its bias, one for each element of a ReLU, the kernel's
+area for each output element of a pooling, weights plus biases of a dense layer. Not counted: batch
+norm, concatenation, and anything else. The count reads the traced computation, so it holds for any
+network written in JAX.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitCost:
+  """The cost of an image that leaves at an exit.
+
+  Attributes:
+    madds: Multiply-adds of the stages up to this exit and of this and every earlier exit.
+    params: Parameters of the same.
+  """
+
+  madds: int
+  params: int
+
+
+def exit_costs(model: MultiExitNetwork, input_shape: Sequence[int]) -> list[ExitCost]:
+  """The cumulative cost of every exit, for one image.
+
+  Args:
+    model: The network.
+    input_shape: (height, width, channels) of an image.
+
+  Returns:
+    A cost an exit.
+  """
+  images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  features = jax.eval_shape(partial(model.apply, method='start'), variables, images)
+  logits, madds, params, costs = None, 0, 0, []
+  for index in range(model.num_exits):
+    run_stage = partial(_run_stage, model, index)
+    jaxpr, (features, logits) = jax.make_jaxpr(run_stage, return_shape=True)(
+      variables, features, logits
+    )
+    madds += _count(jaxpr.jaxpr)
+    for part in ('stages', 'exits', 'classifiers'):
+      leaves = jax.tree.leaves(variables['params'].get(f'{part}_{index}', {}))
+      params += sum(leaf.size for leaf in leaves)
+    costs.append(ExitCost(madds, params))
+  return costs
+
+
+def count_madds(function: Callable[..., Any], *args: Any) -> int:
+  """Multiply-adds of a function of arrays, by the module's rule.
+
+  Args:
+    function: What to count; it is traced, never run.
+    *args: Its arguments: arrays, `jax.ShapeDtypeStruct`, or trees of them.
+
+  Returns:
+    The count, for the whole batch that the arguments carry.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _run_stage(model, index, variables, features, logits):
+  return model.apply(variables, index, features, logits, method='run_stage')
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+  total = 0
+  dense_outputs = set()
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    out = equation.outvars[0].aval if equation.outvars else None
+    if name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval.shape
+      _, *inputs_and_area = equation.params['dimension_numbers'].rhs_spec
+      total += out.size * math.prod(kernel[axis] for axis in inputs_and_area)
+    elif name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+      dense_outputs.add(equation.outvars[0])
+    elif name == 'add' and not dense_outputs.isdisjoint(
+      v for v in equation.invars if isinstance(v, core.Var)
+    ):
+      total += out.size  # A dense layer's bias.
+    elif name == 'max' and any(isinstance(v, core.Literal) and v.val == 0 for v in equation.invars):
+      total += out.size  # ReLU.
+    elif name in ('reduce_window_max', 'reduce_window_sum'):
+      total += out.size * math.prod(equation.params['window_dimensions'])
+    else:
+      repeats = equation.params.get('length', 1) if name == 'scan' else 1
+      total += repeats * sum(map(_count, core.jaxprs_in_params(equation.params)))
+  return total

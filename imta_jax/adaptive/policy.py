@@ -1,0 +1,174 @@
+"""Who leaves where: thresholds for a budget, and what accuracy the budget buys.
+
+Confidence is the highest softmax probability. An image leaves at the first exit whose confidence
+reaches that exit's threshold; the last exit takes all. Everything here is arithmetic on
+probabilities [exit, image, class], NumPy or JAX arrays alike, and on costs an exit.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+# The paper's budget parameters: 0.05, 0.10 … 2.00.
+BUDGET_PARAMETERS = tuple(index / 20 for index in range(1, 41))
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+  """What a network reaches with one set of thresholds.
+
+  Attributes:
+    parameter: The budget parameter p behind the thresholds.
+    thresholds: Confidence from which an image leaves, an exit.
+    validation_accuracy: Fraction of validation images classified correctly.
+    validation_madds: Average multiply-adds a validation image.
+    test_accuracy: Fraction of test images classified correctly.
+    test_madds: Average multiply-adds a test image.
+    test_shares: Fraction of the test images that leave at each exit.
+  """
+
+  parameter: float
+  thresholds: tuple[float, ...]
+  validation_accuracy: float
+  validation_madds: float
+  test_accuracy: float
+  test_madds: float
+  test_shares: tuple[float, ...]
+
+
+def geometric_shares(p: float, num_exits: int) -> np.ndarray:
+  """Shares of the images that exits shall take: exit k one proportional to p^k.
+
+  Args:
+    p: Budget parameter, above 0; below 1 early exits take most, above 1 late ones do.
+    num_exits: The number of exits.
+
+  Returns:
+    [num_exits], summing to 1.
+
+  Raises:
+    ValueError: If p is not above 0.
+  """
+  if not p > 0:
+    raise ValueError(f'budget parameter {p} is out of range: it must be above 0')
+  shares = p ** np.arange(1, num_exits + 1, dtype=np.float64)
+  return shares / shares.sum()
+
+
+def find_thresholds(probabilities: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+  """Thresholds at which exits take given shares of these images.
+
+  Exit k's threshold is the confidence of the floor(n × share)-th most confident image among those
+  that no earlier exit took. Where that number is 0, no image leaves there.
+
+  Args:
+    probabilities: [exit, image, class], of validation images.
+    shares: [exit], the fraction of the images that each exit shall take.
+
+  Returns:
+    [exit]; infinity where no image leaves, minus infinity at the last exit.
+  """
+  confidence = np.asarray(probabilities).max(axis=-1)
+  return _thresholds(confidence, np.argsort(-confidence, axis=1, kind='stable'), shares)
+
+
+def choose_exits(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+  """The exit, counted from 0, at which each image leaves.
+
+  Args:
+    confidence: [exit, image].
+    thresholds: [exit]; an image leaves where its confidence is at least this.
+
+  Returns:
+    [image], integers.
+  """
+  # Compared in the confidence's own precision: a threshold is the confidence of an image, and that
+  # image leaves.
+  leaves = confidence >= np.asarray(thresholds, confidence.dtype)[:, np.newaxis]
+  leaves[-1] = True
+  return leaves.argmax(axis=0)
+
+
+def budget_sweep(
+  validation_probabilities: np.ndarray,
+  validation_labels: np.ndarray,
+  test_probabilities: np.ndarray,
+  test_labels: np.ndarray,
+  madds: Sequence[float],
+  parameters: Sequence[float] = BUDGET_PARAMETERS,
+) -> list[OperatingPoint]:
+  """Budgeted batch classification: thresholds from validation, applied to test images.
+
+  Args:
+    validation_probabilities: [exit, validation image, class].
+    validation_labels: [validation image].
+    test_probabilities: [exit, test image, class].
+    test_labels: [test image].
+    madds: [exit], multiply-adds an image up to and including each exit.
+    parameters: Budget parameters p; see `geometric_shares`.
+
+  Returns:
+    An operating point a parameter, in their order.
+
+  Raises:
+    ValueError: If the arrays do not fit each other.
+  """
+  madds = np.asarray(madds, np.float64)
+  validation = _judge('validation', validation_probabilities, validation_labels, len(madds))
+  test = _judge('test', test_probabilities, test_labels, len(madds))
+  order = np.argsort(-validation[0], axis=1, kind='stable')
+  points = []
+  for p in parameters:
+    thresholds = _thresholds(validation[0], order, geometric_shares(p, len(madds)))
+    validation_accuracy, validation_shares = _operate(*validation, thresholds)
+    test_accuracy, test_shares = _operate(*test, thresholds)
+    points.append(
+      OperatingPoint(
+        parameter=float(p),
+        thresholds=tuple(thresholds.tolist()),
+        validation_accuracy=validation_accuracy,
+        validation_madds=float(validation_shares @ madds),
+        test_accuracy=test_accuracy,
+        test_madds=float(test_shares @ madds),
+        test_shares=tuple(test_shares.tolist()),
+      )
+    )
+  return points
+
+
+def _thresholds(confidence, order, shares):
+  """`find_thresholds` from confidence [exit, image] and its descending order [exit, image]."""
+  num_exits, num_images = confidence.shape
+  thresholds = np.full(num_exits, np.inf, confidence.dtype)
+  thresholds[-1] = -np.inf
+  waiting = np.ones(num_images, bool)
+  for index in range(num_exits - 1):
+    takes = int(num_images * shares[index])
+    candidates = order[index][waiting[order[index]]]
+    if takes and candidates.size:
+      # Ties at earlier exits can leave fewer images than the share; then all of them leave.
+      threshold = confidence[index, candidates[min(takes, candidates.size) - 1]]
+      thresholds[index] = threshold
+      waiting &= confidence[index] < threshold
+  return thresholds
+
+
+def _judge(split, probabilities, labels, num_exits):
+  """Confidence and correctness, both [exit, image]."""
+  probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+  if probabilities.ndim != 3 or probabilities.shape[:2] != (num_exits, labels.size):
+    raise ValueError(
+      f'{split} probabilities of shape {probabilities.shape} must be [exit, image, class] for the '
+      f'{num_exits} exits of madds and {labels.size} labels'
+    )
+  prediction = probabilities.argmax(axis=-1)
+  confidence = np.take_along_axis(probabilities, prediction[..., np.newaxis], axis=-1)[..., 0]
+  return confidence, prediction == labels
+
+
+def _operate(confidence, correct, thresholds):
+  """Accuracy, and the share of the images that leave at each exit."""
+  exits = choose_exits(confidence, thresholds)
+  accuracy = correct[exits, np.arange(exits.size)].mean()
+  return float(accuracy), np.bincount(exits, minlength=len(thresholds)) / exits.size

@@ -1,0 +1,242 @@
+"""What a run is made of: the fields of a config, their defaults, and their checks."""
+
+import difflib
+import json
+import re
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from imta_jax.errors import UsageError
+
+
+def default() -> ConfigDict:
+  """Every field that a config has, with the paper's settings for CIFAR-100, Table 1.
+
+  A file in configs/ starts from this, changes what differs and returns it from
+  `get_config(argument)`.
+  """
+  return ConfigDict(
+    {
+      'seed': 0,
+      'batch_size': 64,  # Images a training step, over all devices and hosts.
+      'evaluation_batch_size': 500,
+      'dataset': {
+        'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
+        'data_dir': config_dict.placeholder(str),  # Else TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        'train_split': 'train',
+        'test_split': 'test',
+        'validation_size': 5_000,  # Training images held out: for thresholds and best states.
+        'image_size': 32,
+        'mean': (0.5071, 0.4865, 0.4409),  # A channel, of pixels between 0 and 1.
+        'std': (0.2673, 0.2564, 0.2762),
+        'in_memory': True,  # Else images are streamed, decoded and cropped as ImageNet's are.
+        'padding': 4,  # In memory: zeros around an image before it is cropped at random.
+        'flip': True,  # Whether training images are mirrored half the time.
+        'augment_validation': False,  # The published code augments validation images as well.
+      },
+      'model': {'name': 'msdnet', 'dtype': 'float32'},  # And any field of models.create.
+      'global_batch_norm': True,  # Statistics of the whole batch, not of each device's part.
+      'phases': [phase_one(), phase_two()],
+      'checkpoint_every_epochs': 1,  # Checkpoints, and validation.
+      'log_every_steps': 50,
+    }
+  )
+
+
+def phase_one() -> ConfigDict:
+  """Phase I of the paper: everything is trained from scratch, with Gradient Equilibrium."""
+  return ConfigDict(
+    {
+      'loss': 'cross_entropy',  # Summed over exits (Eq. 1); or 'one_for_all'.
+      'alpha': 0.1,  # OFA: weight of the labels against the teacher (Eq. 7).
+      'temperature': 3.0,  # OFA: T.
+      'class_reduction': 'sum',  # OFA: 'mean' divides by the classes, as the published code does.
+      'teacher': 'online',  # OFA: the current last exit; 'frozen': the phase before's.
+      'trained': 'everything',  # Or 'last_layers': the classifiers alone.
+      'frozen_batch_norm': 'evaluation',  # Of what is not trained; 'training' as published.
+      'gradient_equilibrium': 'all',
+      'collaboration': 'off',
+      'stop_collaboration_gradient': True,
+      'chosen_state': 'best',  # Of this phase, for the next and for evaluation: by validation
+      # accuracy, averaged over exits; or 'last'.
+      'epochs': 300.0,
+      'steps': config_dict.placeholder(int),  # If given, in place of epochs.
+      'learning_rate': 0.1,
+      'reference_batch_size': config_dict.placeholder(int),  # Scales the rate by batch / this.
+      'schedule': 'multistep',  # ÷10 after each of `drops`; or 'cosine'.
+      'drops': (0.5, 0.75),  # Fractions of the phase.
+      'warmup_epochs': 0.0,
+      'momentum': 0.9,
+      'nesterov': True,
+      'weight_decay': 1e-4,
+      'decayed': 'everything',  # Or 'kernels'.
+    }
+  )
+
+
+def phase_two() -> ConfigDict:
+  """Phase II of the paper: the last layers are fine-tuned with ISC and OFA."""
+  phase = phase_one()
+  phase.update(
+    {
+      'loss': 'one_for_all',
+      'teacher': 'frozen',
+      'trained': 'last_layers',
+      'collaboration': 'network',
+      'epochs': 180.0,
+    }
+  )
+  return phase
+
+
+_CHOICES = {
+  'loss': ('cross_entropy', 'one_for_all'),
+  'class_reduction': ('sum', 'mean'),
+  'teacher': ('online', 'frozen'),
+  'trained': ('everything', 'last_layers'),
+  'frozen_batch_norm': ('evaluation', 'training'),
+  'gradient_equilibrium': ('all', 'coarsest', 'off'),
+  'collaboration': ('off', 'identity', 'network'),
+  'chosen_state': ('best', 'last'),
+  'schedule': ('multistep', 'cosine'),
+  'decayed': ('everything', 'kernels'),
+}
+
+
+def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
+  """Reads a config file's argument, as in --config=configs/cifar100.py:exits=5.
+
+  Args:
+    argument: 'name=value,name=value', or nothing.
+    **defaults: The names that there are, with the values they have if not given.
+
+  Returns:
+    Every name's value, of its default's type.
+
+  Raises:
+    UsageError: If a name does not exist, or a value is not of its type.
+  """
+  values = ConfigDict(defaults)
+  for part in filter(None, (argument or '').split(',')):
+    name, _, text = part.partition('=')
+    if name not in defaults:
+      raise UsageError(f'config argument {name!r} does not exist: {suggest(name, defaults)}')
+    try:
+      values[name] = type(defaults[name])(text)
+    except ValueError:
+      expected = type(defaults[name]).__name__
+      raise UsageError(f'config argument {name} is {text!r}: it must be of type {expected}') from None
+  return values
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks fields and values before anything else runs.
+
+  Raises:
+    UsageError: On the first field that does not exist or holds what it cannot.
+  """
+  fields, reference = to_dict(config), to_dict(default())
+  fields.pop('model', None)
+  model = reference.pop('model')
+  if not isinstance(config.get('model'), ConfigDict) or 'name' not in config.model:
+    raise UsageError(f'config.model must name a model, as in {model}')
+  if not config.get('phases'):
+    raise UsageError('config.phases is empty: give it a phase or more')
+  phases, (reference_phase, _) = fields.pop('phases'), reference.pop('phases')
+  _check_fields(fields, reference, 'config')
+  for index, phase in enumerate(phases):
+    _check_fields(phase, reference_phase, f'config.phases[{index}]')
+    for field, choices in _CHOICES.items():
+      if phase[field] not in choices:
+        raise UsageError(
+          f'config.phases[{index}].{field} is {phase[field]!r}: take one of {", ".join(choices)}'
+        )
+    if not index and 'frozen' in (phase['teacher'] if phase['loss'] == 'one_for_all' else ''):
+      raise UsageError("config.phases[0].teacher is 'frozen', but no phase comes before: take 'online'")
+    _check_positive(phase, ('temperature', 'learning_rate'), f'config.phases[{index}]')
+    if phase['steps'] is None:
+      _check_positive(phase, ('epochs',), f'config.phases[{index}]')
+    else:
+      _check_positive(phase, ('steps',), f'config.phases[{index}]')
+    if not 0 <= phase['alpha'] <= 1:
+      raise UsageError(f'config.phases[{index}].alpha is {phase["alpha"]}: it must be from 0 to 1')
+  positive = ('batch_size', 'evaluation_batch_size', 'checkpoint_every_epochs', 'log_every_steps')
+  _check_positive(fields, positive, 'config')
+  _check_positive(fields['dataset'], ('validation_size', 'image_size'), 'config.dataset')
+
+
+def _check_fields(fields, reference, path):
+  for name in fields:
+    if name not in reference:
+      raise UsageError(f'{path}.{name} is not a field: {suggest(name, reference)}')
+  for name, value in reference.items():
+    if name not in fields:
+      raise UsageError(f'{path}.{name} is missing: start the config from imta_jax.config.default()')
+    if isinstance(value, dict):
+      if not isinstance(fields[name], dict):
+        raise UsageError(f'{path}.{name} is {fields[name]!r}: it must have fields of its own')
+      _check_fields(fields[name], value, f'{path}.{name}')
+
+
+def _check_positive(fields, names, path):
+  for name in names:
+    if not fields[name] > 0:
+      raise UsageError(f'{path}.{name} is {fields[name]}: it must be above 0')
+
+
+def check_path(config: ConfigDict, path: str) -> None:
+  """Checks that a config has a field, as in 'phases[0].epochs'.
+
+  Raises:
+    UsageError: Naming the fields there are where the path leaves the config.
+  """
+  node, walked = to_dict(config), 'config'
+  for name in re.findall(r'[^.\[\]]+', path):
+    if isinstance(node, list):
+      if not name.isdigit() or int(name) >= len(node):
+        raise UsageError(f'{walked}[{name}] does not exist: {walked} has 0 to {len(node) - 1}')
+      node, walked = node[int(name)], f'{walked}[{name}]'
+    elif not isinstance(node, dict) or name not in node:
+      fields = node if isinstance(node, dict) else ()
+      raise UsageError(f'{walked}.{name} is not a field: {suggest(name, fields)}')
+    else:
+      node, walked = node[name], f'{walked}.{name}'
+
+
+def suggest(name: str, choices) -> str:
+  """What to write in place of a name that does not exist."""
+  close = difflib.get_close_matches(name, list(choices), 1)
+  return f'did you mean {close[0]!r}?' if close else f'there are {", ".join(sorted(choices))}'
+
+
+def to_dict(config: Any) -> Any:
+  """A config as plain dictionaries and lists, as JSON would give it back."""
+  if isinstance(config, ConfigDict):
+    return {key: to_dict(config[key]) for key in sorted(config)}
+  if isinstance(config, list | tuple):
+    return [to_dict(item) for item in config]
+  return config
+
+
+def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
+  """One line for each field in which two plain configs differ: 'config.seed: 0 → 1'."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    pairs = [(f'.{key}', old.get(key), new.get(key)) for key in sorted({*old, *new})]
+  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    pairs = [(f'[{index}]', *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+  else:
+    return [] if old == new else [f'{path}: {old!r} → {new!r}']
+  return [line for key, *pair in pairs for line in differences(*pair, path + key)]
+
+
+def to_json(config: ConfigDict) -> str:
+  """A config as JSON."""
+  return json.dumps(to_dict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+  """Reads what `to_json` wrote."""
+  plain = json.loads(text)
+  plain['phases'] = [ConfigDict(phase) for phase in plain['phases']]
+  return ConfigDict(plain)

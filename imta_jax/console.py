@@ -1,0 +1,178 @@
+"""What a person at a terminal sees. Where output is no terminal: a line an epoch, and tables."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from imta_jax.adaptive.cost import ExitCost
+from imta_jax.evaluate import Evaluation
+
+
+class Reporter:
+  """Prints on the first host; silent on the others."""
+
+  def __init__(self):
+    self._console = Console(quiet=jax.process_index() > 0, highlight=False)
+
+  def say(self, text: str) -> None:
+    """Prints a line."""
+    self._console.print(text, markup=False, soft_wrap=True)
+
+  def overview(self, title: str, costs: Sequence[ExitCost]) -> None:
+    """Prints the network: what is reached, and what is added, at each exit."""
+    added = np.diff([cost.params for cost in costs], prepend=0)
+    self._table(
+      title,
+      ('exit', 'multiply-adds', 'parameters', 'of these new'),
+      [(f'{c.madds:,}', f'{c.params:,}', f'{n:,}') for c, n in zip(costs, added, strict=True)],
+    )
+
+  def results(self, evaluation: Evaluation) -> None:
+    """Prints the table of exits."""
+    columns = [evaluation.accuracies[key] for key in (('validation', 1), ('test', 1), ('test', 5))]
+    self._table(
+      f'{evaluation.name}: accuracy of each exit, all images leaving there',
+      ('exit', 'multiply-adds', 'parameters', 'validation', 'test', 'test top-5'),
+      [
+        (f'{cost.madds:,}', f'{cost.params:,}', *(f'{100 * x:.2f} %' for x in accuracies))
+        for cost, *accuracies in zip(evaluation.costs, *columns, strict=True)
+      ],
+    )
+
+  def summary(self, evaluation: Evaluation, workdir: epath.Path) -> None:
+    """Prints what early exits save, and where everything is."""
+    last = evaluation.costs[-1].madds
+    target = evaluation.accuracies['validation', 1][-1]
+    enough = [p for p in evaluation.points if p.validation_accuracy >= target]
+    if enough:
+      point = min(enough, key=lambda p: p.validation_madds)
+      self.say(
+        f'With early exits, {100 * point.test_accuracy:.2f} % of the test images are right at '
+        f'{point.test_madds / last:.0%} of the last exit\'s multiply-adds '
+        f'(p = {point.parameter:g}; the last exit alone: '
+        f'{100 * evaluation.accuracies["test", 1][-1]:.2f} %).'
+      )
+    for name, content in (
+      ('evaluation/budget.png', 'accuracy against average multiply-adds'),
+      ('evaluation/', 'the same as CSV and JSON; a table of exits; logits'),
+      ('checkpoints/', 'the states of each phase, latest and best'),
+      ('tensorboard/', 'tensorboard --logdir ' + str(workdir / 'tensorboard')),
+    ):
+      self.say(f'  {workdir / name}  {content}')
+
+  def epoch(
+    self,
+    name: str,
+    epoch: int,
+    num_epochs: int,
+    means: Mapping[str, np.ndarray],
+    validation_accuracy: np.ndarray | None,
+    scalars: Mapping[str, float],
+  ) -> None:
+    """Prints a line about an epoch; accuracies are those of the first and the last exit."""
+    parts = [
+      f'{name} epoch {epoch}/{num_epochs}',
+      f'loss {means["loss"]:.4f}',
+      f'train {_first_and_last(means["accuracy"])}',
+    ]
+    if validation_accuracy is not None:
+      parts.append(f'validation {_first_and_last(validation_accuracy)}')
+    parts.append(f'{scalars["speed/images_per_second"]:,.0f} images/s')
+    self.say('  '.join(parts))
+
+  @contextlib.contextmanager
+  def progress(
+    self, name: str, first_step: int, num_steps: int, steps_per_epoch: int, batch_size: int
+  ) -> Iterator['PhaseProgress']:
+    """A live line with throughput and time left, where there is a terminal to show it."""
+    columns = (
+      TextColumn('{task.description}'),
+      BarColumn(bar_width=24),
+      TextColumn('{task.completed}/{task.total}  {task.fields[status]}'),
+    )
+    hidden = not self._console.is_terminal
+    with Progress(*columns, console=self._console, disable=hidden, transient=True) as bar:
+      task = bar.add_task(name, total=num_steps, completed=first_step, status='compiling …')
+      yield PhaseProgress(bar, task, first_step, num_steps, steps_per_epoch, batch_size)
+
+  def _table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify='left')
+    for heading in headings:
+      table.add_column(heading, justify='right', no_wrap=True)
+    for number, row in enumerate(rows, start=1):
+      table.add_row(str(number), *row)
+    self._console.print(table)
+
+
+class PhaseProgress:
+  """Measures a phase's speed and shows it on the live line."""
+
+  def __init__(
+    self,
+    bar: Progress,
+    task: TaskID,
+    step: int,
+    num_steps: int,
+    steps_per_epoch: int,
+    batch_size: int,
+  ):
+    self._bar, self._task = bar, task
+    self._step, self._num_steps, self._steps_per_epoch = step, num_steps, steps_per_epoch
+    self._batch_size = batch_size
+    self.start_epoch()
+
+  def start_epoch(self) -> None:
+    """Begins to count time, which validation and checkpoints thus do not take part in."""
+    self._start, self._start_step = time.monotonic(), self._step
+    self._waited = 0.0
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    """Counts the time inside as time that the devices may have waited for data."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
+
+  def update(self, step: int, loss: float) -> None:
+    """Moves the live line to a step that is done."""
+    self._step = step
+    rate = self._steps_per_second()
+    epoch = -(-step // self._steps_per_epoch)
+    epoch_end = min(epoch * self._steps_per_epoch, self._num_steps)
+    self._bar.update(
+      self._task,
+      completed=step,
+      status=(
+        f'loss {loss:.4f}  {rate * self._batch_size:,.0f} images/s  '
+        f'left: epoch {_duration((epoch_end - step) / rate)}, '
+        f'phase {_duration((self._num_steps - step) / rate)}'
+      ),
+    )
+
+  def end_epoch(self) -> dict[str, float]:
+    """The epoch's speed, as metrics."""
+    elapsed = time.monotonic() - self._start
+    return {
+      'speed/images_per_second': self._steps_per_second() * self._batch_size,
+      'speed/steps_per_second': self._steps_per_second(),
+      'speed/fraction_waiting_for_data': self._waited / elapsed,
+    }
+
+  def _steps_per_second(self) -> float:
+    return (self._step - self._start_step) / (time.monotonic() - self._start)
+
+
+def _first_and_last(accuracy: np.ndarray) -> str:
+  return f'{100 * accuracy[0]:.1f} … {100 * accuracy[-1]:.1f} %'
+
+
+def _duration(seconds: float) -> str:
+  return str(datetime.timedelta(seconds=round(seconds)))

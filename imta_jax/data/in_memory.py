@@ -1,0 +1,113 @@
+"""Small data sets: read once, kept on every device, batches drawn there."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from imta_jax import devices
+from imta_jax.data import pipeline, preprocess
+from imta_jax.errors import UsageError
+
+
+class InMemoryDataset(pipeline.Dataset):
+  """A data set whose images, all of one shape, fit a device's memory."""
+
+  def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
+    self._builder, self._splits, self._config = builder, splits, config
+    shape, side = builder.info.features['image'].shape, config.dataset.image_size
+    if shape[:2] != (side, side):
+      raise UsageError(
+        f'config.dataset.image_size is {side}, but images of {config.dataset.name} are {shape}: '
+        'mend the size, or set config.dataset.in_memory to False to resize them'
+      )
+    channels = {shape[2], len(config.dataset.mean), len(config.dataset.std)}
+    if len(channels) > 1:
+      raise UsageError(
+        f'config.dataset.mean and std need a number for each of the {shape[2]} channels of '
+        f'{config.dataset.name}'
+      )
+    self.class_names = builder.info.features['label'].names
+    self.image_shape = tuple(shape)
+    self.num_images = {name: count for name, (_, count) in splits.items()}
+    self.steps_per_epoch = self.num_images['train'] // config.batch_size
+    self._arrays = {}
+    self._draw = jax.pmap(
+      partial(_draw, config, self.steps_per_epoch),
+      axis_name=devices.AXIS,
+      in_axes=(0, None, None, None),
+    )
+    self._prepare = jax.pmap(
+      partial(_prepare, config),
+      axis_name=devices.AXIS,
+      in_axes=(0, None, 0),
+      static_broadcasted_argnums=3,
+    )
+
+  def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
+    images, labels = devices.replicate(self._read('train'))
+    for step in itertools.count(first_step):
+      yield self._draw(devices.numbers(), images, labels, np.int32(step))
+
+  def evaluation_batches(self, split: str) -> Iterator[pipeline.Batch]:
+    images, labels = self._read(split)
+    batch_size = self._config.evaluation_batch_size
+    augments = split == 'validation' and self._config.dataset.augment_validation
+    for start in range(0, len(labels), batch_size):
+      part = slice(start, start + batch_size)
+      filled = batch_size - len(labels[part])
+      batch = {
+        'image': np.pad(images[part], ((0, filled), (0, 0), (0, 0), (0, 0))),
+        'label': np.pad(labels[part], (0, filled)),
+        'mask': np.arange(batch_size) < len(labels[part]),
+      }
+      batch = {
+        name: array.reshape(jax.device_count(), -1, *array.shape[1:])[devices.numbers()]
+        for name, array in batch.items()
+      }
+      yield self._prepare(devices.numbers(), np.int32(start), batch, augments)
+
+  def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    if split not in self._arrays:
+      import tensorflow_datasets as tfds
+
+      read = tfds.as_numpy(self._builder.as_dataset(split=self._splits[split][0], batch_size=-1))
+      self._arrays[split] = read['image'], read['label'].astype(np.int32)
+    return self._arrays[split]
+
+
+def _draw(config, steps_per_epoch, device, images, labels, step):
+  """This device's part of the training batch of a step: a pure function of (seed, step)."""
+  epoch, position = step // steps_per_epoch, step % steps_per_epoch
+  order_key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), epoch))
+  order = jax.random.permutation(order_key, len(labels))
+  share = config.batch_size // jax.device_count()
+  indices = jax.lax.dynamic_slice(order, (position * config.batch_size + device * share,), (share,))
+  key = jax.random.fold_in(augment_key, position)
+  image = _augment(config, key, device, images[indices])
+  return {'image': _normalize(config, image), 'label': labels[indices]}
+
+
+def _prepare(config, device, start, batch, augments):
+  """An evaluation batch on its device."""
+  image = batch['image']
+  if augments:
+    key = jax.random.fold_in(jax.random.key(config.seed), start)
+    image = _augment(config, key, device, image)
+  return {**batch, 'image': _normalize(config, image)}
+
+
+def _augment(config, key, device, images):
+  # A key for each image of the global batch, so that the images do not depend on the devices.
+  first = device * len(images)
+  keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(images)))
+  return preprocess.crop_and_flip(keys, images, config.dataset.padding, config.dataset.flip)
+
+
+def _normalize(config, images):
+  return preprocess.normalize(images, config.dataset.mean, config.dataset.std)

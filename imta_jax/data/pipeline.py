@@ -1,0 +1,137 @@
+"""TFDS → batches for the local devices.
+
+A batch is {'image': float32, 'label': int32}, each [local devices, batch a device, …]; evaluation
+batches also have 'mask', false where a batch is filled up. Training batches are a pure function of
+(seed, step). TensorFlow reads the files and is imported only then.
+"""
+
+import abc
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from imta_jax.errors import UsageError
+
+Batch = dict[str, jax.Array]
+
+
+class Dataset(abc.ABC):
+  """A data set with its splits 'train', 'validation' and 'test'.
+
+  Attributes:
+    class_names: A name a class.
+    image_shape: (height, width, channels) of what a network sees.
+    num_images: Images of each split.
+    steps_per_epoch: Training batches an epoch; images left over wait for another epoch's shuffle.
+  """
+
+  class_names: Sequence[str]
+  image_shape: tuple[int, int, int]
+  num_images: dict[str, int]
+  steps_per_epoch: int
+
+  @abc.abstractmethod
+  def train_batches(self, first_step: int) -> Iterator[Batch]:
+    """Endless training batches, starting with that of step `first_step`, counted from 0."""
+
+  @abc.abstractmethod
+  def evaluation_batches(self, split: str) -> Iterator[Batch]:
+    """Every image of a split exactly once, over all hosts together."""
+
+
+def open_dataset(config: ConfigDict) -> Dataset:
+  """Opens the data set that a config names.
+
+  Args:
+    config: A whole config, see imta_jax.config.
+
+  Returns:
+    The data set.
+
+  Raises:
+    UsageError: If it does not exist, is not prepared and cannot be, or does not fit the config.
+  """
+  # TensorFlow must not take the accelerator's memory.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  import tensorflow as tf
+
+  tf.config.set_visible_devices([], 'GPU')
+  from imta_jax.data import in_memory, streamed
+
+  for field in ('batch_size', 'evaluation_batch_size'):
+    if config[field] % jax.device_count():
+      raise UsageError(
+        f'config.{field} is {config[field]}, which {jax.device_count()} devices do not divide: '
+        f'make it a multiple of {jax.device_count()}'
+      )
+  builder = _prepared_builder(config.dataset)
+  splits = _splits(builder, config.dataset)
+  if splits['train'][1] < config.batch_size:
+    raise UsageError(
+      f'config.batch_size is {config.batch_size}, more than the {splits["train"][1]} training images'
+    )
+  kind = in_memory.InMemoryDataset if config.dataset.in_memory else streamed.StreamedDataset
+  return kind(builder, splits, config)
+
+
+def _prepared_builder(dataset: ConfigDict) -> Any:
+  import tensorflow_datasets as tfds
+
+  from imta_jax.data import mnist5k  # noqa: F401  Registers the builder.
+
+  data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
+  try:
+    builder = tfds.builder(dataset.name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    raise UsageError(
+      f'config.dataset.name is {dataset.name!r}, which neither TFDS nor {data_dir or "its folder"} '
+      'has: see tensorflow.org/datasets/catalog'
+    ) from None
+  missing = {'image', 'label'} - set(builder.info.features or ())
+  if missing:
+    raise UsageError(
+      f'config.dataset.name is {dataset.name!r}, which has no feature {sorted(missing)[0]!r}: '
+      'a data set for classification has `image` and `label`'
+    )
+  if not builder.info.splits:
+    try:
+      if jax.process_index() == 0:
+        builder.download_and_prepare()
+    except Exception as error:
+      reason = str(error).strip().splitlines()
+      raise UsageError(
+        f'data set {dataset.name!r} is not prepared in {builder.data_dir} and could not be '
+        f'({type(error).__name__}: {reason[0] if reason else "no reason given"}): prepare it with '
+        f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir to where it is'
+      ) from error
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices('data set prepared')
+      builder = tfds.builder(dataset.name, data_dir=data_dir)
+  return builder
+
+
+def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:
+  """The TFDS instruction and the number of images of each of our splits."""
+  for field in ('train_split', 'test_split'):
+    if dataset[field] not in builder.info.splits:
+      raise UsageError(
+        f'config.dataset.{field} is {dataset[field]!r}: {dataset.name} has '
+        f'{", ".join(builder.info.splits)}'
+      )
+  train, held_out = dataset.train_split, dataset.validation_size
+  num_train = builder.info.splits[train].num_examples - held_out
+  if num_train <= 0:
+    raise UsageError(
+      f'config.dataset.validation_size is {held_out}, but {dataset.name} has only '
+      f'{num_train + held_out} training images: hold out fewer'
+    )
+  return {
+    'train': (f'{train}[:{num_train}]', num_train),
+    'validation': (f'{train}[{num_train}:]', held_out),
+    'test': (dataset.test_split, builder.info.splits[dataset.test_split].num_examples),
+  }

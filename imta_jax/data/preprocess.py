@@ -1,0 +1,128 @@
+"""From stored images to network inputs.
+
+Small images are cropped and flipped on the device (JAX); large ones are decoded and cropped by
+tf.data. Both leave as unsigned bytes, which `normalize` turns into floats on the device.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Subtracts a mean and divides by a standard deviation, a channel.
+
+  Args:
+    images: [..., channels], unsigned bytes.
+    mean: [channels], of pixels between 0 and 1.
+    std: [channels], likewise.
+
+  Returns:
+    The same shape, float32.
+  """
+  mean, std = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
+  return (images.astype(jnp.float32) - mean) / std
+
+
+def crop_and_flip(keys: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
+  """Zero-pads images, crops them back at random and mirrors half of them.
+
+  Args:
+    keys: [batch] PRNG keys, one an image.
+    images: [batch, height, width, channels].
+    padding: Zeros on every side.
+    flip: Whether to mirror.
+
+  Returns:
+    The same shape and type.
+  """
+
+  def augment(key, image):
+    crop_key, flip_key = jax.random.split(key)
+    if padding:
+      corner = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
+      padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+      image = jax.lax.dynamic_slice(padded, (*corner, 0), image.shape)
+    if flip:
+      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    return image
+
+  return jax.vmap(augment)(keys, images)
+
+
+def decode_random_crop(encoded, size: int, flip: bool, seed):
+  """Decodes a random part of an image, resized and perhaps mirrored (Szegedy et al., 2015).
+
+  The part covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
+
+  Args:
+    encoded: A scalar string tensor, an encoded image.
+    size: Side of the result, in pixels.
+    flip: Whether to mirror half of the images.
+    seed: [2] integer tensor; the result is a function of it and the image.
+
+  Returns:
+    [size, size, 3], uint8.
+  """
+  import tensorflow as tf
+
+  begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+    _encoded_shape(encoded),
+    bounding_boxes=tf.zeros((1, 0, 4)),
+    seed=seed,
+    min_object_covered=0,
+    aspect_ratio_range=(3 / 4, 4 / 3),
+    area_range=(0.08, 1.0),
+    max_attempts=10,
+    use_image_if_no_bounding_boxes=True,
+  )
+  image = _decode_window(encoded, tf.concat([begin[:2], extent[:2]], axis=0), size)
+  return tf.image.stateless_random_flip_left_right(image, seed + 1) if flip else image
+
+
+def decode_center_crop(encoded, size: int):
+  """Decodes the central square of an image, 7/8 of its shorter side, resized.
+
+  At 224 pixels this is the usual evaluation: resize the shorter side to 256, crop the centre.
+
+  Args:
+    encoded: A scalar string tensor, an encoded image.
+    size: Side of the result, in pixels.
+
+  Returns:
+    [size, size, 3], uint8.
+  """
+  import tensorflow as tf
+
+  shape = _encoded_shape(encoded)[:2]
+  side = tf.reduce_min(shape) * 7 // 8
+  corner = (shape - side) // 2
+  return _decode_window(encoded, tf.concat([corner, [side, side]], axis=0), size)
+
+
+def _encoded_shape(encoded):
+  import tensorflow as tf
+
+  return tf.cond(
+    tf.io.is_jpeg(encoded),
+    lambda: tf.io.extract_jpeg_shape(encoded),
+    lambda: tf.shape(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+  )
+
+
+def _decode_window(encoded, window, size):
+  """The part (top, left, height, width) of an image, resized; JPEG decodes no more than that."""
+  import tensorflow as tf
+
+  def crop_decoded():
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.slice(image, tf.concat([window[:2], [0]], 0), tf.concat([window[2:], [3]], 0))
+
+  image = tf.cond(
+    tf.io.is_jpeg(encoded),
+    lambda: tf.image.decode_and_crop_jpeg(encoded, window, channels=3),
+    crop_decoded,
+  )
+  image = tf.image.resize(image, (size, size), antialias=True)
+  return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)

@@ -1,0 +1,130 @@
+"""Large data sets: files read, decoded and cropped by tf.data while the devices compute."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imta_jax import devices
+from imta_jax.data import pipeline, preprocess
+from imta_jax.errors import UsageError
+
+# Images a host shuffles among, beyond the order of the files.
+_SHUFFLE_BUFFER = 16_384
+# Batches that travel to the devices ahead of use.
+_BATCHES_AHEAD = 2
+
+
+class StreamedDataset(pipeline.Dataset):
+  """A data set of encoded images of any size; each host reads its own part of every split."""
+
+  def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
+    self._builder, self._splits, self._config = builder, splits, config
+    if len(config.dataset.mean) != 3 or len(config.dataset.std) != 3:
+      raise UsageError('config.dataset.mean and std need 3 numbers each: streamed images have colours')
+    self.class_names = builder.info.features['label'].names
+    self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
+    self.num_images = {name: count for name, (_, count) in splits.items()}
+    # Every host must have a whole batch's share.
+    self.steps_per_epoch = (self.num_images['train'] // jax.process_count()) // (
+      config.batch_size // jax.process_count()
+    )
+    self._normalize = jax.pmap(self._normalize_batch, axis_name=devices.AXIS)
+
+  def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
+    return self._send(self._train_stream(first_step))
+
+  def evaluation_batches(self, split: str) -> Iterator[pipeline.Batch]:
+    return self._send(self._evaluation_stream(split))
+
+  def _train_stream(self, first_step):
+    epoch, position = divmod(first_step, self.steps_per_epoch)
+    while True:
+      yield from self._epoch(epoch, position).as_numpy_iterator()
+      epoch, position = epoch + 1, 0
+
+  def _epoch(self, epoch, position):
+    """This host's batches of an epoch from a position on: a pure function of (seed, epoch)."""
+    import tensorflow as tf
+
+    seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
+    batch_size = self._config.batch_size // jax.process_count()
+    examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
+    examples = examples.take(self.steps_per_epoch * batch_size)
+    # Skipped before anything is decoded.
+    examples = examples.enumerate().skip(position * batch_size)
+
+    def decode(index, example):
+      image_seed = tf.stack([tf.constant(seed, tf.int64), index])
+      dataset = self._config.dataset
+      image = preprocess.decode_random_crop(
+        example['image'], dataset.image_size, dataset.flip, image_seed
+      )
+      return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
+
+    return self._batch(examples.map(decode, tf.data.AUTOTUNE), batch_size)
+
+  def _evaluation_stream(self, split):
+    import tensorflow as tf
+
+    dataset, batch_size = self._config.dataset, self._config.evaluation_batch_size
+    batch_size //= jax.process_count()
+    augments = split == 'validation' and dataset.augment_validation
+
+    def decode(index, example):
+      if augments:
+        image_seed = tf.stack([tf.constant(self._config.seed, tf.int64), index])
+        image = preprocess.decode_random_crop(
+          example['image'], dataset.image_size, dataset.flip, image_seed
+        )
+      else:
+        image = preprocess.decode_center_crop(example['image'], dataset.image_size)
+      return {'image': image, 'label': tf.cast(example['label'], tf.int32), 'mask': True}
+
+    # Hosts whose part is smaller send as many batches as the others, the last ones empty.
+    largest_part = -(-self.num_images[split] // jax.process_count())
+    num_batches = -(-largest_part // batch_size)
+    examples = self._read(split).enumerate().map(decode, tf.data.AUTOTUNE)
+    filler = jax.tree.map(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
+    filled = examples.concatenate(tf.data.Dataset.from_tensors(filler).repeat())
+    return self._batch(filled.take(num_batches * batch_size), batch_size).as_numpy_iterator()
+
+  def _read(self, split, shuffle_seed=None):
+    """This host's encoded examples of a split, in an order that the seed alone decides."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    part = tfds.even_splits(self._splits[split][0], jax.process_count())[jax.process_index()]
+    examples = self._builder.as_dataset(
+      split=part,
+      decoders={'image': tfds.decode.SkipDecoding()},
+      shuffle_files=shuffle_seed is not None,
+      read_config=tfds.ReadConfig(shuffle_seed=shuffle_seed, try_autocache=False),
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    return examples.with_options(options)
+
+  def _batch(self, examples, batch_size):
+    """Batches [local devices, batch a device, …]."""
+    import tensorflow as tf
+
+    local = jax.local_device_count()
+    batches = examples.batch(batch_size // local, drop_remainder=True)
+    return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+  def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[pipeline.Batch]:
+    """Normalised batches on the devices, some of them ahead of use."""
+    ahead = collections.deque()
+    for batch in batches:
+      ahead.append(self._normalize(batch))
+      if len(ahead) > _BATCHES_AHEAD:
+        yield ahead.popleft()
+    yield from ahead
+
+  def _normalize_batch(self, batch):
+    mean, std = self._config.dataset.mean, self._config.dataset.std
+    return {**batch, 'image': preprocess.normalize(batch['image'], mean, std)}

@@ -1,0 +1,215 @@
+"""From a checkpoint to logits, and from logits to accuracies, tables and figures.
+
+Logits [exit, image, class] are all that takes an accelerator; what follows is NumPy.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+import scipy.special
+from etils import epath
+
+from imta_jax.adaptive.cost import ExitCost
+from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
+from imta_jax.data.pipeline import Batch
+
+SPLITS = ('validation', 'test')
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+  """What a network says about a split.
+
+  Attributes:
+    logits: [exit, image, class], float32.
+    labels: [image], int32.
+  """
+
+  logits: np.ndarray
+  labels: np.ndarray
+
+  def accuracy(self, k: int = 1) -> np.ndarray:
+    """[exit]: the fraction of images whose label is among the k highest logits.
+
+    Ties, and logits that are no numbers, count against the label: a network that says nothing
+    scores nothing.
+    """
+    of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
+    return ((~(self.logits < of_label)).sum(axis=-1) <= k).mean(axis=-1)
+
+  def cross_entropy(self) -> np.ndarray:
+    """[exit]: the average cross-entropy."""
+    of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
+    return (scipy.special.logsumexp(self.logits, axis=-1) - of_label[..., 0]).mean(axis=-1)
+
+  def probabilities(self) -> np.ndarray:
+    """[exit, image, class]."""
+    return scipy.special.softmax(self.logits, axis=-1)
+
+
+def predict(
+  step: Callable[[Mapping, Batch], tuple], variables: Mapping, batches: Iterable[Batch]
+) -> Predictions:
+  """Runs a network over a split.
+
+  Args:
+    step: From `steps.predict_step`.
+    variables: The network's, replicated.
+    batches: The split's, from `Dataset.evaluation_batches`.
+
+  Returns:
+    The predictions for every image, on every host.
+  """
+  logits, labels = [], []
+  pending = None
+
+  def collect(result):
+    batch_logits, batch_labels, mask = jax.device_get(result)
+    logits.append(batch_logits[:, mask])
+    labels.append(batch_labels[mask])
+
+  for batch in batches:
+    result = step(variables, batch)
+    if pending is not None:
+      collect(pending)  # While the devices work on the batch after it.
+    pending = result
+  collect(pending)
+  return Predictions(np.concatenate(logits, axis=1), np.concatenate(labels))
+
+
+def save_predictions(predictions: Predictions, path: epath.Path) -> None:
+  """Writes predictions as .npz."""
+  content = io.BytesIO()
+  np.savez(content, logits=predictions.logits, labels=predictions.labels)
+  write_whole(path, content.getvalue())
+
+
+def load_predictions(path: epath.Path) -> Predictions:
+  """Reads what `save_predictions` wrote."""
+  with path.open('rb') as file, np.load(file) as arrays:
+    return Predictions(arrays['logits'], arrays['labels'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """All figures of one network: anytime accuracy an exit, and budgeted batch classification.
+
+  Attributes:
+    name: What a figure's legend calls the network.
+    costs: [exit].
+    accuracies: {(split, k): [exit]}, fractions, for k = 1 and 5.
+    points: Operating points, in the order of their budget parameters.
+  """
+
+  name: str
+  costs: Sequence[ExitCost]
+  accuracies: Mapping[tuple[str, int], np.ndarray]
+  points: Sequence[OperatingPoint]
+
+
+def assess(
+  name: str, costs: Sequence[ExitCost], predictions: Mapping[str, Predictions], **sweep
+) -> Evaluation:
+  """Everything that costs and the predictions for validation and test images say.
+
+  Args:
+    name: What a figure's legend calls the network.
+    costs: [exit].
+    predictions: By split.
+    **sweep: Options of `budget_sweep`.
+
+  Returns:
+    The evaluation.
+  """
+  validation, test = (predictions[split] for split in SPLITS)
+  points = budget_sweep(
+    validation.probabilities(),
+    validation.labels,
+    test.probabilities(),
+    test.labels,
+    [cost.madds for cost in costs],
+    **sweep,
+  )
+  accuracies = {(split, k): predictions[split].accuracy(k) for split in SPLITS for k in (1, 5)}
+  return Evaluation(name, costs, accuracies, points)
+
+
+def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
+  """Writes exits.csv, budget.csv and evaluation.json."""
+  exits, budgets = [], []
+  for evaluation in evaluations:
+    for index, cost in enumerate(evaluation.costs):
+      row = {'network': evaluation.name, 'exit': index + 1, **dataclasses.asdict(cost)}
+      for (split, k), accuracy in evaluation.accuracies.items():
+        row[f'{split}_top{k}'] = round(float(accuracy[index]), 6)
+      exits.append(row)
+    for point in evaluation.points:
+      budgets.append({'network': evaluation.name, **dataclasses.asdict(point)})
+  folder.mkdir(parents=True, exist_ok=True)
+  # JSON has no infinity: where no image leaves, and at the last exit, the threshold is null.
+  finite = [
+    {**row, 'thresholds': [t if np.isfinite(t) else None for t in row['thresholds']]}
+    for row in budgets
+  ]
+  content = json.dumps({'exits': exits, 'budget': finite}, indent=2) + '\n'
+  write_whole(folder / 'evaluation.json', content.encode())
+  for row in budgets:
+    for field in ('thresholds', 'test_shares'):
+      row[field] = ' '.join(f'{value:.6g}' for value in row[field])
+  for rows, name in ((exits, 'exits.csv'), (budgets, 'budget.csv')):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / name, table.getvalue().encode())
+
+
+def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:
+  """Draws accuracy against average multiply-adds.
+
+  Lines are budgeted batch classification; dots are the exits, each taking every image.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+  axes = figure.add_subplot()
+  unit, unit_name = 1e6, 'million'
+  for evaluation in evaluations:
+    points = sorted(evaluation.points, key=lambda point: point.test_madds)
+    (line,) = axes.plot(
+      [point.test_madds / unit for point in points],
+      [100 * point.test_accuracy for point in points],
+      label=evaluation.name,
+      linewidth=2,
+    )
+    axes.plot(
+      [cost.madds / unit for cost in evaluation.costs],
+      100 * evaluation.accuracies['test', 1],
+      'o',
+      color=line.get_color(),
+      markersize=5,
+      fillstyle='none',
+    )
+  axes.plot([], [], 'o', color='gray', fillstyle='none', markersize=5, label='one exit for all images')
+  axes.set(
+    xlabel=f'average multiply-adds an image ({unit_name})', ylabel='test accuracy (%)', title=title
+  )
+  axes.grid(alpha=0.3)
+  axes.legend(loc='lower right')
+  content = io.BytesIO()
+  figure.savefig(content, format='png', dpi=150)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, content.getvalue())
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """Writes a file that is there whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + '.part')
+  part.write_bytes(content)
+  part.replace(path)

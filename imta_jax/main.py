@@ -1,0 +1,140 @@
+"""Trains every phase of a config, then evaluates.
+
+    python -m imta_jax.main --config=configs/mnist5k.py
+    python -m imta_jax.main --config=configs/cifar100.py:exits=5 --config.batch_size=128
+
+The same command on the same workdir resumes; finished, it evaluates again.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Config file, with arguments behind a colon.', lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run, local or gs://. Default: runs/ and the name of the config.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'host:port of the first of several hosts, where the environment does not announce a cluster.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many hosts there are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this host, from 0.')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the command line."""
+  if len(argv) > 1:
+    raise UsageError(f'{argv[1]!r} is no flag: see --help')
+  if _CONFIG.value is None:
+    raise UsageError('--config is missing: for example --config=configs/mnist5k.py')
+  set_up_compilation_cache()
+  join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  from imta_jax import train  # After the cluster is joined: imports may touch devices.
+
+  workdir = epath.Path(_WORKDIR.value or default_workdir(sys.argv[1:]))
+  train.train_and_evaluate(_CONFIG.value, workdir)
+
+
+def set_up_compilation_cache() -> None:
+  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or not to."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    folder = epath.Path(home).expanduser() / 'imta_jax' / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def join_cluster(
+  coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the hosts of a run: those that flags name, or that the environment announces.
+
+  Cloud TPU, SLURM and Open MPI announce themselves.
+
+  Raises:
+    UsageError: If only some of the flags are given.
+  """
+  given = [coordinator_address, num_processes, process_id]
+  if any(value is not None for value in given) and None in given:
+    raise UsageError(
+      '--coordinator_address, --num_processes and --process_id go together: give all or none'
+    )
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except ValueError as error:
+    if 'coordinator_address' in str(error):
+      return  # Nothing announces a cluster: this host is alone.
+    raise
+  # Hosts whose CPUs compute deadlock with many steps in flight.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+def default_workdir(arguments: Sequence[str]) -> str:
+  """A folder in runs/ named after the config file, its argument and what overrides it.
+
+  Args:
+    arguments: The command line's.
+  """
+  parts = []
+  for argument in arguments:
+    name, _, value = argument.lstrip('-').partition('=')
+    if name == 'config':
+      path, _, config_argument = value.partition(':')
+      parts.insert(0, epath.Path(path).stem + (f'-{config_argument}' if config_argument else ''))
+    elif name.startswith('config.'):
+      parts.append(f'{name.removeprefix("config.")}={value}')
+  return 'runs/' + re.sub(r'[^\w.,=-]+', '_', '-'.join(parts))
+
+
+def parse_flags(argv: Sequence[str]) -> Sequence[str]:
+  """Parses the command line; where a config has no such field, names those it has.
+
+  Raises:
+    UsageError: If the config file cannot be read, or a flag, a field or its value is wrong.
+  """
+  try:
+    remaining = flags.FLAGS(argv)
+  except flags.Error as error:
+    # A config file's own error arrives as the last line of a formatted traceback.
+    lines = str(error).strip().splitlines()
+    reason = lines[-1].removeprefix(f'{UsageError.__module__}.UsageError: ')
+    raise UsageError(reason if len(lines) < 3 else f'{lines[0].rstrip(":")}: {reason}') from error
+  except (AttributeError, IndexError, KeyError, TypeError) as error:
+    # ml_collections names the field that it does not find, but not what there is.
+    flags.FLAGS([argv[0], *(a for a in argv[1:] if re.match('--?config=', a))])
+    for argument in argv[1:]:
+      name = argument.lstrip('-').partition('=')[0]
+      if name.startswith('config.'):
+        config_lib.check_path(_CONFIG.value, name.removeprefix('config.'))
+    raise UsageError(f'{" ".join(argv[1:])}: {error}') from error
+  if _CONFIG.value is not None and not isinstance(_CONFIG.value, ConfigDict):
+    path = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise UsageError(f'--config={path} is no config file that can be read: see configs/')
+  return remaining
+
+
+def run() -> None:
+  """The program: bad input ends it with one line and status 2."""
+  logging.set_verbosity(logging.WARNING)
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except UsageError as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,86 @@
+"""Initial values of a network, drawn on the host.
+
+Compiling the hundreds of separate draws of a large network takes XLA minutes; NumPy needs no
+compilation.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[str, Any]:
+  """Variables of a network at the start of training.
+
+  Convolutions are normal with standard deviation sqrt(2 / (kernel area × output channels)), dense
+  kernels uniform in ±1/sqrt(inputs), biases 0, batch norm 1 and 0: what `model.init` would draw. The
+  values of a layer depend on the seed and its name alone, so networks that differ elsewhere start
+  alike where they agree.
+
+  Args:
+    model: The network; its modules' kernels, biases and batch norms are all that it may have.
+    seed: Seed of the draw.
+    image_shape: (height, width, channels).
+
+  Returns:
+    {'params': …, 'batch_stats': …}, float32 NumPy arrays.
+
+  Raises:
+    ValueError: If the network has a variable of another kind.
+  """
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(path, leaf.shape, seed), shapes)
+
+
+def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+  """Puts a trained network's values into another that agrees with it but in its last layers.
+
+  Where a dense layer has gained inputs, the rows of the new ones start at zero, so that the network
+  starts as the function that the donor is.
+
+  Args:
+    donor: Variables of the trained network.
+    fresh: Initial variables of the other.
+
+  Returns:
+    Variables of the other's structure.
+  """
+  donor, fresh = (flatten_dict(variables, sep='/') for variables in (donor, fresh))
+  return unflatten_dict(
+    {name: _transplant_leaf(donor.get(name), leaf) for name, leaf in fresh.items()}, sep='/'
+  )
+
+
+def _transplant_leaf(donor, fresh):
+  if donor is None:
+    return fresh
+  if donor.shape == fresh.shape:
+    return donor
+  if donor.ndim == 2 and donor.shape[1] == fresh.shape[1] and donor.shape[0] < fresh.shape[0]:
+    return np.concatenate([donor, np.zeros_like(fresh[donor.shape[0] :])])
+  return fresh
+
+
+def _draw(path, shape, seed):
+  name = jax.tree_util.keystr(path, simple=True, separator='/')
+  kind = name.rsplit('/', 1)[-1]
+  random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+  if kind == 'kernel' and len(shape) == 4:
+    height, width, _, outputs = shape
+    scale = np.float32(np.sqrt(2 / (height * width * outputs)))
+    return scale * random.standard_normal(shape, np.float32)
+  if kind == 'kernel' and len(shape) == 2:
+    limit = np.float32(1 / np.sqrt(shape[0]))
+    return limit * (2 * random.random(shape, np.float32) - 1)
+  if kind in ('scale', 'var'):
+    return np.ones(shape, np.float32)
+  if kind in ('bias', 'mean'):
+    return np.zeros(shape, np.float32)
+  raise ValueError(f'variable {name!r} of shape {shape} has no rule for its initial value')

@@ -1,0 +1,238 @@
+"""The train state, and the steps that run on every device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from imta_jax.data.pipeline import Batch
+from imta_jax.devices import AXIS
+from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.techniques.one_for_all import one_for_all_loss
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a training step changes; replicated over devices.
+
+  Attributes:
+    step: Steps taken in this phase, a scalar.
+    trained: Parameters that the phase trains.
+    frozen: The others; empty where everything is trained.
+    batch_stats: Running statistics of batch norm.
+    opt_state: The optimizer's, for `trained` alone.
+    totals: Sums since the epoch began: 'steps', 'loss', 'gradient_norm' and 'accuracy' [num_exits].
+  """
+
+  step: jax.Array
+  trained: Tree
+  frozen: Tree
+  batch_stats: Tree
+  opt_state: Tree
+  totals: Tree
+
+  @property
+  def variables(self) -> dict[str, Tree]:
+    """What `model.apply` takes."""
+    return {'params': {**self.frozen, **self.trained}, 'batch_stats': self.batch_stats}
+
+
+def create_state(
+  variables: dict[str, Tree], trained: str, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """The state before the first step of a phase.
+
+  Args:
+    variables: The network's.
+    trained: 'everything' or 'last_layers'.
+    optimizer: The phase's.
+
+  Returns:
+    A state.
+  """
+  params = variables['params']
+  is_trained = {
+    name: trained == 'everything' or name.startswith('classifiers_') for name in params
+  }
+  chosen = {name: tree for name, tree in params.items() if is_trained[name]}
+  num_exits = sum(name.startswith('classifiers_') for name in params)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    trained=chosen,
+    frozen={name: tree for name, tree in params.items() if not is_trained[name]},
+    batch_stats=variables.get('batch_stats', {}),
+    opt_state=optimizer.init(chosen),
+    totals=empty_totals(num_exits),
+  )
+
+
+def empty_totals(num_exits: int) -> Tree:
+  """The totals at the beginning of an epoch."""
+  zero = jnp.zeros((), jnp.float32)
+  accuracy = jnp.zeros(num_exits, jnp.float32)
+  return {'steps': zero, 'loss': zero, 'gradient_norm': zero, 'accuracy': accuracy}
+
+
+def create_schedule(
+  phase: ConfigDict, num_steps: int, steps_per_epoch: int, batch_size: int
+) -> optax.Schedule:
+  """The learning rate of each step of a phase.
+
+  Args:
+    phase: The phase's config.
+    num_steps: Its length.
+    steps_per_epoch: Steps an epoch.
+    batch_size: Images a step.
+
+  Returns:
+    A function of the step.
+  """
+  rate = phase.learning_rate
+  if phase.reference_batch_size:
+    rate *= batch_size / phase.reference_batch_size
+  warmup = round(phase.warmup_epochs * steps_per_epoch)
+  if phase.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
+  else:
+    drops = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.drops}
+    main = optax.piecewise_constant_schedule(rate, drops)
+  return optax.join_schedules([optax.linear_schedule(0, rate, max(1, warmup)), main], [warmup])
+
+
+def create_optimizer(phase: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """SGD with momentum; weight decay is added to the gradient, as an L2 penalty would be."""
+  decays_all = phase.decayed == 'everything'
+
+  def mask(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: decays_all or path[-1].key == 'kernel', params
+    )
+
+  return optax.chain(
+    optax.add_decayed_weights(phase.weight_decay, mask),
+    optax.sgd(schedule, phase.momentum, nesterov=phase.nesterov),
+  )
+
+
+def train_step(
+  model: MultiExitNetwork,
+  teacher_model: MultiExitNetwork | None,
+  phase: ConfigDict,
+  optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Tree, Batch], TrainState]:
+  """Makes the pmapped training step.
+
+  Args:
+    model: The network of this phase.
+    teacher_model: The network of the phase before, where its last exit is the teacher.
+    phase: The phase's config.
+    optimizer: Its optimizer.
+
+  Returns:
+    (state, the teacher's variables, batch) → state. The batch has a leading axis over local
+    devices; state and teacher have none and stay replicated.
+  """
+  step = partial(_train_step, model, teacher_model, phase, optimizer)
+  return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None)
+
+
+def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
+  images, labels = batch['image'], batch['label']
+  stats = state.batch_stats
+  embeddings = None
+  if phase.trained == 'last_layers':
+    embeddings, stats = _embed_frozen(model, phase, state, images)
+
+  teacher_logits = None
+  if teacher_model is not None:
+    teacher_logits = _teach(teacher_model, teacher, images, embeddings)
+
+  def loss_of(trained):
+    variables = {'params': {**state.frozen, **trained}, 'batch_stats': stats}
+    inputs, method = (images, '__call__') if embeddings is None else (embeddings, 'classify')
+    logits, updated = model.apply(
+      variables, inputs, train=True, mutable=['batch_stats'], method=method
+    )
+    loss = _loss(phase, logits, labels, teacher_logits)
+    return loss, (logits, updated.get('batch_stats', stats))
+
+  gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+  (loss, (logits, stats)), gradient = gradient_of(state.trained)
+  accuracy = (logits.argmax(-1) == labels).mean(-1)
+  # Statistics kept a device are averaged, so that every device keeps the same state.
+  gradient, stats, loss, accuracy = jax.lax.pmean((gradient, stats, loss, accuracy), AXIS)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+  sums = {
+    'steps': 1,
+    'loss': loss,
+    'gradient_norm': optax.global_norm(gradient),
+    'accuracy': accuracy,
+  }
+  return TrainState(
+    step=state.step + 1,
+    trained=optax.apply_updates(state.trained, updates),
+    frozen=state.frozen,
+    batch_stats=stats,
+    opt_state=opt_state,
+    totals=jax.tree.map(jnp.add, state.totals, sums),
+  )
+
+
+def _embed_frozen(model, phase, state, images):
+  """Embeddings of the frozen backbone, forward only, and the batch statistics after it."""
+  if phase.frozen_batch_norm == 'evaluation':
+    return model.apply(state.variables, images, method='embed'), state.batch_stats
+  embeddings, updated = model.apply(
+    state.variables, images, train=True, mutable=['batch_stats'], method='embed'
+  )
+  return embeddings, updated['batch_stats']
+
+
+def _teach(teacher_model, teacher, images, embeddings):
+  """Logits of the teacher's last exit; a backbone that both share is not run again."""
+  if embeddings is None:
+    return teacher_model.apply(teacher, images)[-1]
+  return teacher_model.apply(teacher, embeddings, method='classify')[-1]
+
+
+def _loss(phase, logits, labels, teacher_logits):
+  if phase.loss == 'one_for_all':
+    return one_for_all_loss(
+      logits,
+      labels,
+      logits[-1] if teacher_logits is None else teacher_logits,
+      alpha=phase.alpha,
+      temperature=phase.temperature,
+      class_reduction=phase.class_reduction,
+    )
+  labels = jnp.broadcast_to(labels, logits.shape[:-1])
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1).sum()
+
+
+def predict_step(
+  model: MultiExitNetwork,
+) -> Callable[[dict[str, Tree], Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+  """Makes the pmapped evaluation step.
+
+  Args:
+    model: The network.
+
+  Returns:
+    (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask [image] of
+    the batch of all devices and hosts, on every one of them.
+  """
+
+  def step(variables, batch):
+    logits = model.apply(variables, batch['image'])
+    logits = jax.lax.all_gather(logits, AXIS, axis=1, tiled=True)
+    labels, mask = jax.lax.all_gather((batch['label'], batch['mask']), AXIS, tiled=True)
+    return logits, labels, mask
+
+  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
