@@ -1,0 +1,216 @@
+"""Checkpoints of the paper's published PyTorch code ↔ Flax variables.
+
+The published MSDNet numbers modules by their place; ours have names. Phase I networks and phase II
+networks (collaboration 'network') are understood. `from_state_dict` and `to_state_dict` work on
+NumPy arrays; only `load_checkpoint` needs torch.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from imta_jax.errors import UsageError
+from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+_PREFIX = 'module.'
+_COUNTER = 'num_batches_tracked'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+  """A variable of ours and its published name."""
+
+  ours: str  # 'params/…' or 'batch_stats/…'
+  theirs: str
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) -> dict[str, Any]:
+  """Variables from a published state dict.
+
+  Args:
+    state: {published name: array}, with or without the prefix 'module.'.
+    model: The network: 'msdnet' with the checkpoint's fields; collaboration 'network' for a phase II
+      checkpoint, 'off' for one of phase I.
+
+  Returns:
+    {'params': …, 'batch_stats': …}, float32 NumPy arrays.
+
+  Raises:
+    UsageError: If the checkpoint is not of this network.
+  """
+  state = {name.removeprefix(_PREFIX): value for name, value in state.items()}
+  pairs = _pairs(model)
+  shapes = flatten_dict(_shapes(model), sep='/')
+  expected = {pair.theirs for pair in pairs} | _ignored(model)
+  surplus = [name for name in state if name not in expected and not name.endswith(_COUNTER)]
+  missing = [pair.theirs for pair in pairs if pair.theirs not in state]
+  if missing or surplus:
+    wrong = f'it lacks {missing[0]!r}' if missing else f'it also has {surplus[0]!r}'
+    raise UsageError(f'the checkpoint is not of this network: {wrong}; mend the model\'s fields')
+  variables = {}
+  for pair in pairs:
+    value = _from_torch(np.asarray(state[pair.theirs], np.float32))
+    if value.shape != shapes[pair.ours].shape:
+      raise UsageError(
+        f'the checkpoint is not of this network: {pair.theirs!r} has shape {value.shape} here and '
+        f'the network {shapes[pair.ours].shape}; mend the model\'s fields'
+      )
+    variables[pair.ours] = value
+  return unflatten_dict(variables, sep='/')
+
+
+def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict[str, np.ndarray]:
+  """The exact inverse of `from_state_dict`, without prefix.
+
+  A phase II network has no longer the classifiers of phase I (`net.classifier.….linear`), so they
+  are not in its state dict either.
+
+  Args:
+    variables: {'params': …} and, if there are any, 'batch_stats'; gradients may stand in for the
+      parameters. A collection, or a part of one, that is absent is left out of the result.
+    model: The network.
+
+  Returns:
+    {published name: array}.
+  """
+  flat = flatten_dict(variables, sep='/')
+  return {
+    pair.theirs: _to_torch(np.asarray(flat[pair.ours]))
+    for pair in _pairs(model)
+    if pair.ours in flat
+  }
+
+
+def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[str, Any]:
+  """Reads a published checkpoint file, of any PyTorch version; never unpickles code.
+
+  Args:
+    path: The file, as in 'model_best.pth.tar'.
+    model: The network, see `from_state_dict`.
+
+  Returns:
+    {'params': …, 'batch_stats': …}, float32 NumPy arrays.
+
+  Raises:
+    UsageError: If torch is not installed, or the file is no checkpoint of this network.
+  """
+  try:
+    import torch
+  except ImportError:
+    raise UsageError(
+      f'reading {os.fspath(path)} takes PyTorch: pip install torch, or the extra imta_jax[torch]'
+    ) from None
+  try:
+    content = torch.load(path, map_location='cpu', weights_only=True)
+  except FileNotFoundError:
+    raise UsageError(f'checkpoint {os.fspath(path)} does not exist') from None
+  except Exception as error:
+    reason = str(error).strip().splitlines()[0]
+    raise UsageError(f'{os.fspath(path)} is no checkpoint that can be read safely: {reason}') from error
+  state = content.get('state_dict', content)
+  return from_state_dict({name: value.numpy() for name, value in state.items()}, model)
+
+
+def _shapes(model):
+  side = {'cifar': 32, 'imagenet': 224}[model.stages[0].layers[0].stem]  # The published sizes.
+  images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def _pairs(model: MultiExitNetwork) -> list[_Pair]:
+  if model.collaboration == 'identity':
+    raise UsageError("the published code has no network with collaboration 'identity'")
+  has_phase_two = model.collaboration == 'network'
+  net = 'net.' if has_phase_two else ''
+  pairs = []
+  for index, (stage, exit_layers) in enumerate(zip(model.stages, model.exits, strict=True)):
+    for number, layer in enumerate(stage.layers):
+      ours, theirs = f'stages_{index}/layers_{number}', f'{net}blocks.{index}.{number}'
+      pairs += _layer_pairs(layer, ours, theirs)
+    for number in range(len(exit_layers.convolutions)):
+      ours, theirs = f'exits_{index}/convolutions_{number}', f'{net}classifier.{index}.m.{number}.net'
+      pairs += _conv_norm_pairs(ours, theirs, 0)
+    dense = f'classifier.{index}' if has_phase_two else f'classifier.{index}.linear'
+    pairs += _dense_pairs(f'classifiers_{index}/dense', dense)
+    if has_phase_two and index:
+      ours, theirs = f'classifiers_{index}/transfer', f'isc_modules.{index - 1}'
+      pairs += _dense_pairs(f'{ours}_dense', f'{theirs}.0')
+      pairs += _norm_pairs(f'{ours}_norm', f'{theirs}.1')
+  return pairs
+
+
+def _ignored(model):
+  """Names of phase I's own classifiers, which a phase II checkpoint still carries."""
+  if model.collaboration != 'network':
+    return set()
+  return {
+    f'net.classifier.{index}.linear.{kind}'
+    for index in range(model.num_exits)
+    for kind in ('weight', 'bias')
+  }
+
+
+def _layer_pairs(layer, ours: str, theirs: str) -> Iterator[_Pair]:
+  if isinstance(layer, FirstLayer):
+    for scale in range(len(layer.widths)):
+      net = '' if layer.stem == 'imagenet' and not scale else '.net'
+      pairs = _conv_norm_pairs(f'{ours}/scale_{scale}', f'{theirs}.layers.{scale}{net}', 0)
+      yield from pairs
+      if not net:
+        yield _Pair(f'params/{ours}/scale_0/conv/bias', f'{theirs}.layers.0.0.bias')
+  elif isinstance(layer, Transition):
+    for number in range(len(layer.widths)):
+      yield from _conv_norm_pairs(f'{ours}/map_{number}', f'{theirs}.m.{number}.net', 0)
+  elif isinstance(layer, DenseLayer):
+    for number, scale in enumerate(layer.scales):
+      for kind in ('normal', 'down'):
+        if kind == 'down' and not number and not layer.drops_scale:
+          continue
+        branch, net = f'{ours}/{kind}_{scale}', f'{theirs}.layers.{number}.conv_{kind}.net'
+        if layer.bottleneck_factors is not None:
+          yield from _conv_norm_pairs(f'{branch}/bottleneck', net, 0)
+          yield from _conv_norm_pairs(f'{branch}/conv', net, 3)
+        else:
+          yield from _conv_norm_pairs(f'{branch}/conv', net, 0)
+  else:
+    raise UsageError('only MSDNets can be converted: the published code has no other network')
+
+
+def _conv_norm_pairs(ours: str, theirs: str, first: int) -> list[_Pair]:
+  """A convolution at place `first` of a published sequence, its batch norm behind it."""
+  convolution = _Pair(f'params/{ours}/conv/kernel', f'{theirs}.{first}.weight')
+  return [convolution, *_norm_pairs(f'{ours}/norm', f'{theirs}.{first + 1}')]
+
+
+def _norm_pairs(ours: str, theirs: str) -> list[_Pair]:
+  return [
+    _Pair(f'params/{ours}/scale', f'{theirs}.weight'),
+    _Pair(f'params/{ours}/bias', f'{theirs}.bias'),
+    _Pair(f'batch_stats/{ours}/mean', f'{theirs}.running_mean'),
+    _Pair(f'batch_stats/{ours}/var', f'{theirs}.running_var'),
+  ]
+
+
+def _dense_pairs(ours: str, theirs: str) -> list[_Pair]:
+  return [
+    _Pair(f'params/{ours}/kernel', f'{theirs}.weight'),
+    _Pair(f'params/{ours}/bias', f'{theirs}.bias'),
+  ]
+
+
+def _from_torch(value: np.ndarray) -> np.ndarray:
+  """Convolutions from (out, in, height, width) to (height, width, in, out); dense transposed."""
+  axes: Sequence[int] = {4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim, range(value.ndim))
+  return value.transpose(axes)
+
+
+def _to_torch(value: np.ndarray) -> np.ndarray:
+  axes: Sequence[int] = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim, range(value.ndim))
+  return value.transpose(axes)
