@@ -126,7 +126,9 @@ def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
       values[name] = type(defaults[name])(text)
     except ValueError:
       expected = type(defaults[name]).__name__
-      raise UsageError(f'config argument {name} is {text!r}: it must be of type {expected}') from None
+      raise UsageError(
+        f'config argument {name} is {text!r}: it must be of type {expected}'
+      ) from None
   return values
 
 
@@ -153,7 +155,9 @@ def validate(config: ConfigDict) -> None:
           f'config.phases[{index}].{field} is {phase[field]!r}: take one of {", ".join(choices)}'
         )
     if not index and 'frozen' in (phase['teacher'] if phase['loss'] == 'one_for_all' else ''):
-      raise UsageError("config.phases[0].teacher is 'frozen', but no phase comes before: take 'online'")
+      raise UsageError(
+        "config.phases[0].teacher is 'frozen', but no phase comes before: take 'online'"
+      )
     _check_positive(phase, ('temperature', 'learning_rate'), f'config.phases[{index}]')
     if phase['steps'] is None:
       _check_positive(phase, ('epochs',), f'config.phases[{index}]')

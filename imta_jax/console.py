@@ -56,7 +56,7 @@ class Reporter:
       point = min(enough, key=lambda p: p.validation_madds)
       self.say(
         f'With early exits, {100 * point.test_accuracy:.2f} % of the test images are right at '
-        f'{point.test_madds / last:.0%} of the last exit\'s multiply-adds '
+        f"{point.test_madds / last:.0%} of the last exit's multiply-adds "
         f'(p = {point.parameter:g}; the last exit alone: '
         f'{100 * evaluation.accuracies["test", 1][-1]:.2f} %).'
       )

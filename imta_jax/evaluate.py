@@ -195,7 +195,9 @@ def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str
       markersize=5,
       fillstyle='none',
     )
-  axes.plot([], [], 'o', color='gray', fillstyle='none', markersize=5, label='one exit for all images')
+  axes.plot(
+    [], [], 'o', color='gray', fillstyle='none', markersize=5, label='one exit for all images'
+  )
   axes.set(
     xlabel=f'average multiply-adds an image ({unit_name})', ylabel='test accuracy (%)', title=title
   )

@@ -58,9 +58,7 @@ def create_state(
     A state.
   """
   params = variables['params']
-  is_trained = {
-    name: trained == 'everything' or name.startswith('classifiers_') for name in params
-  }
+  is_trained = {name: trained == 'everything' or name.startswith('classifiers_') for name in params}
   chosen = {name: tree for name, tree in params.items() if is_trained[name]}
   num_exits = sum(name.startswith('classifiers_') for name in params)
   return TrainState(

@@ -174,7 +174,9 @@ def _train_phase(
   writer = _metric_writer(workdir / 'tensorboard' / name)
   batches = dataset.train_batches(step)
   num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
-  with reporter.progress(name, step, num_steps, dataset.steps_per_epoch, config.batch_size) as progress:
+  with reporter.progress(
+    name, step, num_steps, dataset.steps_per_epoch, config.batch_size
+  ) as progress:
     while step < num_steps:
       with progress.waiting_for_data():
         batch = next(batches)

@@ -24,7 +24,9 @@ class StreamedDataset(pipeline.Dataset):
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
     self._builder, self._splits, self._config = builder, splits, config
     if len(config.dataset.mean) != 3 or len(config.dataset.std) != 3:
-      raise UsageError('config.dataset.mean and std need 3 numbers each: streamed images have colours')
+      raise UsageError(
+        'config.dataset.mean and std need 3 numbers each: streamed images have colours'
+      )
     self.class_names = builder.info.features['label'].names
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
     self.num_images = {name: count for name, (_, count) in splits.items()}

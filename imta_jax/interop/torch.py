@@ -53,14 +53,14 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
   missing = [pair.theirs for pair in pairs if pair.theirs not in state]
   if missing or surplus:
     wrong = f'it lacks {missing[0]!r}' if missing else f'it also has {surplus[0]!r}'
-    raise UsageError(f'the checkpoint is not of this network: {wrong}; mend the model\'s fields')
+    raise UsageError(f"the checkpoint is not of this network: {wrong}; mend the model's fields")
   variables = {}
   for pair in pairs:
     value = _from_torch(np.asarray(state[pair.theirs], np.float32))
     if value.shape != shapes[pair.ours].shape:
       raise UsageError(
         f'the checkpoint is not of this network: {pair.theirs!r} has shape {value.shape} here and '
-        f'the network {shapes[pair.ours].shape}; mend the model\'s fields'
+        f"the network {shapes[pair.ours].shape}; mend the model's fields"
       )
     variables[pair.ours] = value
   return unflatten_dict(variables, sep='/')
@@ -113,7 +113,9 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
     raise UsageError(f'checkpoint {os.fspath(path)} does not exist') from None
   except Exception as error:
     reason = str(error).strip().splitlines()[0]
-    raise UsageError(f'{os.fspath(path)} is no checkpoint that can be read safely: {reason}') from error
+    raise UsageError(
+      f'{os.fspath(path)} is no checkpoint that can be read safely: {reason}'
+    ) from error
   state = content.get('state_dict', content)
   return from_state_dict({name: value.numpy() for name, value in state.items()}, model)
 
@@ -135,7 +137,10 @@ def _pairs(model: MultiExitNetwork) -> list[_Pair]:
       ours, theirs = f'stages_{index}/layers_{number}', f'{net}blocks.{index}.{number}'
       pairs += _layer_pairs(layer, ours, theirs)
     for number in range(len(exit_layers.convolutions)):
-      ours, theirs = f'exits_{index}/convolutions_{number}', f'{net}classifier.{index}.m.{number}.net'
+      ours, theirs = (
+        f'exits_{index}/convolutions_{number}',
+        f'{net}classifier.{index}.m.{number}.net',
+      )
       pairs += _conv_norm_pairs(ours, theirs, 0)
     dense = f'classifier.{index}' if has_phase_two else f'classifier.{index}.linear'
     pairs += _dense_pairs(f'classifiers_{index}/dense', dense)

@@ -138,9 +138,7 @@ def resnet(
     for index in range(size):
       number += 1
       stride = 2 if group and not index else 1
-      layers.append(
-        Block(base_width * 2**group, stride, bottleneck, stem == 'imagenet', conv_norm)
-      )
+      layers.append(Block(base_width * 2**group, stride, bottleneck, stem == 'imagenet', conv_norm))
       if number in exit_blocks:
         stages.append(Stage(layers))
         layers = []
