@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: saved in the background, written whole or not at all, verified when read."""
+"""A phase's checkpoints: saved in the background, whole or not at all, and verified when read."""
 
 import contextlib
 import gc

@@ -11,6 +11,9 @@ import re
 import sys
 from collections.abc import Sequence
 
+# TensorFlow's greetings would stand before every line of ours.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
 import jax
 from absl import app, flags, logging
 from etils import epath

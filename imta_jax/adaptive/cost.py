@@ -1,9 +1,9 @@
-"""Multiply-adds and parameters up to each exit, counted by the rule of the paper's networks.
+"""Multiply-adds and parameters up to each exit, by the rule of the paper's networks.
 
-Counted: a convolution's multiply-adds without its bias, one for each element of a ReLU, the kernel's
-area for each output element of a pooling, weights plus biases of a dense layer. Not counted: batch
-norm, concatenation, and anything else. The count reads the traced computation, so it holds for any
-network written in JAX.
+Counted: a convolution's multiply-adds without its bias, one for each element of a ReLU, the area of
+the kernel for each output element of a pooling, weights plus biases of a dense layer. Not counted:
+batch norm, concatenation, and anything else. The count reads the traced computation, so it holds
+for any network written in JAX.
 """
 
 import dataclasses

@@ -54,10 +54,9 @@ def open_dataset(config: ConfigDict) -> Dataset:
   Raises:
     UsageError: If it does not exist, is not prepared and cannot be, or does not fit the config.
   """
-  # TensorFlow must not take the accelerator's memory.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   import tensorflow as tf
 
+  # TensorFlow must not take the accelerator's memory.
   tf.config.set_visible_devices([], 'GPU')
   from imta_jax.data import in_memory, streamed
 
@@ -71,7 +70,8 @@ def open_dataset(config: ConfigDict) -> Dataset:
   splits = _splits(builder, config.dataset)
   if splits['train'][1] < config.batch_size:
     raise UsageError(
-      f'config.batch_size is {config.batch_size}, more than the {splits["train"][1]} training images'
+      f'config.batch_size is {config.batch_size}, more than there are training images '
+      f'({splits["train"][1]})'
     )
   kind = in_memory.InMemoryDataset if config.dataset.in_memory else streamed.StreamedDataset
   return kind(builder, splits, config)
@@ -105,7 +105,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
       raise UsageError(
         f'data set {dataset.name!r} is not prepared in {builder.data_dir} and could not be '
         f'({type(error).__name__}: {reason[0] if reason else "no reason given"}): prepare it with '
-        f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir to where it is'
+        f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir'
       ) from error
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils

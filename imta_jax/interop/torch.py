@@ -36,8 +36,8 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
 
   Args:
     state: {published name: array}, with or without the prefix 'module.'.
-    model: The network: 'msdnet' with the checkpoint's fields; collaboration 'network' for a phase II
-      checkpoint, 'off' for one of phase I.
+    model: The network: 'msdnet' with the checkpoint's fields; collaboration 'network' for a
+      checkpoint of phase II, 'off' for one of phase I.
 
   Returns:
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.

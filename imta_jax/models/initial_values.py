@@ -19,9 +19,9 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
   """Variables of a network at the start of training.
 
   Convolutions are normal with standard deviation sqrt(2 / (kernel area × output channels)), dense
-  kernels uniform in ±1/sqrt(inputs), biases 0, batch norm 1 and 0: what `model.init` would draw. The
-  values of a layer depend on the seed and its name alone, so networks that differ elsewhere start
-  alike where they agree.
+  kernels uniform in ±1/sqrt(inputs), biases 0, batch norm 1 and 0: what `model.init` would draw.
+  The values of a layer depend on the seed and its name alone, so networks that differ elsewhere
+  start alike where they agree.
 
   Args:
     model: The network; its modules' kernels, biases and batch norms are all that it may have.

@@ -1,0 +1,32 @@
+"""CIFAR-10: Figure 2.
+
+    python -m imta_jax.main --config=configs/cifar10.py            # 6 exits, depth 21
+    python -m imta_jax.main --config=configs/cifar10.py:exits=8    # 8 exits, depth 36
+
+Cost: 300 + 180 epochs of 703 steps; 89 million multiply-adds an image at the last of 6 exits.
+Data: `tfds build cifar10`, or downloaded by the first run.
+"""
+
+from imta_jax import config as config_lib
+
+
+def get_config(argument=''):
+  arguments = config_lib.parse_argument(argument, exits=6)
+  config = config_lib.default()
+  config.dataset.update(name='cifar10', mean=(0.4914, 0.4824, 0.4467), std=(0.2471, 0.2435, 0.2616))
+  config.model.update(
+    name='msdnet',
+    num_exits=arguments.exits,
+    base=1,
+    step=1,
+    step_mode='lin_grow',
+    channels=16,
+    growth_rate=6,
+    scale_factors=(1, 2, 4),
+    bottleneck_factors=(1, 2, 4),
+    prune='max',
+    reduction=0.5,
+    bottleneck=True,
+    stem='cifar',
+  )
+  return config
