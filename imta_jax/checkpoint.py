@@ -13,8 +13,6 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from imta_jax.errors import UsageError
-
 _LATEST_KEPT = 2
 _BEST_KEPT = 1
 
@@ -119,18 +117,6 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, and frees what the manager holds."""
     self._manager.close()
-
-
-def restore_or_raise(checkpoints: Checkpoints, like: Any, order: str, folder: epath.Path) -> Any:
-  """Like `Checkpoints.restore`, where there must be a checkpoint.
-
-  Raises:
-    UsageError: If there is none.
-  """
-  state = checkpoints.restore(like, order)
-  if state is None:
-    raise UsageError(f'{folder} has no whole checkpoint: run the training command again')
-  return state
 
 
 def _checksum(tree: Any) -> int:

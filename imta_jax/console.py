@@ -75,7 +75,7 @@ class Reporter:
     num_epochs: int,
     means: Mapping[str, np.ndarray],
     validation_accuracy: np.ndarray | None,
-    scalars: Mapping[str, float],
+    rates: Mapping[str, float],
   ) -> None:
     """Prints a line about an epoch; accuracies are those of the first and the last exit."""
     parts = [
@@ -85,7 +85,7 @@ class Reporter:
     ]
     if validation_accuracy is not None:
       parts.append(f'validation {_first_and_last(validation_accuracy)}')
-    parts.append(f'{scalars["speed/images_per_second"]:,.0f} images/s')
+    parts.append(f'{rates["speed/images_per_second"]:,.0f} images/s')
     self.say('  '.join(parts))
 
   @contextlib.contextmanager
@@ -127,12 +127,11 @@ class PhaseProgress:
     self._bar, self._task = bar, task
     self._step, self._num_steps, self._steps_per_epoch = step, num_steps, steps_per_epoch
     self._batch_size = batch_size
-    self.start_epoch()
+    self.start_interval()
 
-  def start_epoch(self) -> None:
-    """Begins to count time, which validation and checkpoints thus do not take part in."""
-    self._start, self._start_step = time.monotonic(), self._step
-    self._waited = 0.0
+  def start_interval(self) -> None:
+    """Begins to measure anew, so that validation and checkpoints do not count."""
+    self._start, self._start_step, self._waited = time.monotonic(), self._step, 0.0
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
@@ -141,10 +140,21 @@ class PhaseProgress:
     yield
     self._waited += time.monotonic() - start
 
-  def update(self, step: int, loss: float) -> None:
-    """Moves the live line to a step that is done."""
+  def update(self, step: int, loss: float) -> dict[str, float]:
+    """Moves the live line to a step that is done, and begins to measure anew.
+
+    Returns:
+      The speed since the last call, as metrics.
+    """
+    elapsed = time.monotonic() - self._start
+    rate = (step - self._start_step) / elapsed
+    metrics = {
+      'speed/steps_per_second': rate,
+      'speed/images_per_second': rate * self._batch_size,
+      'speed/fraction_waiting_for_data': self._waited / elapsed,
+    }
     self._step = step
-    rate = self._steps_per_second()
+    self.start_interval()
     epoch = -(-step // self._steps_per_epoch)
     epoch_end = min(epoch * self._steps_per_epoch, self._num_steps)
     self._bar.update(
@@ -156,18 +166,7 @@ class PhaseProgress:
         f'phase {_duration((self._num_steps - step) / rate)}'
       ),
     )
-
-  def end_epoch(self) -> dict[str, float]:
-    """The epoch's speed, as metrics."""
-    elapsed = time.monotonic() - self._start
-    return {
-      'speed/images_per_second': self._steps_per_second() * self._batch_size,
-      'speed/steps_per_second': self._steps_per_second(),
-      'speed/fraction_waiting_for_data': self._waited / elapsed,
-    }
-
-  def _steps_per_second(self) -> float:
-    return (self._step - self._start_step) / (time.monotonic() - self._start)
+    return metrics
 
 
 def _first_and_last(accuracy: np.ndarray) -> str:

@@ -17,6 +17,7 @@ from etils import epath
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.pipeline import Batch
+from imta_jax.workdir import write_whole
 
 SPLITS = ('validation', 'test')
 
@@ -169,6 +170,12 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
     write_whole(folder / name, table.getvalue().encode())
 
 
+def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
+  """Reads back the costs of a network from what `write_tables` wrote."""
+  rows = json.loads((folder / 'evaluation.json').read_text())['exits']
+  return [ExitCost(row['madds'], row['params']) for row in rows if row['network'] == name]
+
+
 def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:
   """Draws accuracy against average multiply-adds.
 
@@ -207,11 +214,3 @@ def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str
   figure.savefig(content, format='png', dpi=150)
   path.parent.mkdir(parents=True, exist_ok=True)
   write_whole(path, content.getvalue())
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-  """Writes a file that is there whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + '.part')
-  part.write_bytes(content)
-  part.replace(path)

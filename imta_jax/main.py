@@ -11,15 +11,13 @@ import re
 import sys
 from collections.abc import Sequence
 
-# TensorFlow's greetings would stand before every line of ours.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-
 import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from imta_jax import config as config_lib
+from imta_jax import train
 from imta_jax.errors import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,8 +43,6 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--config is missing: for example --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  from imta_jax import train  # After the cluster is joined: imports may touch devices.
-
   workdir = epath.Path(_WORKDIR.value or default_workdir(sys.argv[1:]))
   train.train_and_evaluate(_CONFIG.value, workdir)
 

@@ -28,7 +28,7 @@ class TrainState:
     frozen: The others; empty where everything is trained.
     batch_stats: Running statistics of batch norm.
     opt_state: The optimizer's, for `trained` alone.
-    totals: Sums since the epoch began: 'steps', 'loss', 'gradient_norm' and 'accuracy' [num_exits].
+    totals: Sums since last read: 'steps', 'loss', 'gradient_norm' and 'accuracy' [num_exits].
   """
 
   step: jax.Array
@@ -72,7 +72,7 @@ def create_state(
 
 
 def empty_totals(num_exits: int) -> Tree:
-  """The totals at the beginning of an epoch."""
+  """Totals over no steps."""
   zero = jnp.zeros((), jnp.float32)
   accuracy = jnp.zeros(num_exits, jnp.float32)
   return {'steps': zero, 'loss': zero, 'gradient_norm': zero, 'accuracy': accuracy}

@@ -1,20 +1,18 @@
 """The loop: phases, steps, validation, checkpoints; then the evaluation on the test set."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from clu import metric_writers
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from imta_jax import checkpoint, devices, evaluate, models, steps
 from imta_jax import config as config_lib
+from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.console import Reporter
 from imta_jax.data.pipeline import Dataset, open_dataset
@@ -59,9 +57,12 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     SystemExit: If a signal asked the run to stop; its state is saved.
   """
   config_lib.validate(config)
-  claim_workdir(config, workdir)
-  reporter = Reporter()
+  for phase in config.phases:  # Wrong fields show before seconds are spent on TensorFlow.
+    create_model(config, phase, num_classes=1)
+  layout.check_owner(config, workdir)
   dataset = open_dataset(config)
+  layout.claim(config, workdir)
+  reporter = Reporter()
   reporter.say(
     f'{config.dataset.name}: '
     + ', '.join(f'{count:,} {split}' for split, count in dataset.num_images.items())
@@ -81,11 +82,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     reporter.results(evaluations[-1])
     if jax.process_index() == 0:
       for split, prediction in predictions.items():
-        evaluate.save_predictions(prediction, predictions_path(workdir, network.name, split))
+        evaluate.save_predictions(prediction, layout.predictions_path(workdir, network.name, split))
   if jax.process_index() == 0:
-    folder = workdir / 'evaluation'
-    costs = [dataclasses.asdict(cost) for cost in trained[-1].costs]
-    evaluate.write_whole(folder / 'costs.json', json.dumps(costs).encode())
+    folder = layout.evaluation_folder(workdir)
     evaluate.write_tables(evaluations, folder)
     evaluate.write_figure(evaluations, folder / 'budget.png', config.dataset.name)
   reporter.summary(evaluations[-1], workdir)
@@ -113,29 +112,6 @@ def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> Mul
     raise UsageError(f'config.model: {error}') from error
 
 
-def claim_workdir(config: ConfigDict, workdir: epath.Path) -> None:
-  """Writes the config into a new workdir; refuses one that another config has.
-
-  Raises:
-    UsageError: Naming the fields that differ.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    lines = config_lib.differences(
-      config_lib.to_dict(config_lib.from_json(path.read_text())), config_lib.to_dict(config)
-    )
-    if lines:
-      raise UsageError(
-        f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
-        'choose another --workdir, or take back what differs'
-      )
-  elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    evaluate.write_whole(path, config_lib.to_json(config).encode())
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('workdir claimed')
-
-
 def _train_phase(
   config: ConfigDict,
   workdir: epath.Path,
@@ -146,18 +122,19 @@ def _train_phase(
   stop: StopRequest,
 ) -> TrainedNetwork:
   """Trains a phase to its end, from where it stands, and chooses its state."""
-  phase, name = config.phases[index], phase_name(index)
+  phase, name = config.phases[index], layout.phase_name(index)
   predecessor = predecessors[-1] if predecessors else None
 
   # The network, its optimizer, and the state to go on from.
   model = create_model(config, phase, len(dataset.class_names))
-  variables = initial_variables(model, config.seed, dataset.image_shape, predecessor)
+  variables = initial_variables(model, config.seed, dataset.image_shape)
+  if predecessor is not None:
+    variables = transplant(predecessor.variables, variables)
   costs = exit_costs(model, dataset.image_shape)
-  num_steps = phase.steps or round(phase.epochs * dataset.steps_per_epoch)
-  schedule = steps.create_schedule(phase, num_steps, dataset.steps_per_epoch, config.batch_size)
+  num_steps, schedule = _length_and_schedule(config, phase, dataset)
   optimizer = steps.create_optimizer(phase, schedule)
   state = steps.create_state(variables, phase.trained, optimizer)
-  checkpoints = checkpoint.Checkpoints(checkpoint_folder(workdir, name))
+  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name))
   restored = checkpoints.restore(state)
   state = devices.replicate(state if restored is None else restored)
   step = int(state.step)
@@ -171,9 +148,10 @@ def _train_phase(
   reporter.overview(f'{name}: {phase.loss}, trains {phase.trained}, {num_steps:,} steps', costs)
   if step:
     reporter.say(f'{name} goes on from step {step:,}.')
-  writer = _metric_writer(workdir / 'tensorboard' / name)
+  writer = _metric_writer(layout.metrics_folder(workdir, name))
   batches = dataset.train_batches(step)
   num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
+  epoch_totals = None
   with reporter.progress(
     name, step, num_steps, dataset.steps_per_epoch, config.batch_size
   ) as progress:
@@ -185,27 +163,28 @@ def _train_phase(
       ends_epoch = step % dataset.steps_per_epoch == 0 or step == num_steps
 
       if ends_epoch or step % config.log_every_steps == 0:
-        means = _means(state, step, name, checkpoints)
-        progress.update(step, means['loss'])
+        totals = jax.device_get(state.totals)
+        state = state.replace(totals=empty_totals)
+        means = _means(totals)
+        _check_finite(means, step, name, checkpoints)
+        rates = progress.update(step, means['loss'])
+        learning_rate = {'learning_rate': float(schedule(step - 1))}
+        writer.write_scalars(step, _scalars('train', means | learning_rate) | rates)
+        epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
 
       if ends_epoch:
         epoch = math.ceil(step / dataset.steps_per_epoch)
-        state = state.replace(totals=empty_totals)
-        scalars = {f'train/{key}': value for key, value in _by_exit(means).items()}
-        scalars['train/learning_rate'] = float(schedule(step - 1))
-        scalars |= progress.end_epoch()
         accuracy = None
         if epoch % config.checkpoint_every_epochs == 0 or step == num_steps:
-          validation = evaluate.predict(
-            predict, state.variables, dataset.evaluation_batches('validation')
-          )
+          batches_of_split = dataset.evaluation_batches('validation')
+          validation = evaluate.predict(predict, state.variables, batches_of_split)
           accuracy = validation.accuracy()
-          checkpoints.save(step, state, float(accuracy.mean()))
           figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
-          scalars |= {f'validation/{key}': value for key, value in _by_exit(figures).items()}
-        writer.write_scalars(step, scalars)
-        reporter.epoch(name, epoch, num_epochs, means, accuracy, scalars)
-        progress.start_epoch()
+          writer.write_scalars(step, _scalars('validation', figures))
+          checkpoints.save(step, state, float(accuracy.mean()))
+        reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
+        epoch_totals = None
+        progress.start_interval()
 
       if stop.requested(step) and step < num_steps:
         checkpoints.save(step, state, None)
@@ -215,27 +194,69 @@ def _train_phase(
   writer.close()
   checkpoints.wait()
 
-  chosen = checkpoints.restore(jax.eval_shape(lambda: state), phase.chosen_state)
-  checkpoints.close()
-  if chosen is None:
-    raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the command again')
+  chosen = _chosen_state(checkpoints, state, phase, name, workdir)
   reporter.say(f'{name} gives its {phase.chosen_state} state, of step {int(chosen.step):,}.')
   return TrainedNetwork(name, model, chosen.variables, predict, costs)
 
 
+def restore_network(
+  config: ConfigDict, workdir: epath.Path, index: int, dataset: Dataset
+) -> TrainedNetwork:
+  """Reads a phase's network, as far as it is trained, from its checkpoints.
+
+  Args:
+    config: The workdir's.
+    workdir: The run's folder.
+    index: The phase, from 0.
+    dataset: The config's.
+
+  Returns:
+    The network with its chosen state.
+
+  Raises:
+    UsageError: If there is no whole checkpoint.
+  """
+  phase, name = config.phases[index], layout.phase_name(index)
+  model = create_model(config, phase, len(dataset.class_names))
+  variables = initial_variables(model, config.seed, dataset.image_shape)
+  _, schedule = _length_and_schedule(config, phase, dataset)
+  like = steps.create_state(variables, phase.trained, steps.create_optimizer(phase, schedule))
+  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name), read_only=True)
+  chosen = _chosen_state(checkpoints, like, phase, name, workdir)
+  costs = exit_costs(model, dataset.image_shape)
+  return TrainedNetwork(name, model, chosen.variables, steps.predict_step(model), costs)
+
+
+def _length_and_schedule(config, phase, dataset):
+  """Steps of a phase, and its learning rate at each of them."""
+  num_steps = phase.steps or round(phase.epochs * dataset.steps_per_epoch)
+  return num_steps, steps.create_schedule(
+    phase, num_steps, dataset.steps_per_epoch, config.batch_size
+  )
+
+
+def _chosen_state(checkpoints, like, phase, name, workdir):
+  """Reads the state that stands for a phase, and closes its checkpoints."""
+  chosen = checkpoints.restore(like, phase.chosen_state)
+  checkpoints.close()
+  if chosen is None:
+    raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the training command again')
+  return chosen
+
+
 def initial_variables(
-  model: MultiExitNetwork,
-  seed: int,
-  image_shape: tuple[int, int, int],
-  predecessor: TrainedNetwork | None,
+  model: MultiExitNetwork, seed: int, image_shape: tuple[int, int, int]
 ) -> Mapping[str, Any]:
-  """What a phase starts from: the phase before, and fresh values for what it did not have."""
+  """A network's variables before training.
+
+  Raises:
+    UsageError: If the network does not fit the images.
+  """
   try:
-    fresh = initialize(model, seed, image_shape)
+    return initialize(model, seed, image_shape)
   except ValueError as error:
     reason = str(error).strip().splitlines()[0]
     raise UsageError(f'config.model does not fit images of {image_shape}: {reason}') from error
-  return fresh if predecessor is None else transplant(predecessor.variables, fresh)
 
 
 def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evaluate.Predictions]:
@@ -245,21 +266,6 @@ def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evalu
     split: evaluate.predict(network.predict, variables, dataset.evaluation_batches(split))
     for split in evaluate.SPLITS
   }
-
-
-def phase_name(index: int) -> str:
-  """The name of a phase, counted from 0, in folders and output."""
-  return f'phase_{index + 1}'
-
-
-def checkpoint_folder(workdir: epath.Path, name: str) -> epath.Path:
-  """Where a phase's checkpoints are."""
-  return workdir / 'checkpoints' / name
-
-
-def predictions_path(workdir: epath.Path, name: str, split: str) -> epath.Path:
-  """Where the predictions of a phase's network for a split are."""
-  return workdir / 'evaluation' / f'{name}_{split}.npz'
 
 
 def _teacher(
@@ -277,39 +283,49 @@ def _teacher(
   return predecessor.model, devices.replicate(variables)
 
 
-def _means(state, step, name, checkpoints):
-  """Averages over the epoch so far.
+def _means(totals: Mapping[str, Any]) -> dict[str, Any]:
+  """Averages a step, from a TrainState's totals."""
+  return {name: total / totals['steps'] for name, total in totals.items() if name != 'steps'}
+
+
+def _add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+  """Totals of two stretches of steps together."""
+  return {name: total + other[name] for name, total in one.items()}
+
+
+def _check_finite(means, step, name, checkpoints):
+  """Stops a run that has diverged, before it saves anything.
 
   Raises:
-    UsageError: If one of them is not finite.
+    UsageError: If a mean is not finite.
   """
-  totals = jax.device_get(state.totals)
-  count = totals.pop('steps')
-  means = jax.tree.map(lambda total: total / count, totals)
-  if not all(np.isfinite(mean).all() for mean in means.values()):
-    kept = checkpoints.steps('last')
-    checkpoints.close()
-    raise UsageError(
-      f'{name}: the loss is not finite at step {step:,}: lower the learning rate, warm up, or mend '
-      f'the data; '
-      + (f'the checkpoint of step {kept[0]:,} is kept' if kept else 'there is no checkpoint yet')
-    )
-  return means
+  if all(np.isfinite(mean).all() for mean in means.values()):
+    return
+  kept = checkpoints.steps('last')
+  checkpoints.close()
+  raise UsageError(
+    f'{name}: the loss is not finite at step {step:,}: lower the learning rate, warm up, or mend '
+    'the data; '
+    + (f'the checkpoint of step {kept[0]:,} is kept' if kept else 'there is no checkpoint yet')
+  )
 
 
-def _by_exit(figures: Mapping[str, Any]) -> dict[str, float]:
-  """Scalars, with arrays [exit] spread over names."""
+def _scalars(prefix: str, figures: Mapping[str, Any]) -> dict[str, float]:
+  """Figures under names for TensorBoard, arrays [exit] spread."""
   scalars = {}
   for name, value in figures.items():
     if np.ndim(value):
-      scalars |= {f'{name}_exit_{number}': float(x) for number, x in enumerate(value, start=1)}
+      for number, item in enumerate(value, start=1):
+        scalars[f'{prefix}/{name}_exit_{number}'] = float(item)
     else:
-      scalars[name] = float(value)
+      scalars[f'{prefix}/{name}'] = float(value)
   return scalars
 
 
-def _metric_writer(folder: epath.Path) -> metric_writers.MetricWriter:
+def _metric_writer(folder: epath.Path) -> Any:
   """TensorBoard on the first host, nothing on the others."""
+  from clu import metric_writers  # It imports TensorFlow, which open_dataset has done by now.
+
   if jax.process_index() > 0:
     return metric_writers.MultiWriter([])
   return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

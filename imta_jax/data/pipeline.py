@@ -7,6 +7,7 @@ batches also have 'mask', false where a batch is filled up. Training batches are
 
 import abc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,10 +55,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
   Raises:
     UsageError: If it does not exist, is not prepared and cannot be, or does not fit the config.
   """
-  import tensorflow as tf
-
-  # TensorFlow must not take the accelerator's memory.
-  tf.config.set_visible_devices([], 'GPU')
+  _import_tensorflow()
   from imta_jax.data import in_memory, streamed
 
   for field in ('batch_size', 'evaluation_batch_size'):
@@ -75,6 +73,21 @@ def open_dataset(config: ConfigDict) -> Dataset:
     )
   kind = in_memory.InMemoryDataset if config.dataset.in_memory else streamed.StreamedDataset
   return kind(builder, splits, config)
+
+
+def _import_tensorflow() -> None:
+  """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  sys.stderr.flush()
+  stderr = os.dup(2)
+  with open(os.devnull, 'w') as nowhere:
+    os.dup2(nowhere.fileno(), 2)
+  try:
+    import tensorflow as tf
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+  tf.config.set_visible_devices([], 'GPU')  # Their memory is JAX's.
 
 
 def _prepared_builder(dataset: ConfigDict) -> Any:

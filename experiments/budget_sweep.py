@@ -1,0 +1,111 @@
+"""Accuracy against average cost of trained networks: budgeted batch classification, Figures 2 to 5.
+
+    python experiments/budget_sweep.py runs/mnist5k
+    python experiments/budget_sweep.py runs/cifar100-exits=4 runs/cifar100-exits=8 --output=figure
+
+Needs nothing but workdirs. Logits are taken from a workdir's evaluation/ where a finished run left
+them, and computed from its checkpoints otherwise; the data set must then be there.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from imta_jax import evaluate
+from imta_jax import workdir as layout
+from imta_jax.adaptive.cost import ExitCost
+from imta_jax.adaptive.policy import BUDGET_PARAMETERS
+from imta_jax.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('workdirs', nargs='+', help='workdirs of runs, local or gs://')
+  parser.add_argument(
+    '--phases', default='last', choices=('last', 'all'), help='which phases of each run to show'
+  )
+  parser.add_argument(
+    '--parameters',
+    type=float,
+    nargs='+',
+    default=BUDGET_PARAMETERS,
+    help='budget parameters p; default: the 40 of the paper, 0.05 to 2.00',
+  )
+  parser.add_argument(
+    '--recompute', action='store_true', help='compute logits even where a run left them'
+  )
+  parser.add_argument(
+    '--output', help='folder for tables and figure; default: evaluation/sweep of the first workdir'
+  )
+  options = parser.parse_args(arguments)
+  workdirs = [epath.Path(workdir) for workdir in options.workdirs]
+  output = (
+    epath.Path(options.output)
+    if options.output
+    else layout.evaluation_folder(workdirs[0]) / 'sweep'
+  )
+
+  evaluations, seconds = [], 0.0
+  for workdir in workdirs:
+    for name, costs, predictions in networks(workdir, options.phases, options.recompute):
+      label = name if len(workdirs) == 1 else f'{workdir.name} {name}'
+      start = time.perf_counter()
+      evaluations.append(evaluate.assess(label, costs, predictions, parameters=options.parameters))
+      seconds += time.perf_counter() - start
+  evaluate.write_tables(evaluations, output)
+  evaluate.write_figure(evaluations, output / 'budget.png', 'budgeted batch classification')
+  for evaluation in evaluations:
+    print(evaluation.name)
+    print('     p   val %   multiply-adds  test %   multiply-adds')
+    for point in evaluation.points:
+      print(
+        f'{point.parameter:6.2f}  {100 * point.validation_accuracy:6.2f} '
+        f'{point.validation_madds:15,.0f}'
+        f'  {100 * point.test_accuracy:6.2f} {point.test_madds:15,.0f}'
+      )
+  print(f'{len(evaluations)} network(s) swept in {seconds:.2f} s; tables and figure in {output}')
+
+
+def networks(
+  workdir: epath.Path, phases: str, recompute: bool
+) -> Iterator[tuple[str, list[ExitCost], dict[str, evaluate.Predictions]]]:
+  """The name, costs and predictions of a run's networks.
+
+  Args:
+    workdir: The run's folder.
+    phases: 'last' or 'all'.
+    recompute: Whether to run the networks even where their predictions are there.
+  """
+  config = layout.load_config(workdir)
+  indices = range(len(config.phases))[slice(-1 if phases == 'last' else 0, None)]
+  names = {index: layout.phase_name(index) for index in indices}
+  folder = layout.evaluation_folder(workdir)
+  if (folder / 'evaluation.json').exists() and not recompute:
+    for name in names.values():
+      predictions = {
+        split: evaluate.load_predictions(layout.predictions_path(workdir, name, split))
+        for split in evaluate.SPLITS
+      }
+      yield name, evaluate.load_costs(folder, name), predictions
+    return
+  # What trains is slow to import, and a finished run does without.
+  from imta_jax import train
+  from imta_jax.data.pipeline import open_dataset
+
+  dataset = open_dataset(config)
+  for index, name in names.items():
+    network = train.restore_network(config, workdir, index, dataset)
+    yield name, network.costs, train.predict_splits(network, dataset)
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except UsageError as error:
+    sys.exit(f'error: {error}')

@@ -1,0 +1,86 @@
+"""A run's folder: where what lies in it, and whose it is.
+
+config.json                       the config as it ran
+checkpoints/phase_1/<step>/       states, latest and best
+tensorboard/phase_1/              metrics
+evaluation/                       tables, figure, and the predictions they were made from
+"""
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
+
+
+def phase_name(index: int) -> str:
+  """The name of a phase, counted from 0, in folders and output."""
+  return f'phase_{index + 1}'
+
+
+def checkpoint_folder(workdir: epath.Path, phase: str) -> epath.Path:
+  """Where a phase's checkpoints are."""
+  return workdir / 'checkpoints' / phase
+
+
+def metrics_folder(workdir: epath.Path, phase: str) -> epath.Path:
+  """Where a phase's metrics are."""
+  return workdir / 'tensorboard' / phase
+
+
+def evaluation_folder(workdir: epath.Path) -> epath.Path:
+  """Where tables and figures are."""
+  return workdir / 'evaluation'
+
+
+def predictions_path(workdir: epath.Path, phase: str, split: str) -> epath.Path:
+  """Where the predictions of a phase's network for a split are."""
+  return evaluation_folder(workdir) / f'{phase}_{split}.npz'
+
+
+def load_config(workdir: epath.Path) -> ConfigDict:
+  """The config of a run.
+
+  Raises:
+    UsageError: If the folder is no run's.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise UsageError(f'{workdir} is no workdir of a run: it has no config.json')
+  return config_lib.from_json(path.read_text())
+
+
+def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a workdir that another config has.
+
+  Raises:
+    UsageError: Naming the fields that differ.
+  """
+  if not (workdir / 'config.json').exists():
+    return
+  lines = config_lib.differences(
+    config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
+  )
+  if lines:
+    raise UsageError(
+      f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
+      'choose another --workdir, or take back what differs'
+    )
+
+
+def claim(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes the config into a new workdir."""
+  if jax.process_index() == 0 and not (workdir / 'config.json').exists():
+    write_whole(workdir / 'config.json', config_lib.to_json(config).encode())
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('workdir claimed')
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """Writes a file that is there whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + '.part')
+  part.write_bytes(content)
+  part.replace(path)
