@@ -38,5 +38,4 @@ def get_config(argument=''):
   phase_one, phase_two = config.phases
   phase_one.update(epochs=6.0, schedule='cosine')
   phase_two.update(epochs=4.0, schedule='cosine')
-  config.evaluation_batch_size = 500
   return config

@@ -20,7 +20,7 @@ def default() -> ConfigDict:
     {
       'seed': 0,
       'batch_size': 64,  # Images a training step, over all devices and hosts.
-      'evaluation_batch_size': 500,
+      'evaluation_batch_size': 512,
       'dataset': {
         'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
         'data_dir': config_dict.placeholder(str),  # Else TFDS_DATA_DIR, else ~/tensorflow_datasets.

@@ -1,5 +1,6 @@
 """The loop: phases, steps, validation, checkpoints; then the evaluation on the test set."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -20,6 +21,10 @@ from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import initialize, transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.preemption import StopRequest
+
+# Steps given to the devices ahead of those done: enough to keep them busy, few enough that their
+# batches fit in memory and that a request to stop is soon met.
+_STEPS_IN_FLIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +156,7 @@ def _train_phase(
   writer = _metric_writer(layout.metrics_folder(workdir, name))
   batches = dataset.train_batches(step)
   num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
-  epoch_totals = None
+  epoch_totals, in_flight = None, collections.deque()
   with reporter.progress(
     name, step, num_steps, dataset.steps_per_epoch, config.batch_size
   ) as progress:
@@ -160,6 +165,9 @@ def _train_phase(
         batch = next(batches)
       state = train(state, teacher, batch)
       step += 1
+      in_flight.append(state.step)
+      if len(in_flight) > _STEPS_IN_FLIGHT:
+        in_flight.popleft().block_until_ready()
       ends_epoch = step % dataset.steps_per_epoch == 0 or step == num_steps
 
       if ends_epoch or step % config.log_every_steps == 0:

@@ -110,6 +110,8 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
       'a data set for classification has `image` and `label`'
     )
   if not builder.info.splits:
+    if not sys.stderr.isatty():
+      tfds.disable_progress_bar()
     try:
       if jax.process_index() == 0:
         builder.download_and_prepare()

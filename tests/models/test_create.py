@@ -1,0 +1,84 @@
+"""Creating networks by name: defaults, and errors that say what to write."""
+
+import jax.numpy as jnp
+import pytest
+
+from imta_jax import models
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+
+def test_defaults_are_the_papers():
+  model = models.create('msdnet')
+  assert isinstance(model, MultiExitNetwork)
+  assert model.num_exits == 7
+  assert model.num_classes == 100
+  assert model.gradient_equilibrium == 'all'
+  assert model.collaboration == 'off'
+  assert model.stop_collaboration_gradient is True
+  assert model.dtype == jnp.float32
+  assert model.batch_norm_axis is None
+
+
+def test_resnet_is_plain_by_default():
+  model = models.create('resnet')
+  assert model.num_exits == 1
+  assert len(model.stages[0].layers) == 1 + 27  # The stem, and ResNet-56's blocks.
+
+
+def test_fields_reach_the_network():
+  model = models.create(
+    'msdnet',
+    num_exits=2,
+    num_classes=3,
+    gradient_equilibrium='coarsest',
+    collaboration='identity',
+    stop_collaboration_gradient=False,
+    dtype='bfloat16',
+    batch_norm_axis='devices',
+  )
+  assert (model.num_exits, model.num_classes) == (2, 3)
+  assert (model.gradient_equilibrium, model.collaboration) == ('coarsest', 'identity')
+  assert model.stop_collaboration_gradient is False
+  convolution = model.exits[0].convolutions[0]
+  for module in (model, convolution):
+    assert module.dtype == jnp.bfloat16
+    assert module.batch_norm_axis == 'devices'
+
+
+@pytest.mark.parametrize(
+  ('name', 'fields', 'message'),
+  [
+    ('msdnt', {}, "model 'msdnt' is unknown: take one of msdnet, resnet"),
+    ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
+    ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
+    ('resnet', {'exit_after': 3}, "model 'resnet' has no field 'exit_after': .*'exits_after'.*"),
+    (
+      'msdnet',
+      {'gradient_equilibrium': 'on'},
+      "gradient_equilibrium 'on' is unknown: take one of all, coarsest, off",
+    ),
+    (
+      'resnet',
+      {'collaboration': 'sum'},
+      "collaboration 'sum' is unknown: take one of off, identity, network",
+    ),
+  ],
+)
+def test_a_mistake_is_named_with_what_to_write_instead(name, fields, message):
+  with pytest.raises(ValueError, match=f'^{message}$'):
+    models.create(name, **fields)
+
+
+def test_a_close_field_is_suggested():
+  with pytest.raises(ValueError, match=r"did you mean 'growth_rate'\?$"):
+    models.create('msdnet', growth_rat=6)
+
+
+def test_a_field_like_no_other_gets_the_list_of_fields():
+  with pytest.raises(ValueError, match='has no field .*: it has .*batch_norm_axis, .*exits_after'):
+    models.create('resnet', qqq=1)
+
+
+def test_another_architectures_field_is_refused():
+  with pytest.raises(ValueError, match="^model 'msdnet' has no field 'depth'"):
+    models.create('msdnet', depth=20)

@@ -1,0 +1,131 @@
+"""One-for-all distillation: its value and gradients against formulas written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imta_jax.techniques.one_for_all import one_for_all_loss
+
+NUM_EXITS, BATCH, NUM_CLASSES = 3, 5, 4
+OPTIONS = [(0.1, 3.0), (0.9, 1.0), (0.5, 0.7), (0.0, 2.0), (1.0, 4.0)]
+
+
+@pytest.fixture(scope='module')
+def arrays():
+  """Logits [exit, image, class], labels, the teacher's logits."""
+  random = np.random.default_rng(0)
+  logits = 3 * random.standard_normal((NUM_EXITS, BATCH, NUM_CLASSES), np.float32)
+  teacher = 3 * random.standard_normal((BATCH, NUM_CLASSES), np.float32)
+  return logits, np.array([0, 3, 1, 1, 2]), teacher
+
+
+def softmax(x):
+  e = np.exp(x.astype(np.float64))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def expected_loss(logits, labels, teacher, alpha, temperature, class_reduction):
+  total = 0.0
+  for i in range(NUM_EXITS):
+    for n in range(BATCH):
+      cross_entropy = -np.log(softmax(logits[i, n])[labels[n]])
+      if i == NUM_EXITS - 1:
+        total += cross_entropy / BATCH
+        continue
+      p, q = softmax(teacher[n] / temperature), softmax(logits[i, n] / temperature)
+      divergence = sum(p[c] * (np.log(p[c]) - np.log(q[c])) for c in range(NUM_CLASSES))
+      if class_reduction == 'mean':
+        divergence /= NUM_CLASSES
+      total += (alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence) / BATCH
+  return total
+
+
+@pytest.mark.parametrize('class_reduction', ['sum', 'mean'])
+@pytest.mark.parametrize(('alpha', 'temperature'), OPTIONS)
+def test_loss_is_the_formula(arrays, alpha, temperature, class_reduction):
+  loss = one_for_all_loss(
+    *arrays, alpha=alpha, temperature=temperature, class_reduction=class_reduction
+  )
+  assert loss.shape == () and loss.dtype == jnp.float32
+  expected = expected_loss(*arrays, alpha, temperature, class_reduction)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_the_divergence_is_summed_over_classes_unless_told_otherwise(arrays):
+  loss = one_for_all_loss(*arrays, alpha=0.3, temperature=2.0)
+  np.testing.assert_allclose(loss, expected_loss(*arrays, 0.3, 2.0, 'sum'), rtol=1e-5)
+
+
+@pytest.mark.parametrize('class_reduction', ['sum', 'mean'])
+@pytest.mark.parametrize(('alpha', 'temperature'), OPTIONS)
+def test_gradient_is_the_formula(arrays, alpha, temperature, class_reduction):
+  logits, labels, teacher = arrays
+  gradient = jax.grad(one_for_all_loss)(
+    logits,
+    labels,
+    teacher,
+    alpha=alpha,
+    temperature=temperature,
+    class_reduction=class_reduction,
+  )
+  of_labels = softmax(logits) - np.eye(NUM_CLASSES)[labels]
+  # d/dz of T² KL(teacher / T || z / T) is T (softmax(z / T) - softmax(teacher / T)).
+  of_teacher = temperature * (softmax(logits / temperature) - softmax(teacher / temperature))
+  if class_reduction == 'mean':
+    of_teacher /= NUM_CLASSES
+  expected = alpha * of_labels + (1 - alpha) * of_teacher
+  expected[-1] = of_labels[-1]  # The last exit learns from the labels alone.
+  np.testing.assert_allclose(gradient, expected / BATCH, rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_flows_to_the_teacher(arrays):
+  gradient = jax.grad(one_for_all_loss, argnums=2)(*arrays, alpha=0.1, temperature=3.0)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_an_online_teacher_learns_from_the_labels_alone(arrays):
+  logits, labels, _ = arrays
+
+  def loss(logits):
+    return one_for_all_loss(logits, labels, logits[-1], alpha=0.1, temperature=3.0)
+
+  expected = (softmax(logits[-1]) - np.eye(NUM_CLASSES)[labels]) / BATCH
+  np.testing.assert_allclose(jax.grad(loss)(logits)[-1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_exit_has_cross_entropy_alone(arrays):
+  logits, labels, teacher = arrays
+  loss = one_for_all_loss(logits[-1:], labels, teacher, alpha=0.1, temperature=3.0)
+  expected = -np.log(softmax(logits[-1])[np.arange(BATCH), labels]).mean()
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_it_computes_in_float32_whatever_the_logits_are(arrays):
+  logits, labels, teacher = arrays
+  logits, teacher = (jnp.asarray(x, jnp.bfloat16) for x in (logits, teacher))
+  loss = one_for_all_loss(logits, labels, teacher, alpha=0.1, temperature=3.0)
+  rounded = np.asarray(logits, np.float32), labels, np.asarray(teacher, np.float32)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, expected_loss(*rounded, 0.1, 3.0, 'sum'), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('option', 'value', 'expected'),
+  [
+    ('alpha', -0.1, 'between 0 and 1'),
+    ('alpha', 1.5, 'between 0 and 1'),
+    ('alpha', float('nan'), 'between 0 and 1'),
+    ('temperature', 0.0, 'above 0'),
+    ('temperature', -3.0, 'above 0'),
+    ('temperature', float('nan'), 'above 0'),
+    ('class_reduction', 'max', 'sum, mean'),
+  ],
+)
+def test_a_bad_option_is_refused_in_one_line(arrays, option, value, expected):
+  options = {'alpha': 0.1, 'temperature': 3.0, option: value}
+  with pytest.raises(ValueError) as caught:
+    one_for_all_loss(*arrays, **options)
+  message = str(caught.value)
+  assert message.startswith(f'{option} {value!r} is ')
+  assert message.endswith(expected) and '\n' not in message

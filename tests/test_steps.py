@@ -1,0 +1,335 @@
+"""Steps: rates and updates by their formulas, and what a step changes and what not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imta_jax import config as config_lib
+from imta_jax import devices, models, steps
+from imta_jax.models.initial_values import initialize
+from imta_jax.techniques.one_for_all import one_for_all_loss
+
+SHAPE = (8, 8, 1)
+NUM_EXITS = 2
+NUM_CLASSES = 3
+IMAGES_A_DEVICE = 4
+
+
+def make_phase(**fields):
+  phase = config_lib.phase_one()
+  phase.update(fields)
+  return phase
+
+
+def make_phase_two(**fields):
+  phase = config_lib.phase_two()
+  phase.update(fields)
+  return phase
+
+
+def make_model(**fields):
+  return models.create(
+    'msdnet',
+    num_exits=NUM_EXITS,
+    base=1,
+    step=1,
+    step_mode='even',
+    channels=2,
+    growth_rate=2,
+    scale_factors=(1,),
+    bottleneck_factors=(1,),
+    num_classes=NUM_CLASSES,
+    **{'batch_norm_axis': devices.AXIS, **fields},
+  )
+
+
+def make_batch(seed=0):
+  """[local devices, images a device, …]."""
+  random = np.random.default_rng(seed)
+  lead = (jax.local_device_count(), IMAGES_A_DEVICE)
+  return {
+    'image': random.normal(size=(*lead, *SHAPE)).astype(np.float32),
+    'label': random.integers(0, NUM_CLASSES, lead).astype(np.int32),
+  }
+
+
+def flat(batch):
+  """The batch of all local devices, without the axis over them."""
+  return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+
+
+def train_mode_logits(model, variables, inputs, method='__call__'):
+  """Logits with the statistics of a batch, for a model that knows no devices."""
+  return model.apply(variables, inputs, train=True, mutable=['batch_stats'], method=method)[0]
+
+
+def rates(schedule, at):
+  return [float(schedule(step)) for step in at]
+
+
+def assert_same(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_multistep_divides_the_rate_by_ten_after_each_drop():
+  phase = make_phase(learning_rate=0.1, drops=(0.5, 0.75))
+  schedule = steps.create_schedule(phase, num_steps=200, steps_per_epoch=10, batch_size=64)
+  at = [0, 1, 99, 100, 149, 150, 199]
+  np.testing.assert_allclose(
+    rates(schedule, at), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5
+  )
+
+
+def test_the_papers_drops_come_after_150_and_225_epochs():
+  phase = config_lib.default().phases[0]
+  schedule = steps.create_schedule(phase, 300 * 703, 703, 64)
+  at = [150 * 703 - 1, 150 * 703, 225 * 703 - 1, 225 * 703]
+  np.testing.assert_allclose(rates(schedule, at), [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
+
+
+def test_cosine_falls_along_half_a_wave():
+  phase = make_phase(learning_rate=0.2, schedule='cosine')
+  schedule = steps.create_schedule(phase, 100, 10, 64)
+  at = np.array([0, 10, 50, 99, 100])
+  np.testing.assert_allclose(
+    rates(schedule, at), 0.1 * (1 + np.cos(np.pi * at / 100)), rtol=1e-4, atol=1e-8
+  )
+
+
+@pytest.mark.parametrize('kind', ['multistep', 'cosine'])
+def test_warm_up_rises_in_a_line_and_hands_over_to_the_schedule(kind):
+  phase = make_phase(learning_rate=0.4, schedule=kind, warmup_epochs=2.0)
+  schedule = steps.create_schedule(phase, 200, 10, 64)
+  at = np.arange(20)
+  np.testing.assert_allclose(rates(schedule, at), 0.4 * at / 20, rtol=1e-5)
+  after = np.array([20, 60, 99, 100, 149, 150, 199])
+  if kind == 'cosine':
+    expected = 0.2 * (1 + np.cos(np.pi * (after - 20) / 180))
+  else:  # Drops are fractions of the whole phase, warm-up included.
+    expected = [0.4, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004]
+  np.testing.assert_allclose(rates(schedule, after), expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize('kind', ['multistep', 'cosine'])
+def test_the_rate_scales_with_the_batch(kind):
+  phase = make_phase(learning_rate=0.1, schedule=kind, warmup_epochs=1.0)
+  at = range(0, 100, 7)
+  plain = rates(steps.create_schedule(phase, 100, 10, 256), at)
+  phase.reference_batch_size = 64
+  scaled = rates(steps.create_schedule(phase, 100, 10, 256), at)
+  np.testing.assert_allclose(scaled, 4 * np.array(plain), rtol=1e-5)
+
+
+@pytest.mark.parametrize('nesterov', [True, False])
+def test_the_optimizer_is_sgd_with_momentum_and_weight_decay(nesterov):
+  phase = make_phase(learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+  schedule = steps.create_schedule(phase, 4, 2, 64)
+  optimizer = steps.create_optimizer(phase, schedule)
+  random = np.random.default_rng(0)
+  params = {
+    'conv': {'kernel': random.normal(size=(3, 2)).astype(np.float32)},
+    'norm': {'scale': random.normal(size=2).astype(np.float32)},
+  }
+  expected = jax.tree.map(np.float64, params)
+  momentum = jax.tree.map(np.zeros_like, expected)
+  state = optimizer.init(params)
+  for rate in (0.1, 0.1, 0.01, 0.001):
+    gradient = jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), params)
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+
+    penalised = jax.tree.map(lambda g, p: g + 0.01 * p, gradient, expected)
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, penalised)
+    step = jax.tree.map(lambda m, g: g + 0.9 * m if nesterov else m, momentum, penalised)
+    expected = jax.tree.map(lambda p, s, rate=rate: p - rate * s, expected, step)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
+
+
+def test_kernels_alone_decay_where_asked():
+  params = {
+    'conv': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)},
+    'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
+  }
+  for decayed in ('kernels', 'everything'):
+    phase = make_phase(decayed=decayed, weight_decay=0.5, momentum=0.0, learning_rate=1.0)
+    optimizer = steps.create_optimizer(phase, optax.constant_schedule(1.0))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    rest = 0.0 if decayed == 'kernels' else -0.5
+    assert_same(updates['conv']['kernel'], jnp.full((3, 2), -0.5))
+    assert_same(updates['conv']['bias'], jnp.full(2, rest))
+    assert_same(updates['norm'], {'scale': jnp.full(2, rest), 'bias': jnp.full(2, rest)})
+
+
+def test_everything_is_trained_or_the_classifiers_alone():
+  variables = initialize(make_model(collaboration='network'), 0, SHAPE)
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  everything = steps.create_state(variables, 'everything', optimizer)
+  assert everything.frozen == {}
+  assert everything.trained.keys() == variables['params'].keys()
+
+  state = steps.create_state(variables, 'last_layers', optimizer)
+  assert set(state.trained) == {f'classifiers_{i}' for i in range(NUM_EXITS)}
+  assert set(state.frozen) == set(variables['params']) - set(state.trained)
+  assert jax.tree.structure(state.opt_state[0].trace) == jax.tree.structure(state.trained)
+  for made in (everything, state):
+    assert int(made.step) == 0
+    assert_same(made.variables['params'], variables['params'])
+    assert_same(made.variables['batch_stats'], variables['batch_stats'])
+    assert jax.tree.all(jax.tree.map(lambda total: not np.any(total), made.totals))
+    assert made.totals['accuracy'].shape == (NUM_EXITS,)
+
+
+@pytest.fixture(scope='module')
+def phase_one_steps():
+  """Phase I's states before, after one and after two steps."""
+  model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
+  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.train_step(model, None, phase, optimizer)
+  state = steps.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  states = [devices.replicate(state)]
+  for seed in range(2):
+    states.append(step(states[-1], {}, make_batch(seed)))
+  return jax.device_get(states)
+
+
+def test_a_step_follows_the_gradient_of_the_summed_cross_entropy(phase_one_steps):
+  before, after, _ = phase_one_steps
+  model, batch = make_model(batch_norm_axis=None), flat(make_batch())
+
+  def loss_of(params):
+    variables = {'params': params, 'batch_stats': before.batch_stats}
+    logits = train_mode_logits(model, variables, batch['image'])
+    losses = [
+      optax.softmax_cross_entropy_with_integer_labels(exit_logits, batch['label'])
+      for exit_logits in logits
+    ]
+    return sum(loss.mean() for loss in losses), logits
+
+  (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(before.trained)
+  np.testing.assert_allclose(after.totals['loss'], loss, rtol=1e-5)
+  accuracy = [(exit_logits.argmax(-1) == batch['label']).mean() for exit_logits in logits]
+  np.testing.assert_allclose(after.totals['accuracy'], accuracy, rtol=1e-6)
+  np.testing.assert_allclose(after.totals['gradient_norm'], optax.global_norm(gradient), rtol=1e-4)
+  jax.tree.map(
+    lambda new, old, g: np.testing.assert_allclose(new, old - 0.1 * g, rtol=1e-3, atol=1e-5),
+    after.trained,
+    before.trained,
+    gradient,
+  )
+
+
+def test_steps_count_and_totals_add_up(phase_one_steps):
+  before, one, two = phase_one_steps
+  assert [int(state.step) for state in (before, one, two)] == [0, 1, 2]
+  assert [float(state.totals['steps']) for state in (before, one, two)] == [0, 1, 2]
+  for name in ('loss', 'gradient_norm'):
+    assert 0 < one.totals[name] < two.totals[name]
+  assert np.all(two.totals['accuracy'] >= one.totals['accuracy'])
+  assert np.all(two.totals['accuracy'] <= 2)
+
+
+def test_batch_statistics_move_a_tenth_towards_the_batch(phase_one_steps):
+  before, one, _ = phase_one_steps
+  stats = one.batch_stats['stages_0']['layers_0']['scale_0']['norm']
+  kernel = before.trained['stages_0']['layers_0']['scale_0']['conv']['kernel']
+  out = jax.lax.conv_general_dilated(
+    flat(make_batch())['image'],
+    kernel,
+    (1, 1),
+    ((1, 1), (1, 1)),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  np.testing.assert_allclose(stats['mean'], 0.1 * out.mean((0, 1, 2)), rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * out.var((0, 1, 2)), rtol=1e-3)
+
+
+def backbone(tree):
+  return {name: part for name, part in tree.items() if not name.startswith('classifiers_')}
+
+
+@pytest.fixture(scope='module', params=['evaluation', 'training'])
+def phase_two_step(request):
+  """How frozen batch norm is treated, the teacher, the batch, and the states around one step."""
+  phase = make_phase_two(frozen_batch_norm=request.param, alpha=0.3, temperature=2.0)
+  model, teacher_model = make_model(collaboration='network'), make_model()
+  variables, teacher = initialize(model, 1, SHAPE), initialize(teacher_model, 2, SHAPE)
+  teacher = {  # As train.py gives it: the classifiers alone; the backbone is the student's.
+    'params': {n: t for n, t in teacher['params'].items() if n.startswith('classifiers_')}
+  }
+  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.train_step(model, teacher_model, phase, optimizer)
+  before = devices.replicate(steps.create_state(variables, 'last_layers', optimizer))
+  batch = make_batch()
+  after = jax.device_get(step(before, devices.replicate(teacher), batch))
+  before = jax.device_get(before)
+  return request.param, teacher, batch, before, after
+
+
+def test_phase_two_trains_the_classifiers_alone(phase_two_step):
+  _, _, _, before, after = phase_two_step
+  assert_same(after.frozen, before.frozen)
+  for name, classifier in before.trained.items():
+    for layer in ('dense', 'transfer_dense'):
+      if layer in classifier:
+        assert np.any(after.trained[name][layer]['kernel'] != classifier[layer]['kernel'])
+  assert 'transfer_dense' not in before.trained['classifiers_0']
+  assert 'transfer_dense' in before.trained['classifiers_1']
+
+
+def test_statistics_of_the_frozen_backbone_move_only_in_training_mode(phase_two_step):
+  mode, _, _, before, after = phase_two_step
+  if mode == 'evaluation':
+    assert_same(backbone(after.batch_stats), backbone(before.batch_stats))
+  else:
+    for old, new in zip(
+      jax.tree.leaves(backbone(before.batch_stats)),
+      jax.tree.leaves(backbone(after.batch_stats)),
+      strict=True,
+    ):
+      assert np.any(old != new)
+  transfer = [state.batch_stats['classifiers_1']['transfer_norm'] for state in (before, after)]
+  assert np.any(transfer[0]['mean'] != transfer[1]['mean'])
+  assert np.any(transfer[0]['var'] != transfer[1]['var'])
+
+
+def test_phase_two_minimises_one_for_all_with_the_teachers_last_exit(phase_two_step):
+  mode, teacher, batch, before, after = phase_two_step
+  batch = flat(batch)
+  model = make_model(collaboration='network', batch_norm_axis=None)
+  teacher_model = make_model(batch_norm_axis=None)
+  shared = {
+    'params': {**before.frozen, **teacher['params']},
+    'batch_stats': backbone(before.batch_stats),
+  }
+
+  @jax.jit
+  def expected(images):
+    if mode == 'evaluation':
+      teacher_logits = teacher_model.apply(shared, images)[-1]
+      embeddings = model.apply(before.variables, images, method='embed')
+      logits = train_mode_logits(model, before.variables, embeddings, 'classify')
+    else:
+      teacher_logits = train_mode_logits(teacher_model, shared, images)[-1]
+      logits = train_mode_logits(model, before.variables, images)
+    return one_for_all_loss(
+      logits, batch['label'], teacher_logits, alpha=0.3, temperature=2.0, class_reduction='sum'
+    )
+
+  np.testing.assert_allclose(after.totals['loss'], expected(batch['image']), rtol=1e-4)
+
+
+def test_predictions_are_the_models_in_the_order_of_the_images():
+  model = make_model(collaboration='network')
+  variables = initialize(model, 0, SHAPE)
+  batch = make_batch()
+  batch['mask'] = np.arange(batch['label'].size).reshape(batch['label'].shape) % 3 != 0
+  logits, labels, mask = steps.predict_step(model)(devices.replicate(variables), batch)
+  expected = jax.jit(model.apply)(variables, flat(batch)['image'])
+  assert logits.shape == (NUM_EXITS, batch['label'].size, NUM_CLASSES)
+  assert logits.dtype == np.float32
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-6)
+  assert_same(labels, flat(batch)['label'])
+  assert_same(mask, flat(batch)['mask'])

@@ -1,0 +1,263 @@
+"""The main job as a user runs it: end to end, interrupted, and on several devices and hosts."""
+
+import csv
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# 2 exits, 96 training images: 6 steps an epoch, 3 + 2 epochs.
+COMMAND = (
+  sys.executable,
+  '-m',
+  'imta_jax.main',
+  '--config=configs/mnist5k.py:exits=2',
+  '--config.dataset.validation_size=3904',
+  '--config.batch_size=16',
+  '--config.evaluation_batch_size=1000',
+  '--config.log_every_steps=2',
+  '--config.phases[0].epochs=3',
+  '--config.phases[1].epochs=2',
+)
+LAST_STEPS = {'phase_1': 18, 'phase_2': 12}
+
+
+@pytest.fixture(scope='session')
+def environment(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('shared')
+  return {
+    **os.environ,
+    'TFDS_DATA_DIR': str(folder / 'tfds'),
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '',
+    'PYTHONUNBUFFERED': '1',
+  }
+
+
+def start(workdir, environment, *overrides, **variables):
+  return subprocess.Popen(
+    [*COMMAND, f'--workdir={workdir}', *overrides],
+    cwd=ROOT,
+    env={**environment, **variables},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(workdir, environment, *overrides, **variables):
+  process = start(workdir, environment, *overrides, **variables)
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, output + errors
+  return output, errors
+
+
+def interrupt(process, line_start, number):
+  """Sends a signal once a line of output begins so, and waits for the end."""
+  for line in process.stdout:
+    if line.startswith(line_start):
+      process.send_signal(number)
+      break
+  else:
+    pytest.fail(f'no line {line_start!r}')
+  process.communicate(timeout=120)
+  return process.returncode
+
+
+def final_states(workdir, last_steps=LAST_STEPS):
+  return {
+    phase: ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / phase / str(step) / 'state')
+    for phase, step in last_steps.items()
+  }
+
+
+def assert_identical(states, others):
+  jax.tree.map(np.testing.assert_array_equal, states, others)
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, environment):
+  """A run that nothing interrupted, and what it printed."""
+  workdir = tmp_path_factory.mktemp('finished')
+  output, errors = run(workdir, environment)
+  return workdir, output, errors
+
+
+def test_main_job_leaves_tables_figure_metrics_and_checkpoints(finished):
+  workdir, output, errors = finished
+  assert errors == ''
+  rows = list(csv.DictReader((workdir / 'evaluation/exits.csv').open()))
+  assert [(row['network'], row['exit']) for row in rows] == [
+    (phase, number) for phase in ('phase_1', 'phase_2') for number in ('1', '2')
+  ]
+  assert int(rows[0]['madds']) < int(rows[1]['madds'])
+  assert all(0 <= float(row['test_top1']) <= float(row['test_top5']) <= 1 for row in rows)
+  points = list(csv.DictReader((workdir / 'evaluation/budget.csv').open()))
+  assert len(points) == 2 * 40
+  assert (workdir / 'evaluation/budget.png').read_bytes().startswith(b'\x89PNG')
+  for phase in LAST_STEPS:
+    assert list((workdir / 'tensorboard' / phase).glob('events.*'))
+  assert len(re.findall(r'^phase_1 epoch \d/3 ', output, re.MULTILINE)) == 3
+  assert str(workdir / 'evaluation/budget.png') in output
+
+
+def test_metrics_hold_training_validation_and_speed(finished):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  workdir, _, _ = finished
+  events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard/phase_1'))
+  events.Reload()
+  tags = set(events.Tags()['tensors'])
+  assert {
+    'train/loss',
+    'train/learning_rate',
+    'train/accuracy_exit_2',
+    'validation/accuracy_exit_1',
+    'validation/cross_entropy_exit_2',
+    'speed/fraction_waiting_for_data',
+  } <= tags
+  assert [event.step for event in events.Tensors('train/loss')] == list(range(2, 19, 2))
+
+
+def test_last_layers_alone_change_in_phase_two(finished):
+  workdir, _, _ = finished
+  states = final_states(workdir)
+  assert set(states['phase_2']['trained']) == {'classifiers_0', 'classifiers_1'}
+  assert set(states['phase_2']['opt_state'][1][0]['trace']) == {'classifiers_0', 'classifiers_1'}
+
+
+def test_finished_run_evaluates_again(finished, environment):
+  workdir, _, _ = finished
+  before = (workdir / 'evaluation/exits.csv').read_text()
+  (workdir / 'evaluation/exits.csv').unlink()
+  output, _ = run(workdir, environment)
+  assert ' epoch ' not in output
+  assert (workdir / 'evaluation/exits.csv').read_text() == before
+
+
+def test_sweep_needs_only_workdirs(finished, environment, tmp_path):
+  workdir, _, _ = finished
+  for flags in ((), ('--recompute', '--phases=all')):
+    subprocess.run(
+      [sys.executable, 'experiments/budget_sweep.py', workdir, f'--output={tmp_path}', *flags],
+      cwd=ROOT,
+      env=environment,
+      check=True,
+      capture_output=True,
+    )
+    swept = list(csv.DictReader((tmp_path / 'budget.csv').open()))
+    own = list(csv.DictReader((workdir / 'evaluation/budget.csv').open()))
+    assert swept == own[-len(swept) :]
+    assert (tmp_path / 'budget.png').exists()
+  assert len(swept) == 80
+
+
+def test_interrupted_run_ends_with_identical_parameters(finished, environment, tmp_path):
+  assert interrupt(start(tmp_path, environment), 'phase_1: ', signal.SIGKILL) == -signal.SIGKILL
+
+  status = interrupt(start(tmp_path, environment), 'phase_1 epoch 1/', signal.SIGTERM)
+  assert status == 128 + signal.SIGTERM
+  saved = max(int(path.name) for path in (tmp_path / 'checkpoints/phase_1').iterdir())
+  assert 6 < saved < 18  # Not only at the end of an epoch.
+
+  resumed = start(tmp_path, environment)
+  assert interrupt(resumed, 'phase_2 epoch 1/', signal.SIGKILL) == -signal.SIGKILL
+
+  run(tmp_path, environment)
+  assert_identical(final_states(tmp_path), final_states(finished[0]))
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before(finished, environment, tmp_path):
+  interrupt(start(tmp_path, environment), 'phase_1 epoch 2/', signal.SIGTERM)
+  latest = max((tmp_path / 'checkpoints/phase_1').iterdir(), key=lambda path: int(path.name))
+  data = max((path for path in latest.rglob('*') if path.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 0x55
+  data.write_bytes(content)
+  _, errors = run(tmp_path, environment)
+  (line,) = errors.splitlines()
+  assert 'is damaged and passed over' in line and str(latest) in line
+  assert_identical(final_states(tmp_path), final_states(finished[0]))
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+  finished, environment, tmp_path
+):
+  overrides = ('--config.phases[0].epochs=1', '--config.phases[1].learning_rate=1e38')
+  process = start(tmp_path, environment, *overrides)
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 1
+  (line,) = errors.splitlines()
+  assert line.startswith('error: phase_2: the loss is not finite at step')
+  assert (tmp_path / 'checkpoints/phase_1/6').exists()
+
+
+# Few and small steps: the order of sums differs between devices, and training amplifies it.
+SHORT = (
+  '--config.phases[0].steps=2',
+  '--config.phases[1].steps=2',
+  '--config.phases[0].learning_rate=0.01',
+  '--config.phases[1].learning_rate=0.01',
+)
+
+
+@pytest.fixture(scope='session')
+def short_run(tmp_path_factory, environment):
+  workdir = tmp_path_factory.mktemp('short')
+  run(workdir, environment, *SHORT)
+  return workdir
+
+
+def test_eight_devices_train_as_one_does(short_run, environment, tmp_path):
+  flags = '--xla_force_host_platform_device_count=8'
+  output, _ = run(tmp_path, environment, *SHORT, XLA_FLAGS=flags)
+  assert '8 × cpu' in output
+  assert_close(short_states(tmp_path), short_states(short_run))
+
+
+def test_two_hosts_train_as_one_does_and_write_once(short_run, environment, tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  hosts = [
+    start(
+      tmp_path,
+      environment,
+      *SHORT,
+      f'--coordinator_address=localhost:{port}',
+      '--num_processes=2',
+      f'--process_id={number}',
+    )
+    for number in range(2)
+  ]
+  outputs = [host.communicate(timeout=300) for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], outputs
+  assert '2 host(s)' in outputs[0][0] and 'phase_1' not in outputs[1][0]
+  assert len(list((tmp_path / 'tensorboard/phase_1').iterdir())) == 1
+  assert_close(short_states(tmp_path), short_states(short_run))
+
+
+def short_states(workdir):
+  return final_states(workdir, {'phase_1': 2, 'phase_2': 2})
+
+
+def assert_close(states, others):
+  """Equal but for the order of sums: relative to the size of each array."""
+
+  def compare(array, other):
+    scale = np.abs(other).max() + 1e-3
+    np.testing.assert_allclose(array / scale, other / scale, atol=1e-3)
+
+  for phase in states:
+    for part in ('trained', 'batch_stats'):
+      jax.tree.map(compare, states[phase][part], others[phase][part])
