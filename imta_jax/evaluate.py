@@ -21,6 +21,9 @@ from imta_jax.workdir import write_whole
 
 SPLITS = ('validation', 'test')
 
+# Of a figure's accuracy axis, in percentage points.
+_SMALLEST_SPAN = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
@@ -208,6 +211,10 @@ def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str
   axes.set(
     xlabel=f'average multiply-adds an image ({unit_name})', ylabel='test accuracy (%)', title=title
   )
+  low, high = axes.get_ylim()
+  if high - low < _SMALLEST_SPAN:  # A few images more or less are no trend.
+    middle = (low + high) / 2
+    axes.set_ylim(middle - _SMALLEST_SPAN / 2, min(100, middle + _SMALLEST_SPAN / 2))
   axes.grid(alpha=0.3)
   axes.legend(loc='lower right')
   content = io.BytesIO()

@@ -1,0 +1,78 @@
+"""Data sets small enough for tests, prepared once."""
+
+import numpy as np
+import pytest
+
+from imta_jax import config as config_lib
+
+
+@pytest.fixture(scope='session')
+def tfds():
+  import tensorflow_datasets  # Slow to import, so only where it is needed.
+
+  return tensorflow_datasets
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  return str(tmp_path_factory.mktemp('tfds'))
+
+
+@pytest.fixture(scope='session')
+def mnist5k_builder(tfds, data_dir):
+  from imta_jax.data import mnist5k
+
+  builder = mnist5k.Mnist5k(data_dir=data_dir)
+  builder.download_and_prepare()
+  return builder
+
+
+@pytest.fixture(scope='session')
+def mnist5k_splits(tfds, mnist5k_builder):
+  """{split: (images, labels)}, as stored."""
+  return {
+    split: (arrays['image'], arrays['label'])
+    for split, arrays in tfds.as_numpy(mnist5k_builder.as_dataset(batch_size=-1)).items()
+  }
+
+
+@pytest.fixture
+def mnist5k_config(mnist5k_builder, data_dir):
+  """100 training images, in 6 batches of 16; nothing is augmented."""
+  config = config_lib.default()
+  config.update(batch_size=16, evaluation_batch_size=200)
+  config.dataset.update(
+    name='mnist5k',
+    data_dir=data_dir,
+    validation_size=3_900,
+    image_size=28,
+    mean=(0.131,),
+    std=(0.308,),
+    padding=0,
+    flip=False,
+  )
+  return config
+
+
+def flatten(batch):
+  """A batch on the host, without the axis over devices."""
+  return {name: np.concatenate(np.asarray(array)) for name, array in batch.items()}
+
+
+@pytest.fixture(scope='session')
+def flat():
+  return flatten
+
+
+@pytest.fixture(scope='session')
+def collect():
+  """A function that takes the images and labels of evaluation batches, without what fills up."""
+
+  def images_and_labels(batches):
+    batches = [flatten(batch) for batch in batches]
+    return tuple(
+      np.concatenate([batch[name][batch['mask']] for batch in batches])
+      for name in ('image', 'label')
+    )
+
+  return images_and_labels

@@ -1,0 +1,99 @@
+"""Opening a data set: the splits there are, and what is refused."""
+
+import jax
+import pytest
+
+from imta_jax.data.pipeline import open_dataset
+from imta_jax.errors import UsageError
+
+
+def refusal(config):
+  with pytest.raises(UsageError) as caught:
+    open_dataset(config)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+@pytest.mark.parametrize('field', ['batch_size', 'evaluation_batch_size'])
+def test_a_batch_that_devices_do_not_divide_is_refused(field, mnist5k_config, monkeypatch):
+  mnist5k_config.update(batch_size=12, evaluation_batch_size=12)
+  mnist5k_config[field] = 16
+  monkeypatch.setattr(jax, 'device_count', lambda: 3)
+  message = refusal(mnist5k_config)
+  assert f'config.{field} is 16' in message
+  assert 'multiple of 3' in message
+
+
+@pytest.mark.parametrize('size', [4_000, 5_000])
+def test_holding_out_all_training_images_is_refused(size, mnist5k_config):
+  mnist5k_config.dataset.validation_size = size
+  message = refusal(mnist5k_config)
+  assert f'config.dataset.validation_size is {size}' in message
+  assert '4000 training images' in message
+
+
+@pytest.mark.parametrize('field', ['train_split', 'test_split'])
+def test_an_unknown_split_is_refused_naming_those_there_are(field, mnist5k_config):
+  mnist5k_config.dataset[field] = 'tset'
+  message = refusal(mnist5k_config)
+  assert f"config.dataset.{field} is 'tset'" in message
+  assert 'train' in message.split('has')[-1]
+  assert 'test' in message.split('has')[-1]
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(mnist5k_config):
+  mnist5k_config.batch_size = 104
+  message = refusal(mnist5k_config)
+  assert 'config.batch_size is 104' in message
+  assert '(100)' in message
+
+
+def test_an_unknown_data_set_is_refused(mnist5k_config):
+  mnist5k_config.dataset.name = 'nope'
+  assert "config.dataset.name is 'nope'" in refusal(mnist5k_config)
+
+
+def test_a_data_set_without_labels_is_refused(mnist5k_config):
+  mnist5k_config.dataset.name = 'celeb_a'
+  message = refusal(mnist5k_config)
+  assert "'celeb_a'" in message
+  assert "'label'" in message
+
+
+def test_a_data_set_that_cannot_be_prepared_is_refused_saying_how(mnist5k_config, tmp_path):
+  mnist5k_config.dataset.update(name='imagenet2012', data_dir=str(tmp_path))
+  message = refusal(mnist5k_config)
+  assert "'imagenet2012' is not prepared" in message
+  assert str(tmp_path) in message
+  assert 'tfds build imagenet2012' in message
+  assert 'TFDS_DATA_DIR' in message
+
+
+def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', mnist5k_config.dataset.data_dir)
+  mnist5k_config.dataset.data_dir = None
+  assert open_dataset(mnist5k_config).num_images['test'] == 1_000
+
+
+def test_a_small_data_set_is_prepared_by_opening_it(mnist5k_config, tmp_path):
+  mnist5k_config.dataset.data_dir = str(tmp_path)
+  assert open_dataset(mnist5k_config).num_images['test'] == 1_000
+  assert list(tmp_path.glob('mnist5k/*/*train.tfrecord*'))
+
+
+def test_training_validation_and_test_images_are_apart(mnist5k_config, mnist5k_splits, collect):
+  mnist5k_config.batch_size = 104
+  mnist5k_config.dataset.validation_size = 3_896
+  dataset = open_dataset(mnist5k_config)
+  assert dataset.num_images == {'train': 104, 'validation': 3_896, 'test': 1_000}
+  assert dataset.steps_per_epoch == 1
+  batch = next(dataset.train_batches(0))
+  seen = {
+    'train': batch['image'].reshape(-1, 28, 28, 1),
+    'validation': collect(dataset.evaluation_batches('validation'))[0],
+    'test': collect(dataset.evaluation_batches('test'))[0],
+  }
+  sets = {split: {image.round(3).tobytes() for image in images} for split, images in seen.items()}
+  assert {split: len(images) for split, images in sets.items()} == dataset.num_images
+  assert len(set.union(*sets.values())) == 5_000

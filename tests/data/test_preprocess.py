@@ -1,0 +1,226 @@
+"""Preprocessing: crops that are crops, flips that are flips, and nothing else."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from imta_jax.data import preprocess
+
+
+def keys(count, seed=0):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def random_images(count, height=5, width=7, channels=3):
+  shape = (count, height, width, channels)
+  return np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
+
+
+def crop_and_flip(images, padding, flip, seed=0):
+  return np.asarray(preprocess.crop_and_flip(keys(len(images), seed), images, padding, flip))
+
+
+def crops(image, padding):
+  """{crop: its corner} of a zero-padded image."""
+  padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+  height, width, _ = image.shape
+  return {
+    padded[top : top + height, left : left + width].tobytes(): (top, left)
+    for top in range(2 * padding + 1)
+    for left in range(2 * padding + 1)
+  }
+
+
+def test_normalize_follows_the_formula():
+  images = random_images(2)
+  mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+  normalized = preprocess.normalize(jnp.asarray(images), mean, std)
+  assert normalized.dtype == jnp.float32
+  np.testing.assert_allclose(
+    normalized, (images / 255 - np.array(mean)) / np.array(std), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_normalize_takes_any_leading_axes():
+  images = random_images(6)
+  mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+  normalized = preprocess.normalize(images.reshape(2, 3, *images.shape[1:]), mean, std)
+  np.testing.assert_array_equal(
+    normalized.reshape(images.shape), preprocess.normalize(images, mean, std)
+  )
+
+
+def test_every_output_is_a_crop_of_the_padded_image_or_its_mirror():
+  padding, count = 2, 400
+  images = random_images(count)
+  corners, mirrored = [], []
+  for image, output in zip(images, crop_and_flip(images, padding, True), strict=True):
+    choices = crops(image, padding)
+    plain, mirror = output.tobytes(), output[:, ::-1].tobytes()
+    assert (plain in choices) != (mirror in choices)
+    mirrored.append(mirror in choices)
+    corners.append(choices[mirror if mirrored[-1] else plain])
+  assert 0.4 < np.mean(mirrored) < 0.6
+  # All 25 corners come up, none of them more often than chance has it.
+  counts = np.unique(corners, axis=0, return_counts=True)[1]
+  assert len(counts) == 25
+  assert counts.max() < 40
+  # The corner says nothing about the flip.
+  assert abs(np.corrcoef(np.array(corners)[:, 1], mirrored)[0, 1]) < 0.2
+
+
+def test_without_flip_every_output_is_a_crop():
+  images = random_images(50)
+  for image, output in zip(images, crop_and_flip(images, 1, False), strict=True):
+    assert output.tobytes() in crops(image, 1)
+
+
+def test_without_padding_images_are_only_mirrored():
+  images = random_images(100)
+  outputs = crop_and_flip(images, 0, True)
+  same = np.all(outputs == images, axis=(1, 2, 3))
+  mirrored = np.all(outputs == images[:, :, ::-1], axis=(1, 2, 3))
+  assert np.all(same != mirrored)
+  assert 30 < mirrored.sum() < 70
+
+
+def test_without_padding_and_flip_nothing_changes():
+  images = random_images(10)
+  np.testing.assert_array_equal(crop_and_flip(images, 0, False), images)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
+def test_shape_and_type_stay(dtype):
+  images = random_images(4).astype(dtype)
+  outputs = crop_and_flip(images, 2, True)
+  assert (outputs.shape, outputs.dtype) == (images.shape, images.dtype)
+
+
+def test_augmentation_is_a_function_of_the_key_alone():
+  images = random_images(8)
+  outputs = crop_and_flip(images, 2, True)
+  np.testing.assert_array_equal(outputs, crop_and_flip(images, 2, True))
+  assert np.any(outputs != crop_and_flip(images, 2, True, seed=1))
+  # Nor does it depend on the images beside it.
+  order = np.random.default_rng(0).permutation(8)
+  shuffled = preprocess.crop_and_flip(keys(8)[order], images[order], 2, True)
+  np.testing.assert_array_equal(shuffled, outputs[order])
+
+
+def encode(pixels, kind):
+  content = io.BytesIO()
+  options = {'quality': 95, 'subsampling': 0} if kind == 'JPEG' else {}
+  Image.fromarray(pixels).save(content, kind, **options)
+  return content.getvalue()
+
+
+def ramp(height, width):
+  """An image that says where one is: red grows to the right, green downwards."""
+  rows, columns = np.mgrid[0:height, 0:width]
+  pixels = np.stack(
+    [255 * columns / (width - 1), 255 * rows / (height - 1), np.full((height, width), 128)], -1
+  )
+  return pixels.round().astype(np.uint8)
+
+
+@pytest.fixture(params=['JPEG', 'PNG'])
+def kind(request):
+  return request.param
+
+
+def random_crop(encoded, seed, size=16, flip=False):
+  return preprocess.decode_random_crop(encoded, size, flip, np.array(seed, np.int64)).numpy()
+
+
+def center_crop(encoded, size):
+  return preprocess.decode_center_crop(encoded, size).numpy()
+
+
+def test_random_crops_have_size_and_type(kind):
+  for height, width in ((40, 60), (60, 40), (9, 9)):
+    image = random_crop(encode(ramp(height, width), kind), (0, 0), size=16, flip=True)
+    assert (image.shape, image.dtype) == ((16, 16, 3), np.uint8)
+
+
+def test_random_crops_are_functions_of_the_seed(kind):
+  encoded = encode(ramp(40, 60), kind)
+  first = random_crop(encoded, (3, 5), flip=True)
+  np.testing.assert_array_equal(first, random_crop(encoded, (3, 5), flip=True))
+  for other in ((3, 6), (4, 5)):
+    assert np.any(first != random_crop(encoded, other, flip=True))
+
+
+def test_random_crops_are_parts_of_the_image_at_fair_aspect_ratios(kind):
+  height, width = 80, 120
+  encoded = encode(ramp(height, width), kind)
+  areas = []
+  for seed in range(40):
+    image = random_crop(encoded, (0, seed), size=32).astype(float)
+    # Red and green at the middle of the sides give the part that was cropped.
+    left, right = image[:, 1, 0].mean(), image[:, -2, 0].mean()
+    top, bottom = image[1, :, 1].mean(), image[-2, :, 1].mean()
+    across = (right - left) / 255 * (width - 1) * 32 / 29
+    down = (bottom - top) / 255 * (height - 1) * 32 / 29
+    assert 0.6 < across / down < 1.7
+    areas.append(across * down / (height * width))
+  assert 0.05 < min(areas) < 0.3
+  assert 0.6 < max(areas) <= 1.1
+
+
+def test_random_crops_are_mirrored_half_the_time_where_asked(kind):
+  encoded = encode(ramp(40, 60), kind)
+  mirrored = 0
+  for seed in range(40):
+    plain = random_crop(encoded, (0, seed))
+    image = random_crop(encoded, (0, seed), flip=True)
+    assert plain[:, 0, 0].mean() < plain[:, -1, 0].mean()
+    is_mirrored = np.array_equal(image, plain[:, ::-1])
+    assert is_mirrored or np.array_equal(image, plain)
+    mirrored += is_mirrored
+  assert 10 <= mirrored <= 30
+
+
+@pytest.mark.parametrize('shape', [(64, 96), (96, 64), (64, 64)])
+def test_center_crops_are_the_middle_seven_eighths_of_the_shorter_side(shape, kind):
+  height, width = shape
+  pixels = ramp(height, width)
+  image = center_crop(encode(pixels, kind), 56)  # 7/8 of 64: nothing is resized.
+  assert (image.shape, image.dtype) == ((56, 56, 3), np.uint8)
+  top, left = (height - 56) // 2, (width - 56) // 2
+  expected = pixels[top : top + 56, left : left + 56].astype(int)
+  assert np.abs(image - expected).max() <= (0 if kind == 'PNG' else 12)
+  assert np.abs(image - expected).mean() < 2
+
+
+def test_center_crops_of_quadrants_show_all_four_equally(kind):
+  pixels = np.zeros((64, 128, 3), np.uint8)
+  colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+  for index, colour in enumerate(colours):
+    row, column = divmod(index, 2)
+    pixels[32 * row : 32 * (row + 1), 64 * column : 64 * (column + 1)] = colour
+  image = center_crop(encode(pixels, kind), 28).astype(int)
+  for index, colour in enumerate(colours):
+    row, column = divmod(index, 2)
+    quadrant = image[14 * row : 14 * (row + 1), 14 * column : 14 * (column + 1)]
+    inside = quadrant[3:-3, 3:-3]
+    assert np.abs(inside - np.array(colour)).max() <= 12
+
+
+def test_center_crops_are_smaller_or_larger_as_asked(kind):
+  encoded = encode(ramp(64, 64), kind)
+  for size in (7, 28, 112):
+    image = center_crop(encoded, size).astype(int)
+    assert image.shape == (size, size, 3)
+    assert abs(image[..., 0].mean() - 127.5) < 3
+    assert abs(image[..., 1].mean() - 127.5) < 3
+
+
+def test_grey_images_get_three_channels(kind):
+  encoded = encode(ramp(40, 60)[..., 0], kind)
+  for image in (center_crop(encoded, 16), random_crop(encoded, (0, 0))):
+    assert image.shape == (16, 16, 3)
+    np.testing.assert_array_equal(image[..., 0], image[..., 2])

@@ -1,0 +1,395 @@
+"""Checkpoints of the paper's published code: what they compute here, and round trips."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from imta_jax import models
+from imta_jax.errors import UsageError
+from imta_jax.interop.torch import from_state_dict, load_checkpoint, to_state_dict
+from imta_jax.techniques.one_for_all import one_for_all_loss
+
+DATA = Path(__file__).parents[1] / 'data'
+
+
+def create(**fields):
+  return models.create(
+    'msdnet',
+    **{
+      'num_exits': 3,
+      'step_mode': 'lin_grow',
+      'base': 1,
+      'step': 1,
+      'channels': 8,
+      'growth_rate': 4,
+      'num_classes': 10,
+      **fields,
+    },
+  )
+
+
+def load(name):
+  with np.load(DATA / f'{name}.npz') as arrays:
+    return dict(arrays)
+
+
+@pytest.fixture(scope='module')
+def phase_one():
+  """State dict, and what the published code computes from it."""
+  return load('msdnet_ge_3exit_state'), load('msdnet_ge_3exit')
+
+
+@pytest.fixture(scope='module')
+def phase_two():
+  """The same of a phase II network."""
+  return load('msdnet_ge_3exit_imta_state'), load('msdnet_ge_3exit_imta')
+
+
+def without_prefix(state):
+  return {name.removeprefix('module.'): value for name, value in state.items()}
+
+
+def test_phase_one_evaluates_to_the_published_embeddings_and_logits(phase_one):
+  state, reference = phase_one
+  model = create()
+
+  @jax.jit
+  def run(variables, images):
+    embeddings = model.apply(variables, images, method='embed')
+    return embeddings, model.apply(variables, embeddings, method='classify')
+
+  embeddings, logits = run(from_state_dict(state, model), reference['images'])
+  for index, embedding in enumerate(embeddings):
+    np.testing.assert_allclose(embedding, reference[f'embedding_{index}'], atol=1e-5)
+  np.testing.assert_allclose(logits, reference['logits_eval'], atol=1e-5)
+  assert len(embeddings) == 3
+
+
+@pytest.fixture(scope='module')
+def training(phase_one):
+  """Loss, logits and gradients of a training step, as Flax has them."""
+  state, reference = phase_one
+  model = create(gradient_equilibrium='coarsest')
+  variables = from_state_dict(state, model)
+
+  @jax.jit
+  def run(variables, images, labels):
+    def loss(params):
+      logits, _ = model.apply(
+        {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+      )
+      labels_by_exit = jnp.broadcast_to(labels, logits.shape[:-1])
+      entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels_by_exit)
+      return entropy.mean(axis=-1).sum(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(variables['params'])
+
+  (loss, logits), gradients = run(variables, reference['images'], reference['labels'])
+  return loss, logits, to_state_dict({'params': gradients}, model)
+
+
+def test_training_gives_the_published_logits_and_loss(training, phase_one):
+  loss, logits, _ = training
+  _, reference = phase_one
+  np.testing.assert_allclose(logits, reference['logits_train'], atol=2e-5)
+  np.testing.assert_allclose(loss, reference['loss_train'], rtol=1e-5)
+
+
+def test_training_gives_all_the_published_gradients(training, phase_one):
+  _, _, gradients = training
+  expected = subset(phase_one[1], 'grad/')
+  assert len(expected) == 162
+  assert_close(gradients, expected)
+
+
+def subset(reference, prefix):
+  return {
+    name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)
+  }
+
+
+def assert_close(gradients, expected):
+  """Checks gradients to a ten-thousandth of the largest of their parameter."""
+  assert set(gradients) == set(expected)
+  for name, gradient in gradients.items():
+    largest = np.abs(expected[name]).max()
+    assert largest > 1e-5, name
+    tolerance = 1e-4 * largest
+    np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def distilled(phase_two):
+  """Variables of phase II, embeddings and logits."""
+  state, reference = phase_two
+  model = create(collaboration='network')
+  variables = from_state_dict(state, model)
+
+  @jax.jit
+  def run(variables, images):
+    embeddings = model.apply(variables, images, method='embed')
+    return embeddings, model.apply(variables, embeddings, method='classify')
+
+  return variables, *run(variables, reference['images'])
+
+
+def test_phase_two_evaluates_to_the_published_logits(distilled, phase_two):
+  _, _, logits = distilled
+  np.testing.assert_allclose(logits, phase_two[1]['logits_eval'], atol=1e-5)
+
+
+def test_the_published_teacher_is_phase_ones_last_exit(phase_one, phase_two):
+  np.testing.assert_array_equal(phase_one[1]['images'], phase_two[1]['images'])
+  teacher = phase_two[1]['teacher_logits_eval']
+  np.testing.assert_allclose(teacher, phase_one[1]['logits_eval'][-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(('kind', 'stop'), [('grad_', False), ('grad_stopped_', True)])
+@pytest.mark.parametrize(('temperature', 'gamma'), [(3, 0.9), (1, 0.1)])
+def test_distillation_gives_the_published_loss_and_gradients(
+  distilled, phase_two, temperature, gamma, kind, stop
+):
+  variables, embeddings, _ = distilled
+  _, reference = phase_two
+  model = create(collaboration='network', stop_collaboration_gradient=stop)
+  trained = {
+    name: tree for name, tree in variables['params'].items() if name.startswith('classifiers_')
+  }
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(params):
+    stats = variables['batch_stats']
+    logits = model.apply({'params': params, 'batch_stats': stats}, embeddings, method='classify')
+    return one_for_all_loss(
+      logits,
+      reference['labels'],
+      reference['teacher_logits_eval'],
+      alpha=1 - gamma,
+      temperature=temperature,
+      class_reduction='mean',
+    )
+
+  loss, gradients = run(trained)
+  options = f'T{temperature}_gamma{gamma}'
+  np.testing.assert_allclose(loss, reference[f'loss_{options}'], rtol=1e-5)
+  expected = subset(reference, f'{kind}{options}/')
+  assert len(expected) == 14
+  assert_close(to_state_dict({'params': gradients}, model), expected)
+
+
+def test_stopping_the_path_matters(phase_two):
+  _, reference = phase_two
+  through, stopped = (
+    subset(reference, f'{kind}T3_gamma0.9/') for kind in ('grad_', 'grad_stopped_')
+  )
+  assert np.abs(through['classifier.0.weight'] - stopped['classifier.0.weight']).max() > 1e-4
+
+
+def test_phase_one_makes_an_exact_round_trip(phase_one):
+  state, _ = phase_one
+  model = create()
+  kept = {
+    name: value
+    for name, value in without_prefix(state).items()
+    if not name.endswith('num_batches_tracked')
+  }
+  back = to_state_dict(from_state_dict(state, model), model)
+  assert set(back) == set(kept)
+  for name, value in kept.items():
+    np.testing.assert_array_equal(back[name], value)
+
+
+def test_phase_two_makes_an_exact_round_trip_but_for_phase_ones_classifiers(phase_two):
+  state, _ = phase_two
+  model = create(collaboration='network')
+  kept = {
+    name: value
+    for name, value in without_prefix(state).items()
+    if not name.endswith('num_batches_tracked')
+    and not (name.startswith('net.classifier.') and '.linear.' in name)
+  }
+  back = to_state_dict(from_state_dict(state, model), model)
+  assert set(back) == set(kept)
+  for name, value in kept.items():
+    np.testing.assert_array_equal(back[name], value)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'collaboration': 'network'},
+    {'bottleneck': False},
+    {'prune': 'min', 'reduction': 0, 'step_mode': 'even'},
+  ],
+)
+def test_our_variables_make_an_exact_round_trip(random_variables, fields):
+  model = create(**fields)
+  variables = random_variables(model, (32, 32, 3))
+  back = from_state_dict(to_state_dict(variables, model), model)
+  assert jax.tree.structure(back) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_the_imagenet_stem_has_its_bias_and_place(random_variables):
+  model = create(stem='imagenet', num_exits=2, scale_factors=(1, 2, 4))
+  variables = random_variables(model, (224, 224, 3))
+  state = to_state_dict(variables, model)
+  assert state['blocks.0.0.layers.0.0.weight'].shape == (8, 3, 7, 7)
+  bias = variables['params']['stages_0']['layers_0']['scale_0']['conv']['bias']
+  np.testing.assert_array_equal(state['blocks.0.0.layers.0.0.bias'], bias)
+  assert state['blocks.0.0.layers.0.1.running_mean'].shape == (8,)
+  assert state['blocks.0.0.layers.1.net.0.weight'].shape == (16, 8, 3, 3)
+  jax.tree.map(np.testing.assert_array_equal, from_state_dict(state, model), variables)
+
+
+def test_the_prefix_changes_nothing(phase_one):
+  state, _ = phase_one
+  assert all(name.startswith('module.') for name in state)
+  model = create()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    from_state_dict(state, model),
+    from_state_dict(without_prefix(state), model),
+  )
+
+
+def test_a_part_of_the_variables_gives_a_part_of_the_state(random_variables):
+  model = create()
+  params = random_variables(model, (32, 32, 3))['params']
+  state = to_state_dict({'params': {'classifiers_1': params['classifiers_1']}}, model)
+  assert set(state) == {'classifier.1.linear.weight', 'classifier.1.linear.bias'}
+  kernel = params['classifiers_1']['dense']['kernel']
+  np.testing.assert_array_equal(state['classifier.1.linear.weight'], kernel.T)
+
+
+def test_loaded_variables_are_those_of_the_network(phase_one):
+  model = create()
+  variables = from_state_dict(phase_one[0], model)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
+  actual = flatten_dict(variables)
+  assert set(actual) == set(expected)
+  for name, value in actual.items():
+    assert value.shape == expected[name].shape and value.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'num_exits': 4}, r"it lacks 'blocks\..*'"),
+    ({'num_exits': 2}, r"it lacks 'blocks\..*'"),
+    ({'num_classes': 100}, r"'classifier\.0\.linear\.weight' has shape"),
+    ({'channels': 16}, r"'blocks\.0\.0\.layers\.0\.net\.0\.weight' has shape"),
+    ({'bottleneck': False}, r"it also has 'blocks\..*'"),
+    ({'collaboration': 'network'}, r"it lacks 'net\.blocks\..*'"),
+  ],
+)
+def test_a_checkpoint_of_another_network_is_refused_by_a_name(phase_one, fields, message):
+  with pytest.raises(UsageError, match=rf'^the checkpoint is not of this network: {message}'):
+    from_state_dict(phase_one[0], create(**fields))
+
+
+def test_a_phase_two_checkpoint_in_a_phase_one_network_is_refused(phase_two):
+  with pytest.raises(UsageError, match=r"it lacks 'blocks\."):
+    from_state_dict(phase_two[0], create())
+
+
+@pytest.mark.parametrize(
+  ('model', 'message'),
+  [
+    (create(collaboration='identity'), "has no network with collaboration 'identity'"),
+    (models.create('resnet', depth=8), 'only MSDNets can be converted'),
+  ],
+)
+def test_a_network_that_the_published_code_lacks_is_refused(model, message):
+  with pytest.raises(UsageError, match=message):
+    from_state_dict({}, model)
+
+
+@pytest.fixture
+def torch():
+  return pytest.importorskip('torch')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('phase', ['phase_one', 'phase_two'])
+def test_checkpoint_files_of_both_formats_are_read(torch, tmp_path, request, zipped, phase):
+  state, _ = request.getfixturevalue(phase)
+  weight = torch.nn.Parameter(torch.ones(3))
+  optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True)
+  weight.sum().backward()
+  optimizer.step()
+  content = {
+    'epoch': 299,
+    'arch': 'msdnet_ge',
+    'best_prec1': torch.tensor(75.96),
+    'state_dict': {name: torch.from_numpy(value) for name, value in state.items()},
+    'optimizer': optimizer.state_dict(),
+  }
+  path = tmp_path / 'model_best.pth.tar'
+  torch.save(content, path, _use_new_zipfile_serialization=zipped)
+  model = create(collaboration='network' if phase == 'phase_two' else 'off')
+  loaded = load_checkpoint(path, model)
+  jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, model))
+
+
+def test_a_file_that_is_a_bare_state_dict_is_read(torch, tmp_path, phase_one):
+  state, _ = phase_one
+  path = tmp_path / 'state.pth'
+  torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
+  loaded = load_checkpoint(str(path), create())
+  jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
+
+
+class Attack:
+  """Unpickling it writes a file."""
+
+  def __init__(self, target):
+    self.target = target
+
+  def __reduce__(self):
+    return Path.write_text, (self.target, 'executed')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_code_in_a_file_is_never_executed(torch, tmp_path, zipped):
+  path, target = tmp_path / 'attack.pth', tmp_path / 'executed'
+  content = {'state_dict': {}, 'attack': Attack(target)}
+  torch.save(content, path, _use_new_zipfile_serialization=zipped)
+  with pytest.raises(UsageError, match='attack.pth is no checkpoint that can be read safely: '):
+    load_checkpoint(path, create())
+  assert not target.exists()
+  torch.load(path, weights_only=False)
+  assert target.exists()  # The attack is one.
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(torch, tmp_path):
+  path = tmp_path / 'notes.txt'
+  path.write_text('not a checkpoint\n')
+  with pytest.raises(UsageError, match='notes.txt is no checkpoint') as caught:
+    load_checkpoint(path, create())
+  assert '\n' not in str(caught.value)
+
+
+def test_a_file_that_does_not_exist_is_named(torch, tmp_path):
+  with pytest.raises(UsageError, match=r'missing\.pth does not exist$'):
+    load_checkpoint(tmp_path / 'missing.pth', create())
+
+
+def test_without_torch_one_is_told_to_install_it(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UsageError, match=r'x\.pth takes PyTorch: pip install torch'):
+    load_checkpoint(tmp_path / 'x.pth', create())
+
+
+def test_arrays_are_converted_without_torch(monkeypatch, phase_one):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  assert to_state_dict(from_state_dict(phase_one[0], create()), create())

@@ -1,0 +1,224 @@
+"""From logits to accuracies, tables and figures."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from matplotlib.figure import Figure
+
+from imta_jax.adaptive.cost import ExitCost
+from imta_jax.adaptive.policy import budget_sweep
+from imta_jax.evaluate import (
+  Evaluation,
+  Predictions,
+  assess,
+  load_predictions,
+  save_predictions,
+  write_figure,
+  write_tables,
+)
+
+NUM_EXITS, NUM_IMAGES, NUM_CLASSES = 2, 40, 8
+COSTS = [ExitCost(madds=1_000_000, params=300), ExitCost(madds=2_500_000, params=700)]
+
+
+def draw_predictions(seed):
+  random = np.random.default_rng(seed)
+  labels = random.integers(NUM_CLASSES, size=NUM_IMAGES, dtype=np.int32)
+  logits = random.standard_normal((NUM_EXITS, NUM_IMAGES, NUM_CLASSES), np.float32)
+  logits[1, np.arange(NUM_IMAGES), labels] += 1.5
+  return Predictions(logits, labels)
+
+
+@pytest.fixture(scope='module')
+def predictions():
+  return {'validation': draw_predictions(0), 'test': draw_predictions(1)}
+
+
+@pytest.fixture(scope='module')
+def evaluation(predictions):
+  return assess('IMTA', COSTS, predictions, parameters=(0.05, 1.0, 2.0))
+
+
+@pytest.mark.parametrize('k', [1, 5])
+def test_accuracy_counts_labels_among_the_k_highest(predictions, k):
+  logits, labels = predictions['test'].logits, predictions['test'].labels
+  expected = []
+  for exit_logits in logits:
+    highest = [
+      sorted(range(NUM_CLASSES), key=lambda c, row=row: -row[c])[:k] for row in exit_logits
+    ]
+    right = sum(label in best for label, best in zip(labels, highest, strict=True))
+    expected.append(right / NUM_IMAGES)
+  assert 0 < expected[0] < expected[1]
+  np.testing.assert_allclose(predictions['test'].accuracy(k), expected)
+
+
+def test_accuracy_is_top_1_unless_told_otherwise(predictions):
+  np.testing.assert_array_equal(predictions['test'].accuracy(), predictions['test'].accuracy(1))
+
+
+def test_ties_with_the_label_count_as_wrong():
+  logits = np.array([[[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]]], np.float32)
+  predictions = Predictions(logits, np.array([0, 0], np.int32))
+  np.testing.assert_array_equal(predictions.accuracy(), [0.5])
+  np.testing.assert_array_equal(predictions.accuracy(2), [1])
+  np.testing.assert_array_equal(Predictions(np.zeros((1, 2, 3)), np.array([0, 1])).accuracy(), [0])
+
+
+def test_logits_that_are_no_numbers_count_as_wrong():
+  nan = np.nan
+  logits = np.array([[[nan, nan, nan], [nan, 1.0, 0.0], [0.0, nan, 1.0], [2.0, 1.0, 0.0]]])
+  predictions = Predictions(logits, np.array([0, 1, 1, 0], np.int32))
+  np.testing.assert_array_equal(predictions.accuracy(), [0.25])
+
+
+def test_cross_entropy_is_the_average_negative_log_likelihood(predictions):
+  logits, labels = predictions['test'].logits.astype(np.float64), predictions['test'].labels
+  expected = [
+    np.mean(
+      [
+        -np.log(np.exp(row[label]) / np.exp(row).sum())
+        for row, label in zip(exit_logits, labels, strict=True)
+      ]
+    )
+    for exit_logits in logits
+  ]
+  np.testing.assert_allclose(predictions['test'].cross_entropy(), expected, rtol=1e-5)
+
+
+def test_cross_entropy_of_large_logits_does_not_overflow():
+  predictions = Predictions(np.array([[[1000.0, 0.0]]]), np.array([1], np.int32))
+  np.testing.assert_allclose(predictions.cross_entropy(), [1000.0])
+
+
+def test_probabilities_are_the_softmax(predictions):
+  logits = predictions['test'].logits
+  expected = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+  np.testing.assert_allclose(predictions['test'].probabilities(), expected, rtol=1e-5)
+
+
+def test_predictions_are_read_as_they_were_written(predictions, tmp_path):
+  path = epath.Path(tmp_path) / 'evaluation' / 'test.npz'
+  save_predictions(predictions['test'], path)
+  loaded = load_predictions(path)
+  for name in ('logits', 'labels'):
+    written, read = (getattr(value, name) for value in (predictions['test'], loaded))
+    np.testing.assert_array_equal(read, written)
+    assert read.dtype == written.dtype
+  assert [file.name for file in path.parent.iterdir()] == ['test.npz']
+
+
+def test_assessment_is_accuracies_and_the_budget_sweep(predictions, evaluation):
+  validation, test = predictions['validation'], predictions['test']
+  assert evaluation.name == 'IMTA' and evaluation.costs == COSTS
+  assert evaluation.points == budget_sweep(
+    validation.probabilities(),
+    validation.labels,
+    test.probabilities(),
+    test.labels,
+    [1_000_000, 2_500_000],
+    parameters=(0.05, 1.0, 2.0),
+  )
+  assert set(evaluation.accuracies) == {
+    (split, k) for split in ('validation', 'test') for k in (1, 5)
+  }
+  for (split, k), accuracy in evaluation.accuracies.items():
+    np.testing.assert_array_equal(accuracy, predictions[split].accuracy(k))
+
+
+@pytest.fixture(scope='module')
+def tables(evaluation, tmp_path_factory):
+  """What `write_tables` writes of two networks."""
+  folder = epath.Path(tmp_path_factory.mktemp('tables')) / 'evaluation'
+  other = Evaluation('other', evaluation.costs, evaluation.accuracies, evaluation.points[:1])
+  write_tables([evaluation, other], folder)
+  return folder
+
+
+def read_csv(path):
+  with path.open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_only_the_tables_are_written(tables):
+  names = {path.name for path in tables.iterdir()}
+  assert names == {'exits.csv', 'budget.csv', 'evaluation.json'}
+
+
+def test_exits_table_holds_costs_and_accuracies(tables, evaluation):
+  rows = read_csv(tables / 'exits.csv')
+  assert [(row['network'], row['exit']) for row in rows] == [
+    ('IMTA', '1'),
+    ('IMTA', '2'),
+    ('other', '1'),
+    ('other', '2'),
+  ]
+  for index, row in enumerate(rows[:2]):
+    assert int(row['madds']) == COSTS[index].madds
+    assert int(row['params']) == COSTS[index].params
+    for split in ('validation', 'test'):
+      for k in (1, 5):
+        expected = evaluation.accuracies[split, k][index]
+        assert float(row[f'{split}_top{k}']) == pytest.approx(expected, abs=1e-6)
+
+
+def test_budget_table_holds_the_operating_points(tables, evaluation):
+  rows = read_csv(tables / 'budget.csv')
+  assert [row['network'] for row in rows] == ['IMTA'] * 3 + ['other']
+  fields = ('validation_accuracy', 'validation_madds', 'test_accuracy', 'test_madds')
+  for row, point in zip(rows, [*evaluation.points, evaluation.points[0]], strict=True):
+    for field in ('parameter', *fields):
+      assert float(row[field]) == pytest.approx(getattr(point, field), rel=1e-9)
+    for field in ('thresholds', 'test_shares'):
+      values = [float(value) for value in row[field].split()]
+      assert values == pytest.approx(list(getattr(point, field)), rel=1e-5)
+    assert float(row['thresholds'].split()[-1]) == -np.inf
+
+
+def test_json_holds_the_same_and_is_valid(tables, evaluation):
+  def refuse(constant):
+    raise AssertionError(f'{constant} is not JSON')
+
+  content = json.loads((tables / 'evaluation.json').read_text(), parse_constant=refuse)
+  assert set(content) == {'exits', 'budget'}
+  assert len(content['exits']) == 4 and len(content['budget']) == 4
+  for index, row in enumerate(content['exits'][:2]):
+    assert (row['network'], row['exit']) == ('IMTA', index + 1)
+    assert (row['madds'], row['params']) == (COSTS[index].madds, COSTS[index].params)
+    expected = evaluation.accuracies['test', 5][index]
+    assert row['test_top5'] == pytest.approx(expected, abs=1e-6)
+  for row, point in zip(content['budget'], evaluation.points, strict=False):
+    assert row['test_accuracy'] == pytest.approx(point.test_accuracy)
+    assert row['test_madds'] == pytest.approx(point.test_madds)
+    assert row['test_shares'] == pytest.approx(point.test_shares)
+    assert row['thresholds'] == [t if np.isfinite(t) else None for t in point.thresholds]
+    assert row['thresholds'][-1] is None
+
+
+def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch):
+  figures = []
+  savefig = Figure.savefig
+
+  def keep(figure, *args, **options):
+    figures.append(figure)
+    return savefig(figure, *args, **options)
+
+  monkeypatch.setattr(Figure, 'savefig', keep)
+  path = epath.Path(tmp_path) / 'evaluation' / 'budget.png'
+  write_figure([evaluation], path, 'CIFAR-100')
+  assert path.read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
+  assert [file.name for file in path.parent.iterdir()] == ['budget.png']
+  (figure,) = figures
+  (axes,) = figure.axes
+  assert axes.get_title() == 'CIFAR-100'
+  assert 'million' in axes.get_xlabel() and '%' in axes.get_ylabel()
+  line, exits, _ = axes.lines
+  assert line.get_label() == 'IMTA'
+  points = sorted(evaluation.points, key=lambda point: point.test_madds)
+  np.testing.assert_allclose(line.get_xdata(), [point.test_madds / 1e6 for point in points])
+  np.testing.assert_allclose(line.get_ydata(), [100 * point.test_accuracy for point in points])
+  np.testing.assert_allclose(exits.get_xdata(), [1.0, 2.5])
+  np.testing.assert_allclose(exits.get_ydata(), 100 * evaluation.accuracies['test', 1])

@@ -1,0 +1,293 @@
+"""The command line: what is refused and how, and where a run goes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+from etils import epath
+
+from imta_jax import checkpoint, main, train
+from imta_jax import config as config_lib
+from imta_jax import workdir as layout
+from imta_jax.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+MNIST = f'--config={ROOT}/configs/mnist5k.py'
+
+
+BAD_INPUT = [
+  ([], ['--config is missing', '--config=configs/']),
+  ([MNIST, 'extra'], ["'extra'", '--help']),
+  (['--confg=x.py'], ["'confg'", 'config']),
+  ([MNIST, '--workdr=x'], ["'workdr'", 'workdir']),
+  ([MNIST, '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
+  ([MNIST, '--config.zzz=3'], ['config.zzz', 'batch_size', 'seed']),
+  ([MNIST, '--config.dataset.nme=x'], ['config.dataset.nme', "'name'"]),
+  ([MNIST, '--config.phases[0].epoch=3'], ['config.phases[0].epoch ', "'epochs'"]),
+  ([MNIST, '--config.phases[2].epochs=3'], ['config.phases[2]', '0 to 1']),
+  ([MNIST, '--config.phases.epochs=3'], ['config.phases', '0 to 1']),
+  ([MNIST, '--config.model.exits=3'], ['config.model.exits', "'num_exits'"]),
+  ([MNIST, '--config.seed.x=3'], ['config.seed.x']),
+  (['--config', MNIST[9:], '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
+  ([MNIST, '--config.batch_sise', '3'], ['config.batch_sise', "'batch_size'"]),
+  ([MNIST, '--config.batch_size=many'], ['config.batch_size', 'many']),
+  ([MNIST, '--config.batch_size=1.5'], ['config.batch_size', '1.5']),
+  ([MNIST, '--config.batch_size='], ['config.batch_size']),
+  ([MNIST, '--config.phases[0].epochs=x'], ['config.phases[0].epochs', 'x']),
+  ([MNIST, '--config.dataset=3'], ['config.dataset', '3']),
+  ([MNIST, '--config.seed'], ['config.seed']),
+  ([MNIST, '--config.batch_size=-8'], ['config.batch_size is -8']),
+  ([MNIST, '--config.phases[0].loss=hinge'], ['phases[0].loss', "'hinge'", 'cross_entropy']),
+  ([MNIST, '--config.model.name=vgg'], ["'vgg'", 'msdnet', 'resnet']),
+  ([MNIST, '--config.model.prune=all'], ["'all'", 'max', 'min']),
+  ([MNIST, '--config.model.num_exits=0'], ['num_exits 0']),
+  ([MNIST, '--config.model.dtype=float17'], ['config.model', 'float17']),
+  (['--config=nope.py'], ['nope.py', 'configs/']),
+  ([f'--config={ROOT}/configs'], ['configs']),
+  ([f'{MNIST}:exits=many'], ["'many'", 'int']),
+  ([f'{MNIST}:exit=5'], ["'exit'", "'exits'"]),
+  ([MNIST, '--num_processes=2'], ['--coordinator_address', '--process_id']),
+  ([MNIST, '--coordinator_address=a:1', '--num_processes=2'], ['--process_id']),
+  ([MNIST, '--coordinator_address=a:1', '--process_id=0'], ['--num_processes']),
+  ([MNIST, '--process_id=0'], ['--num_processes']),
+  ([MNIST, '--num_processes=two'], ['num_processes', 'two']),
+]
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+  """A function that does in this process what the command line does."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(main, 'set_up_compilation_cache', lambda: None)
+  join = main.join_cluster
+
+  def join_alone(*flags):
+    if flags != (None, None, None):
+      join(*flags)
+
+  monkeypatch.setattr(main, 'join_cluster', join_alone)
+
+  def run(*arguments):
+    monkeypatch.setattr(sys, 'argv', ['imta_jax', *arguments])
+    with flagsaver.flagsaver():
+      main.main(main.parse_flags(sys.argv))
+
+  return run
+
+
+@pytest.fixture
+def refusal(call):
+  """A function that gives the message with which a command line is refused."""
+
+  def message_of(*arguments):
+    with pytest.raises(UsageError) as caught:
+      call(*arguments)
+    message = str(caught.value)
+    assert '\n' not in message
+    assert 'Traceback' not in message
+    return message
+
+  return message_of
+
+
+@pytest.fixture
+def trained(call, monkeypatch):
+  """A function that gives the config and the workdir that a command line would train."""
+  calls = []
+  monkeypatch.setattr(train, 'train_and_evaluate', lambda *arguments: calls.append(arguments))
+
+  def arguments_of(*arguments):
+    call(*arguments)
+    return calls.pop()
+
+  return arguments_of
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'), BAD_INPUT, ids=[' '.join(a).replace(f'{ROOT}/', '') for a, _ in BAD_INPUT]
+)
+def test_bad_input_is_refused_in_one_line(arguments, words, refusal):
+  message = refusal(*arguments)
+  for word in words:
+    assert word in message
+
+
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    ('1 / 0', ['division by zero']),
+    ('def get_config(argument=""):\n  raise KeyError("lost")', ['lost']),
+    ('def get_config(argument="")\n  return 1', ['SyntaxError']),
+    ('import no_such_module', ['no_such_module']),
+    ('', ['get_config']),
+    ('def get_config(argument=""):\n  return 3', ['config file']),
+    ('def get_config(argument=""):\n  pass', ['config']),
+  ],
+  ids=['raises', 'raises in get_config', 'syntax', 'import', 'empty', 'number', 'nothing'],
+)
+def test_a_config_file_that_gives_no_config_is_refused(content, words, refusal, tmp_path):
+  path = tmp_path / f'mine_{abs(hash(content))}.py'  # A module of its own, not the last one anew.
+  path.write_text(content)
+  message = refusal(f'--config={path}')
+  for word in (*words, path.name):
+    assert word in message
+
+
+def test_a_file_that_is_no_config_is_refused(refusal, tmp_path):
+  (tmp_path / 'mine.txt').write_text('batch_size: 3')
+  assert 'mine.txt' in refusal(f'--config={tmp_path}/mine.txt')
+
+
+def test_a_config_that_lacks_fields_is_refused(refusal, tmp_path):
+  path = tmp_path / 'lacking.py'
+  path.write_text(
+    'from ml_collections import ConfigDict\n'
+    'def get_config(argument=""):\n'
+    '  return ConfigDict({"seed": 3})\n'
+  )
+  assert 'config.model' in refusal(f'--config={path}')
+
+
+def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
+  workdir = tmp_path / 'run'
+  config = config_lib.default()
+  config.phases[1].epochs = 1234.0
+  layout.claim(config, epath.Path(workdir))
+  before = (workdir / 'config.json').read_bytes()
+  message = refusal(MNIST, f'--workdir={workdir}')
+  assert str(workdir) in message
+  assert "config.dataset.name: 'cifar100' → 'mnist5k'" in message
+  assert 'config.phases[1].epochs: 1234.0 → ' in message
+  assert 'config.batch_size' not in message
+  assert '--workdir' in message
+  assert (workdir / 'config.json').read_bytes() == before
+  assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+def test_the_run_is_trained_as_the_command_line_says(trained, tmp_path):
+  config, workdir = trained(
+    f'{MNIST}:exits=3',
+    '--config.batch_size=128',
+    '--config.phases[1].epochs=77',
+    '--config.dataset.mean=(0.5,)',
+    f'--workdir={tmp_path}/here',
+  )
+  assert config.model.num_exits == 3
+  assert config.batch_size == 128
+  assert config.phases[0].epochs == trained(MNIST)[0].phases[0].epochs
+  assert config.phases[1].epochs == 77
+  assert tuple(config.dataset.mean) == (0.5,)
+  assert os.fspath(workdir) == f'{tmp_path}/here'
+
+
+def test_fields_may_stand_apart_from_their_values(trained):
+  config, _ = trained('--config', MNIST[9:], '--config.batch_size', '128')
+  assert config.batch_size == 128
+
+
+@pytest.mark.parametrize('flags', [[], ['--workdir=here']], ids=['default', 'relative'])
+def test_a_relative_workdir_takes_checkpoints(flags, trained):
+  _, workdir = trained(MNIST, *flags)
+  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, 'phase_1'))
+  checkpoints.save(1, {'step': 1}, 0.5)
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'workdir'),
+  [
+    (['--config=configs/mnist5k.py'], 'runs/mnist5k'),
+    (['-config=configs/mnist5k.py'], 'runs/mnist5k'),
+    (['--config', 'configs/mnist5k.py'], 'runs/mnist5k'),
+    (['--config=configs/cifar100.py:exits=5'], 'runs/cifar100-exits=5'),
+    (['--config=/else/where/mine.py'], 'runs/mine'),
+    (
+      ['--config=configs/cifar100.py:exits=5', '--config.batch_size=128', '--config.seed=1'],
+      'runs/cifar100-exits=5-batch_size=128-seed=1',
+    ),
+    (
+      ['--config.seed=1', '--config=configs/cifar100.py', '--num_processes=1'],
+      'runs/cifar100-seed=1',
+    ),
+    (['--config=configs/cifar100.py', '--config.seed', '1'], 'runs/cifar100-seed=1'),
+  ],
+)
+def test_the_default_workdir_names_config_and_overrides(arguments, workdir):
+  assert main.default_workdir(arguments) == workdir
+
+
+def test_default_workdirs_are_folders_right_below_runs():
+  workdir = main.default_workdir(
+    [
+      '--config=configs/mnist5k.py',
+      '--config.phases[0].epochs=1',
+      '--config.dataset.data_dir=/data/../x y',
+    ]
+  )
+  assert workdir.startswith('runs/mnist5k-')
+  assert workdir.count('/') == 1
+  assert not set(' []\'"$*?;&|<>') & set(workdir)
+
+
+def test_default_workdirs_of_different_overrides_differ():
+  lines = [
+    [],
+    ['--config.seed=1'],
+    ['--config.seed=11'],
+    ['--config.phases[0].epochs=1'],
+    ['--config.phases[1].epochs=1'],
+    ['--config.phases[0].steps=1'],
+  ]
+  workdirs = [main.default_workdir(['--config=configs/mnist5k.py', *line]) for line in lines]
+  assert len(set(workdirs)) == len(lines)
+
+
+def in_a_process(tmp_path, *arguments, **variables):
+  """Runs the program; gives its status and the lines on stderr."""
+  result = subprocess.run(
+    [sys.executable, '-m', 'imta_jax.main', *arguments, f'--workdir={tmp_path}/run'],
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
+      'XLA_FLAGS': '',
+      'TFDS_DATA_DIR': str(tmp_path / 'tfds'),
+      **variables,
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert 'Traceback' not in result.stdout + result.stderr
+  assert not (tmp_path / 'run').exists()
+  return result.returncode, result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'variables', 'words'),
+  [
+    ([MNIST, '--config.batch_sise=3'], {}, ['config.batch_sise', "'batch_size'"]),
+    ([MNIST, '--config.dataset.name=nope'], {}, ["config.dataset.name is 'nope'"]),
+    (
+      [f'--config={ROOT}/configs/imagenet.py'],
+      {},
+      ["'imagenet2012' is not prepared", 'tfds build imagenet2012', 'TFDS_DATA_DIR'],
+    ),
+    (
+      [MNIST],
+      {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'},
+      ['config.batch_size is 64', '3 devices', 'multiple of 3'],
+    ),
+  ],
+  ids=['field', 'data set', 'not prepared', 'devices'],
+)
+def test_the_program_ends_with_one_line_and_a_status(arguments, variables, words, tmp_path):
+  status, lines = in_a_process(tmp_path, *arguments, **variables)
+  assert status != 0
+  (line,) = lines
+  assert line.startswith('error: ')
+  for word in words:
+    assert word in line
