@@ -1,9 +1,11 @@
 """A phase's checkpoints: saved in the background, whole or not at all, and verified when read."""
 
 import contextlib
+import dataclasses
 import gc
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,38 +13,33 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from imta_jax.errors import UsageError
 
 _LATEST_KEPT = 2
-_BEST_KEPT = 1
 
 
 class Checkpoints:
-  """The checkpoints in a folder: the latest few, and the best by validation accuracy."""
+  """The checkpoints in a folder: the latest two, and the best by validation accuracy."""
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
     """Opens a folder, making it where it may write."""
-
-    def accuracy(metrics):
-      return metrics['validation_accuracy']
-
-    self._folder = folder
+    self._folder, self._read_only = folder, read_only
+    self._accuracies: dict[int, float | None] = {}
     self._manager = ocp.CheckpointManager(
       folder,
       options=ocp.CheckpointManagerOptions(
-        best_fn=accuracy,
-        preservation_policy=AnyPreservationPolicy(
-          [
-            LatestN(_LATEST_KEPT),
-            BestN(get_metric_fn=accuracy, n=_BEST_KEPT, keep_checkpoints_without_metrics=False),
-          ]
-        ),
+        preservation_policy=_LatestAndBest(self._preference),
         read_only=read_only,
         create=not read_only,
       ),
-      item_names=('state', 'checksum'),
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'record': ocp.JsonCheckpointHandler(),
+      },
     )
-    self._read_only = read_only
 
   def save(self, step: int, state: Any, validation_accuracy: float | None) -> None:
     """Saves a state, in the background.
@@ -55,12 +52,11 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     state = jax.device_get(state)
+    self._accuracies[step] = validation_accuracy
+    record = {'crc32': _checksum(state), 'validation_accuracy': validation_accuracy}
     self._manager.save(
       step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave({'crc32': _checksum(state)})
-      ),
-      metrics=None if validation_accuracy is None else {'validation_accuracy': validation_accuracy},
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
     )
 
   def steps(self, order: str) -> list[int]:
@@ -71,15 +67,10 @@ class Checkpoints:
         those without one after them.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    if order == 'last':
-      return steps
-    metrics = {step: self._manager.metrics(step) for step in steps}
-    return sorted(
-      steps, key=lambda s: (-metrics[s]['validation_accuracy'], s) if metrics[s] else (0, -s)
-    )
+    return steps if order == 'last' else sorted(steps, key=self._preference)
 
   def restore(self, like: Any, order: str = 'last') -> Any | None:
-    """Reads the preferred checkpoint; passes over, and removes, those that are damaged.
+    """Reads the preferred checkpoint; passes over those that are damaged, and sets them aside.
 
     Args:
       like: A tree of the state's structure, shapes and types.
@@ -87,27 +78,25 @@ class Checkpoints:
 
     Returns:
       The state as NumPy arrays, or None if there is no whole checkpoint.
+
+    Raises:
+      UsageError: If a checkpoint holds a state of another structure.
     """
+    self.wait()
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     for step in self.steps(order):
       try:
         with _quiet():
-          read = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore()
-            ),
-          )
-        if read['checksum']['crc32'] != _checksum(read['state']):
-          raise ValueError('its checksum does not fit')
-        return read['state']
+          return self._read(step, like)
+      except UsageError:
+        raise
       except Exception as error:
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         logging.warning(
           'Checkpoint %s is damaged and passed over (%s).', self._folder / str(step), reason
         )
         if not self._read_only:
-          self._manager.delete(step)
+          self._set_aside(step)
     return None
 
   def wait(self) -> None:
@@ -118,6 +107,71 @@ class Checkpoints:
     """Waits, and frees what the manager holds."""
     self._manager.close()
 
+  def _read(self, step: int, like: Any) -> Any:
+    stored = _structure(self._manager.item_metadata(step)['state'])
+    expected = _structure(like)
+    if not stored:
+      raise ValueError('its metadata cannot be read')
+    for name in sorted({*stored, *expected}):
+      if stored.get(name) != expected.get(name):
+        raise UsageError(
+          f'checkpoint {self._folder / str(step)} is of another version of this program: its '
+          f'{name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+          'choose another --workdir'
+        )
+    read = self._manager.restore(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore()),
+    )
+    if read['record']['crc32'] != _checksum(read['state']):
+      raise ValueError('its checksum does not fit')
+    return read['state']
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a checkpoint out of the way, for a person to look at."""
+    aside = self._folder.parent / f'{self._folder.name}_damaged'
+    aside.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      number = len(list(aside.iterdir()))
+      (self._folder / str(step)).rename(aside / f'{step}_{number}')
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('damaged checkpoint set aside')
+    self._manager.reload()
+
+  def _preference(self, step: int) -> tuple[bool, float, int]:
+    """A key that sorts the best checkpoint first."""
+    if step not in self._accuracies:
+      try:
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=args)['record']
+        self._accuracies[step] = record['validation_accuracy']
+      except Exception:  # Damaged; reading the state will tell.
+        self._accuracies[step] = None
+    accuracy = self._accuracies[step]
+    return (True, 0.0, -step) if accuracy is None else (False, -accuracy, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatestAndBest(PreservationPolicy):
+  """Keeps the latest checkpoints, and the one that a preference sorts first."""
+
+  preference: Any
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*sorted(steps)[-_LATEST_KEPT:], *sorted(steps, key=self.preference)[:1]}
+    return [step in kept for step in steps]
+
+
+def _structure(tree: Any) -> dict[str, str]:
+  """The type and shape of each leaf, by name."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(leaf.dtype)}{leaf.shape}'
+    for path, leaf in leaves
+  }
+
 
 def _checksum(tree: Any) -> int:
   total = 0
@@ -127,7 +181,7 @@ def _checksum(tree: Any) -> int:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
   """Silences the tracebacks of reads that Orbax abandons when one of them fails."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:

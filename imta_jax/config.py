@@ -90,6 +90,23 @@ def phase_two() -> ConfigDict:
   return phase
 
 
+# Lower bounds of numbers, and whether they are exclusive.
+_BOUNDS = {
+  'seed': (0, False),
+  'batch_size': (0, True),
+  'evaluation_batch_size': (0, True),
+  'checkpoint_every_epochs': (0, True),
+  'log_every_steps': (0, True),
+}
+_DATASET_BOUNDS = {'validation_size': (0, True), 'image_size': (0, True), 'padding': (0, False)}
+_PHASE_BOUNDS = {
+  'alpha': (0, False),
+  'temperature': (0, True),
+  'learning_rate': (0, True),
+  'warmup_epochs': (0, False),
+  'momentum': (0, False),
+  'weight_decay': (0, False),
+}
 _CHOICES = {
   'loss': ('cross_entropy', 'one_for_all'),
   'class_reduction': ('sum', 'mean'),
@@ -158,16 +175,23 @@ def validate(config: ConfigDict) -> None:
       raise UsageError(
         "config.phases[0].teacher is 'frozen', but no phase comes before: take 'online'"
       )
-    _check_positive(phase, ('temperature', 'learning_rate'), f'config.phases[{index}]')
-    if phase['steps'] is None:
-      _check_positive(phase, ('epochs',), f'config.phases[{index}]')
-    else:
-      _check_positive(phase, ('steps',), f'config.phases[{index}]')
-    if not 0 <= phase['alpha'] <= 1:
-      raise UsageError(f'config.phases[{index}].alpha is {phase["alpha"]}: it must be from 0 to 1')
-  positive = ('batch_size', 'evaluation_batch_size', 'checkpoint_every_epochs', 'log_every_steps')
-  _check_positive(fields, positive, 'config')
-  _check_positive(fields['dataset'], ('validation_size', 'image_size'), 'config.dataset')
+    path = f'config.phases[{index}]'
+    _check_range(phase, _PHASE_BOUNDS, path)
+    _check_range(phase, {'epochs' if phase['steps'] is None else 'steps': (0, True)}, path)
+    if phase['reference_batch_size'] is not None:
+      _check_range(phase, {'reference_batch_size': (0, True)}, path)
+    if phase['alpha'] > 1:
+      raise UsageError(f'{path}.alpha is {phase["alpha"]}: it must be from 0 to 1')
+  _check_range(fields, _BOUNDS, 'config')
+  dataset = fields['dataset']
+  _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
+  if not dataset['std'] or not all(value > 0 for value in dataset['std']):
+    raise UsageError(f'config.dataset.std is {dataset["std"]}: it must be numbers above 0')
+  if dataset['train_split'] == dataset['test_split']:
+    raise UsageError(
+      f'config.dataset.test_split is {dataset["test_split"]!r}, the split that is trained on: '
+      'name another'
+    )
 
 
 def _check_fields(fields, reference, path):
@@ -183,10 +207,14 @@ def _check_fields(fields, reference, path):
       _check_fields(fields[name], value, f'{path}.{name}')
 
 
-def _check_positive(fields, names, path):
-  for name in names:
-    if not fields[name] > 0:
-      raise UsageError(f'{path}.{name} is {fields[name]}: it must be above 0')
+def _check_range(fields, bounds, path):
+  """Checks that numbers lie above a bound, or at it where the bound is not exclusive."""
+  for name, (bound, exclusive) in bounds.items():
+    value = fields[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value > bound if exclusive else value >= bound):
+      expected = f'above {bound}' if exclusive else f'{bound} or more'
+      raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
 
 
 def check_path(config: ConfigDict, path: str) -> None:

@@ -6,10 +6,11 @@
 The same command on the same workdir resumes; finished, it evaluates again.
 """
 
+import collections
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -43,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--config is missing: for example --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  workdir = epath.Path(_WORKDIR.value or default_workdir(sys.argv[1:]))
+  workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
+  # Checkpoints want absolute paths; those that name a scheme, as gs:// does, are.
+  workdir = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir))
   train.train_and_evaluate(_CONFIG.value, workdir)
 
 
@@ -89,14 +92,24 @@ def default_workdir(arguments: Sequence[str]) -> str:
     arguments: The command line's.
   """
   parts = []
-  for argument in arguments:
-    name, _, value = argument.lstrip('-').partition('=')
+  for name, value in flag_values(arguments):
     if name == 'config':
       path, _, config_argument = value.partition(':')
       parts.insert(0, epath.Path(path).stem + (f'-{config_argument}' if config_argument else ''))
     elif name.startswith('config.'):
       parts.append(f'{name.removeprefix("config.")}={value}')
   return 'runs/' + re.sub(r'[^\w.,=-]+', '_', '-'.join(parts))
+
+
+def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """The flags of a command line, written --name=value or --name value."""
+  waiting = collections.deque(arguments)
+  while waiting:
+    name, equals, value = waiting.popleft().partition('=')
+    if not equals and waiting and not waiting[0].startswith('-'):
+      value = waiting.popleft()
+    if name.startswith('-'):
+      yield name.lstrip('-'), value
 
 
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
@@ -107,27 +120,44 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
   """
   try:
     remaining = flags.FLAGS(argv)
+    if flags.FLAGS['config'].present and not isinstance(_CONFIG.value, ConfigDict):
+      raise ValueError('no config file that can be read: its get_config must return a ConfigDict')
+    return remaining
   except flags.Error as error:
     # A config file's own error arrives as the last line of a formatted traceback.
     lines = str(error).strip().splitlines()
     reason = lines[-1].removeprefix(f'{UsageError.__module__}.UsageError: ')
     raise UsageError(reason if len(lines) < 3 else f'{lines[0].rstrip(":")}: {reason}') from error
-  except (AttributeError, IndexError, KeyError, TypeError) as error:
+  except Exception as error:
     # ml_collections names the field that it does not find, but not what there is.
-    flags.FLAGS([argv[0], *(a for a in argv[1:] if re.match('--?config=', a))])
-    for argument in argv[1:]:
-      name = argument.lstrip('-').partition('=')[0]
+    values = dict(flag_values(argv[1:]))
+    config = _load_config_alone(values.get('config', ''))
+    for name in values:
       if name.startswith('config.'):
-        config_lib.check_path(_CONFIG.value, name.removeprefix('config.'))
-    raise UsageError(f'{" ".join(argv[1:])}: {error}') from error
-  if _CONFIG.value is not None and not isinstance(_CONFIG.value, ConfigDict):
-    path = config_flags.get_config_filename(flags.FLAGS['config'])
-    raise UsageError(f'--config={path} is no config file that can be read: see configs/')
-  return remaining
+        config_lib.check_path(config, name.removeprefix('config.'))
+    raise UsageError(f'--config={values.get("config")}: {_first_line(error)}') from error
+
+
+def _load_config_alone(path: str) -> ConfigDict:
+  """Loads a config file without what the command line overrides in it."""
+  arguments, sys.argv = sys.argv, sys.argv[:1]  # ml_collections finds overrides there.
+  try:
+    flags.FLAGS([sys.argv[0], f'--config={path}'])
+    if isinstance(_CONFIG.value, ConfigDict):
+      return _CONFIG.value
+  except Exception as error:
+    raise UsageError(f'--config={path}: {_first_line(error)}') from error
+  finally:
+    sys.argv = arguments
+  raise UsageError(f'--config={path} is no config file that can be read: see configs/')
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {error}'.strip().splitlines()[0]
 
 
 def run() -> None:
-  """The program: bad input ends it with one line and status 2."""
+  """The program: bad input ends it with one line and status 1."""
   logging.set_verbosity(logging.WARNING)
   try:
     app.run(main, flags_parser=parse_flags)

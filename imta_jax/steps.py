@@ -170,7 +170,7 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
   sums = {
     'steps': 1,
     'loss': loss,
-    'gradient_norm': optax.global_norm(gradient),
+    'gradient_norm': optax.tree.norm(gradient),
     'accuracy': accuracy,
   }
   return TrainState(

@@ -200,7 +200,6 @@ def _train_phase(
         writer.close()
         stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
   writer.close()
-  checkpoints.wait()
 
   chosen = _chosen_state(checkpoints, state, phase, name, workdir)
   reporter.say(f'{name} gives its {phase.chosen_state} state, of step {int(chosen.step):,}.')
@@ -237,7 +236,7 @@ def restore_network(
 
 def _length_and_schedule(config, phase, dataset):
   """Steps of a phase, and its learning rate at each of them."""
-  num_steps = phase.steps or round(phase.epochs * dataset.steps_per_epoch)
+  num_steps = phase.steps or max(1, round(phase.epochs * dataset.steps_per_epoch))
   return num_steps, steps.create_schedule(
     phase, num_steps, dataset.steps_per_epoch, config.batch_size
   )
@@ -262,7 +261,7 @@ def initial_variables(
   """
   try:
     return initialize(model, seed, image_shape)
-  except ValueError as error:
+  except (ValueError, ZeroDivisionError) as error:
     reason = str(error).strip().splitlines()[0]
     raise UsageError(f'config.model does not fit images of {image_shape}: {reason}') from error
 

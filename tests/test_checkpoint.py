@@ -93,8 +93,8 @@ def delete_state(checkpoint):
   shutil.rmtree(checkpoint / 'state')
 
 
-def delete_checksum(checkpoint):
-  shutil.rmtree(checkpoint / 'checksum')
+def delete_record(checkpoint):
+  shutil.rmtree(checkpoint / 'record')
 
 
 def delete_everything(checkpoint):
@@ -108,7 +108,7 @@ DAMAGES = [
   flip_bits,
   delete_data,
   delete_state,
-  delete_checksum,
+  delete_record,
   delete_everything,
 ]
 
@@ -262,7 +262,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(name, copy, caplog):
 
 @pytest.mark.parametrize('content', [b'', b'{"validation_acc'])
 def test_a_damaged_accuracy_does_not_stop_a_run(content, copy):
-  (copy / '3' / 'metrics' / 'metrics').write_bytes(content)
+  (copy / '3' / 'record' / 'metadata').write_bytes(content)
   checkpoints = open_folder(copy)
   assert checkpoints.restore(LIKE) is not None
   assert checkpoints.steps('best')[0] == 1

@@ -15,6 +15,8 @@ from imta_jax import workdir as layout
 from imta_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
+# ml_collections loads config files so.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 MNIST = f'--config={ROOT}/configs/mnist5k.py'
 
 
@@ -72,6 +74,7 @@ def call(monkeypatch, tmp_path):
 
   def run(*arguments):
     monkeypatch.setattr(sys, 'argv', ['imta_jax', *arguments])
+    monkeypatch.delitem(sys.modules, 'config_config', raising=False)  # The config file before.
     with flagsaver.flagsaver():
       main.main(main.parse_flags(sys.argv))
 
@@ -129,7 +132,7 @@ def test_bad_input_is_refused_in_one_line(arguments, words, refusal):
   ids=['raises', 'raises in get_config', 'syntax', 'import', 'empty', 'number', 'nothing'],
 )
 def test_a_config_file_that_gives_no_config_is_refused(content, words, refusal, tmp_path):
-  path = tmp_path / f'mine_{abs(hash(content))}.py'  # A module of its own, not the last one anew.
+  path = tmp_path / 'mine.py'
   path.write_text(content)
   message = refusal(f'--config={path}')
   for word in (*words, path.name):
@@ -142,7 +145,7 @@ def test_a_file_that_is_no_config_is_refused(refusal, tmp_path):
 
 
 def test_a_config_that_lacks_fields_is_refused(refusal, tmp_path):
-  path = tmp_path / 'lacking.py'
+  path = tmp_path / 'mine.py'
   path.write_text(
     'from ml_collections import ConfigDict\n'
     'def get_config(argument=""):\n'

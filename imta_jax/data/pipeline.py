@@ -98,7 +98,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
   data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
   try:
     builder = tfds.builder(dataset.name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError:
+  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
     raise UsageError(
       f'config.dataset.name is {dataset.name!r}, which neither TFDS nor {data_dir or "its folder"} '
       'has: see tensorflow.org/datasets/catalog'

@@ -60,7 +60,7 @@ class StreamedDataset(pipeline.Dataset):
     examples = examples.enumerate().skip(position * batch_size)
 
     def decode(index, example):
-      image_seed = tf.stack([tf.constant(seed, tf.int64), index])
+      image_seed = self._image_seed(seed, index)
       dataset = self._config.dataset
       image = preprocess.decode_random_crop(
         example['image'], dataset.image_size, dataset.flip, image_seed
@@ -78,7 +78,7 @@ class StreamedDataset(pipeline.Dataset):
 
     def decode(index, example):
       if augments:
-        image_seed = tf.stack([tf.constant(self._config.seed, tf.int64), index])
+        image_seed = self._image_seed(self._config.seed, index)
         image = preprocess.decode_random_crop(
           example['image'], dataset.image_size, dataset.flip, image_seed
         )
@@ -109,6 +109,14 @@ class StreamedDataset(pipeline.Dataset):
     options = tf.data.Options()
     options.deterministic = True
     return examples.with_options(options)
+
+  def _image_seed(self, seed, index):
+    """A seed of its own for each image, whichever host reads it."""
+    import tensorflow as tf
+
+    return tf.stack(
+      [tf.constant(seed, tf.int64), index * jax.process_count() + jax.process_index()]
+    )
 
   def _batch(self, examples, batch_size):
     """Batches [local devices, batch a device, …]."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from imta_jax import config as config_lib
+from imta_jax.data.pipeline import open_dataset
 
 
 @pytest.fixture(scope='session')
@@ -18,26 +19,7 @@ def data_dir(tmp_path_factory):
   return str(tmp_path_factory.mktemp('tfds'))
 
 
-@pytest.fixture(scope='session')
-def mnist5k_builder(tfds, data_dir):
-  from imta_jax.data import mnist5k
-
-  builder = mnist5k.Mnist5k(data_dir=data_dir)
-  builder.download_and_prepare()
-  return builder
-
-
-@pytest.fixture(scope='session')
-def mnist5k_splits(tfds, mnist5k_builder):
-  """{split: (images, labels)}, as stored."""
-  return {
-    split: (arrays['image'], arrays['label'])
-    for split, arrays in tfds.as_numpy(mnist5k_builder.as_dataset(batch_size=-1)).items()
-  }
-
-
-@pytest.fixture
-def mnist5k_config(mnist5k_builder, data_dir):
+def make_mnist5k_config(data_dir):
   """100 training images, in 6 batches of 16; nothing is augmented."""
   config = config_lib.default()
   config.update(batch_size=16, evaluation_batch_size=200)
@@ -52,6 +34,30 @@ def mnist5k_config(mnist5k_builder, data_dir):
     flip=False,
   )
   return config
+
+
+@pytest.fixture(scope='session')
+def mnist5k_builder(tfds, data_dir):
+  """The builder, prepared as a first run prepares it."""
+  open_dataset(make_mnist5k_config(data_dir))
+  builder = tfds.builder('mnist5k', data_dir=data_dir)
+  assert builder.info.splits
+  return builder
+
+
+@pytest.fixture(scope='session')
+def mnist5k_splits(tfds, mnist5k_builder):
+  """{split: (images, labels)}, as stored."""
+  return {
+    split: (arrays['image'], arrays['label'])
+    for split, arrays in tfds.as_numpy(mnist5k_builder.as_dataset(batch_size=-1)).items()
+  }
+
+
+@pytest.fixture
+def mnist5k_config(mnist5k_builder, data_dir):
+  del mnist5k_builder
+  return make_mnist5k_config(data_dir)
 
 
 def flatten(batch):

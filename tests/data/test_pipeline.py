@@ -3,12 +3,14 @@
 import jax
 import pytest
 
+from imta_jax import config as config_lib
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
 
 def refusal(config):
   with pytest.raises(UsageError) as caught:
+    config_lib.validate(config)
     open_dataset(config)
   message = str(caught.value)
   assert '\n' not in message
@@ -49,9 +51,15 @@ def test_a_batch_larger_than_the_training_set_is_refused(mnist5k_config):
   assert '(100)' in message
 
 
-def test_an_unknown_data_set_is_refused(mnist5k_config):
-  mnist5k_config.dataset.name = 'nope'
-  assert "config.dataset.name is 'nope'" in refusal(mnist5k_config)
+@pytest.mark.parametrize('name', ['nope', 'no pe', '', 'mnist5k/nope', 'mnist5k:9.9.9'])
+def test_an_unknown_data_set_is_refused(name, mnist5k_config):
+  mnist5k_config.dataset.name = name
+  assert f'config.dataset.name is {name!r}' in refusal(mnist5k_config)
+
+
+def test_negative_padding_is_refused(mnist5k_config):
+  mnist5k_config.dataset.padding = -1
+  assert 'config.dataset.padding is -1' in refusal(mnist5k_config)
 
 
 def test_a_data_set_without_labels_is_refused(mnist5k_config):
@@ -74,12 +82,6 @@ def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monk
   monkeypatch.setenv('TFDS_DATA_DIR', mnist5k_config.dataset.data_dir)
   mnist5k_config.dataset.data_dir = None
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
-
-
-def test_a_small_data_set_is_prepared_by_opening_it(mnist5k_config, tmp_path):
-  mnist5k_config.dataset.data_dir = str(tmp_path)
-  assert open_dataset(mnist5k_config).num_images['test'] == 1_000
-  assert list(tmp_path.glob('mnist5k/*/*train.tfrecord*'))
 
 
 def test_training_validation_and_test_images_are_apart(mnist5k_config, mnist5k_splits, collect):
