@@ -44,7 +44,8 @@ class Predictions:
     scores nothing.
     """
     of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
-    return ((~(self.logits < of_label)).sum(axis=-1) <= k).mean(axis=-1)
+    is_among = (~(self.logits < of_label)).sum(axis=-1) <= k
+    return (is_among & ~np.isnan(of_label[..., 0])).mean(axis=-1)
 
   def cross_entropy(self) -> np.ndarray:
     """[exit]: the average cross-entropy."""

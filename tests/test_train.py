@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 ROOT = Path(__file__).parents[1]
 # 2 exits, 96 training images: 6 steps an epoch, 3 + 2 epochs.
@@ -25,8 +27,13 @@ COMMAND = (
   '--config.batch_size=16',
   '--config.evaluation_batch_size=1000',
   '--config.log_every_steps=2',
+  '--config.model.scale_factors=1,2',
+  '--config.model.bottleneck_factors=1,2',
   '--config.phases[0].epochs=3',
   '--config.phases[1].epochs=2',
+  # Small steps: on several devices sums have another order, which training amplifies.
+  '--config.phases[0].learning_rate=0.01',
+  '--config.phases[1].learning_rate=0.01',
 )
 LAST_STEPS = {'phase_1': 18, 'phase_2': 12}
 
@@ -39,6 +46,7 @@ def environment(tmp_path_factory):
     'TFDS_DATA_DIR': str(folder / 'tfds'),
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
     'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # Compiling takes longer than running here.
     'XLA_FLAGS': '',
     'PYTHONUNBUFFERED': '1',
   }
@@ -74,10 +82,10 @@ def interrupt(process, line_start, number):
   return process.returncode
 
 
-def final_states(workdir, last_steps=LAST_STEPS):
+def final_states(workdir):
   return {
     phase: ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / phase / str(step) / 'state')
-    for phase, step in last_steps.items()
+    for phase, step in LAST_STEPS.items()
   }
 
 
@@ -112,8 +120,6 @@ def test_main_job_leaves_tables_figure_metrics_and_checkpoints(finished):
 
 
 def test_metrics_hold_training_validation_and_speed(finished):
-  from tensorboard.backend.event_processing import event_accumulator
-
   workdir, _, _ = finished
   events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard/phase_1'))
   events.Reload()
@@ -163,15 +169,13 @@ def test_sweep_needs_only_workdirs(finished, environment, tmp_path):
 
 
 def test_interrupted_run_ends_with_identical_parameters(finished, environment, tmp_path):
-  assert interrupt(start(tmp_path, environment), 'phase_1: ', signal.SIGKILL) == -signal.SIGKILL
-
-  status = interrupt(start(tmp_path, environment), 'phase_1 epoch 1/', signal.SIGTERM)
+  status = interrupt(start(tmp_path, environment), 'phase_1: ', signal.SIGTERM)
   assert status == 128 + signal.SIGTERM
-  saved = max(int(path.name) for path in (tmp_path / 'checkpoints/phase_1').iterdir())
-  assert 6 < saved < 18  # Not only at the end of an epoch.
+  assert [path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()] == ['1']
 
-  resumed = start(tmp_path, environment)
-  assert interrupt(resumed, 'phase_2 epoch 1/', signal.SIGKILL) == -signal.SIGKILL
+  for moment in ('phase_1 epoch 1/', 'phase_2 epoch 1/'):
+    process = start(tmp_path, environment)
+    assert interrupt(process, moment, signal.SIGKILL) == -signal.SIGKILL
 
   run(tmp_path, environment)
   assert_identical(final_states(tmp_path), final_states(finished[0]))
@@ -193,39 +197,22 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(finished, environment, t
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
   finished, environment, tmp_path
 ):
-  overrides = ('--config.phases[0].epochs=1', '--config.phases[1].learning_rate=1e38')
-  process = start(tmp_path, environment, *overrides)
+  process = start(tmp_path, environment, '--config.phases[1].learning_rate=1e38')
   _, errors = process.communicate(timeout=300)
   assert process.returncode == 1
   (line,) = errors.splitlines()
   assert line.startswith('error: phase_2: the loss is not finite at step')
-  assert (tmp_path / 'checkpoints/phase_1/6').exists()
+  assert (tmp_path / 'checkpoints/phase_1/18').exists()
 
 
-# Few and small steps: the order of sums differs between devices, and training amplifies it.
-SHORT = (
-  '--config.phases[0].steps=2',
-  '--config.phases[1].steps=2',
-  '--config.phases[0].learning_rate=0.01',
-  '--config.phases[1].learning_rate=0.01',
-)
-
-
-@pytest.fixture(scope='session')
-def short_run(tmp_path_factory, environment):
-  workdir = tmp_path_factory.mktemp('short')
-  run(workdir, environment, *SHORT)
-  return workdir
-
-
-def test_eight_devices_train_as_one_does(short_run, environment, tmp_path):
+def test_eight_devices_train_as_one_does(finished, environment, tmp_path):
   flags = '--xla_force_host_platform_device_count=8'
-  output, _ = run(tmp_path, environment, *SHORT, XLA_FLAGS=flags)
+  output, _ = run(tmp_path, environment, XLA_FLAGS=flags)
   assert '8 × cpu' in output
-  assert_close(short_states(tmp_path), short_states(short_run))
+  assert_trained_alike(tmp_path, finished[0])
 
 
-def test_two_hosts_train_as_one_does_and_write_once(short_run, environment, tmp_path):
+def test_two_hosts_train_as_one_does_and_write_once(finished, environment, tmp_path):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -233,7 +220,6 @@ def test_two_hosts_train_as_one_does_and_write_once(short_run, environment, tmp_
     start(
       tmp_path,
       environment,
-      *SHORT,
       f'--coordinator_address=localhost:{port}',
       '--num_processes=2',
       f'--process_id={number}',
@@ -244,20 +230,26 @@ def test_two_hosts_train_as_one_does_and_write_once(short_run, environment, tmp_
   assert [host.returncode for host in hosts] == [0, 0], outputs
   assert '2 host(s)' in outputs[0][0] and 'phase_1' not in outputs[1][0]
   assert len(list((tmp_path / 'tensorboard/phase_1').iterdir())) == 1
-  assert_close(short_states(tmp_path), short_states(short_run))
+  assert_trained_alike(tmp_path, finished[0])
 
 
-def short_states(workdir):
-  return final_states(workdir, {'phase_1': 2, 'phase_2': 2})
+def assert_trained_alike(workdir, other):
+  """Equal but for the order of sums, which training amplifies: closely at first, less at the end."""
+  for tag in ('train/loss', 'train/gradient_norm', 'train/accuracy_exit_1'):
+    first, first_of_other = (first_value(folder, tag) for folder in (workdir, other))
+    np.testing.assert_allclose(first, first_of_other, rtol=1e-4)
 
+  def compare(array, array_of_other):
+    scale = np.abs(array_of_other).max() + 1e-3
+    np.testing.assert_allclose(array / scale, array_of_other / scale, atol=0.1)
 
-def assert_close(states, others):
-  """Equal but for the order of sums: relative to the size of each array."""
-
-  def compare(array, other):
-    scale = np.abs(other).max() + 1e-3
-    np.testing.assert_allclose(array / scale, other / scale, atol=1e-3)
-
+  states, states_of_other = final_states(workdir), final_states(other)
   for phase in states:
     for part in ('trained', 'batch_stats'):
-      jax.tree.map(compare, states[phase][part], others[phase][part])
+      jax.tree.map(compare, states[phase][part], states_of_other[phase][part])
+
+
+def first_value(workdir, tag):
+  events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard/phase_1'))
+  events.Reload()
+  return tensor_util.make_ndarray(events.Tensors(tag)[0].tensor_proto)

@@ -85,6 +85,7 @@ def choose_exits(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndar
   """
   # Compared in the confidence's own precision: a threshold is the confidence of an image, and that
   # image leaves.
+  confidence = np.asarray(confidence)
   leaves = confidence >= np.asarray(thresholds, confidence.dtype)[:, np.newaxis]
   leaves[-1] = True
   return leaves.argmax(axis=0)
@@ -145,12 +146,12 @@ def _thresholds(confidence, order, shares):
   waiting = np.ones(num_images, bool)
   for index in range(num_exits - 1):
     takes = int(num_images * shares[index])
-    candidates = order[index][waiting[order[index]]]
+    candidates = order[index][(waiting & ~np.isnan(confidence[index]))[order[index]]]
     if takes and candidates.size:
       # Ties at earlier exits can leave fewer images than the share; then all of them leave.
       threshold = confidence[index, candidates[min(takes, candidates.size) - 1]]
       thresholds[index] = threshold
-      waiting &= confidence[index] < threshold
+      waiting &= ~(confidence[index] >= threshold)
   return thresholds
 
 
@@ -164,7 +165,8 @@ def _judge(split, probabilities, labels, num_exits):
     )
   prediction = probabilities.argmax(axis=-1)
   confidence = np.take_along_axis(probabilities, prediction[..., np.newaxis], axis=-1)[..., 0]
-  return confidence, prediction == labels
+  # An image whose probabilities are no numbers is not classified.
+  return confidence, (prediction == labels) & ~np.isnan(confidence)
 
 
 def _operate(confidence, correct, thresholds):

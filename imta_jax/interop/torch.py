@@ -69,8 +69,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
 def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict[str, np.ndarray]:
   """The exact inverse of `from_state_dict`, without prefix.
 
-  A phase II network has no longer the classifiers of phase I (`net.classifier.….linear`), so they
-  are not in its state dict either.
+  Two things that a published checkpoint carries are in none of ours, and so not in the result: the
+  counters `num_batches_tracked`, and in phase II the classifiers of phase I
+  (`net.classifier.….linear`).
 
   Args:
     variables: {'params': …} and, if there are any, 'batch_stats'; gradients may stand in for the
@@ -112,12 +113,16 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
   except FileNotFoundError:
     raise UsageError(f'checkpoint {os.fspath(path)} does not exist') from None
   except Exception as error:
-    reason = str(error).strip().splitlines()[0]
     raise UsageError(
-      f'{os.fspath(path)} is no checkpoint that can be read safely: {reason}'
+      f'{os.fspath(path)} is no checkpoint that can be read without running code it may hold '
+      f'({type(error).__name__}): save its state_dict alone'
     ) from error
-  state = content.get('state_dict', content)
-  return from_state_dict({name: value.numpy() for name, value in state.items()}, model)
+  state = content.get('state_dict', content) if isinstance(content, dict) else {}
+  tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+  if not tensors:
+    raise UsageError(f'{os.fspath(path)} holds no state_dict: it is no checkpoint of a network')
+  arrays = {name: value.detach().float().numpy() for name, value in tensors.items()}
+  return from_state_dict(arrays, model)
 
 
 def _shapes(model):

@@ -63,7 +63,10 @@ def create(
       close = difflib.get_close_matches(field, known, 1)
       hint = f'did you mean {close[0]!r}?' if close else f'it has {", ".join(sorted(set(known)))}'
       raise ValueError(f'model {name!r} has no field {field!r}: {hint}')
-  dtype = jnp.dtype(dtype)
+  try:
+    dtype = jnp.dtype(dtype)
+  except TypeError:
+    raise ValueError(f"dtype {dtype!r} is unknown: take 'float32' or 'bfloat16'") from None
   stages, exits = ARCHITECTURES[name](dtype=dtype, batch_norm_axis=batch_norm_axis, **fields)
   return MultiExitNetwork(
     stages=stages,

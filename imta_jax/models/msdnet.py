@@ -56,7 +56,7 @@ class DenseLayer(nn.Module):
 
   Attributes:
     scales: Indices of the scales written, fine to coarse.
-    drops_scale: Whether the layer reads one scale more than it writes.
+    drops_scale: Whether the layer reads one scale more than it writes; finer ones are not read.
     growth: Channels that each written scale gains.
     bottleneck_factors: By scale index; None for no bottleneck.
     conv_norm: Makes the convolutions.
@@ -71,7 +71,8 @@ class DenseLayer(nn.Module):
   @nn.compact
   def __call__(self, features: Features, train: bool) -> Features:
     first_read = self.scales[0] - self.drops_scale
-    maps = dict(zip(range(first_read, self.scales[-1] + 1), features, strict=True))
+    scales_read = range(first_read, self.scales[-1] + 1)
+    maps = dict(zip(scales_read, features[-len(scales_read) :], strict=True))
 
     def branch(source, growth, stride, name):
       width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
@@ -163,12 +164,24 @@ def msdnet(
   ):
     if value not in choices:
       raise ValueError(f'{field} {value!r} is unknown: take one of {", ".join(choices)}')
-  for field, value in (('num_exits', num_exits), ('base', base), ('step', step)):
+  for field, value in (
+    ('num_exits', num_exits),
+    ('base', base),
+    ('step', step),
+    ('channels', channels),
+    ('growth_rate', growth_rate),
+    ('the number of scale_factors', len(scale_factors)),
+  ):
     if value < 1:
       raise ValueError(f'{field} {value} is out of range: it must be 1 or more')
   if not 0 <= reduction <= 1:
     raise ValueError(f'reduction {reduction} is out of range: it must be between 0 and 1')
   num_scales = len(scale_factors)
+  if any(growth_rate * factor < 2 for factor in scale_factors[1:]):
+    raise ValueError(
+      f'growth_rate {growth_rate} is too small: with scale_factors {tuple(scale_factors)} half of '
+      'what a scale gains is nothing'
+    )
   if bottleneck and len(bottleneck_factors) != num_scales:
     raise ValueError(
       f'bottleneck_factors {tuple(bottleneck_factors)} must be as many as the scale_factors '
@@ -180,6 +193,8 @@ def msdnet(
 
   def scales_after(layer):
     """How many scales layer number `layer` writes; layer 0 is the first layer, which writes all."""
+    if not layer:
+      return num_scales
     if prune == 'max':
       return num_scales - max(0, layer - 1) // math.ceil(num_layers / num_scales)
     return min(num_scales, num_layers - layer + 1)
@@ -208,6 +223,8 @@ def msdnet(
       narrows = drops_scale if prune == 'max' else number in (num_layers // 3, 2 * num_layers // 3)
       if reduction and narrows:
         width = math.floor(reduction * width)
+        if not width:
+          raise ValueError(f'reduction {reduction} is too small: it leaves no channels')
         layers.append(Transition([width * scale_factors[scale] for scale in scales], conv_norm))
     stages.append(Stage(layers))
     exit_width = 128 if stem == 'cifar' else width * scale_factors[-1]
