@@ -33,7 +33,7 @@ setup(
     'tensorflow-datasets',
   ],
   extras_require={
-    'test': ['pytest', 'ruff'],
+    'test': ['pytest', 'pytest-xdist', 'ruff'],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     'torch': ['torch'],

@@ -234,7 +234,7 @@ def test_two_hosts_train_as_one_does_and_write_once(finished, environment, tmp_p
 
 
 def assert_trained_alike(workdir, other):
-  """Equal but for the order of sums, which training amplifies: closely at first, less at the end."""
+  """Equal but for the order of sums, which training amplifies: closely at first, less later."""
   for tag in ('train/loss', 'train/gradient_norm', 'train/accuracy_exit_1'):
     first, first_of_other = (first_value(folder, tag) for folder in (workdir, other))
     np.testing.assert_allclose(first, first_of_other, rtol=1e-4)
