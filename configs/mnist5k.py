@@ -2,7 +2,7 @@
 
     python -m imta_jax.main --config=configs/mnist5k.py
 
-Reproduces no table of the paper. Cost: 4 + 3 epochs of 54 steps. Data: embedded, no download.
+Reproduces no table of the paper. Cost: 3 + 3 epochs of 54 steps. Data: embedded, no download.
 """
 
 from imta_jax import config as config_lib
@@ -36,6 +36,6 @@ def get_config(argument=''):
     stem='cifar',
   )
   phase_one, phase_two = config.phases
-  phase_one.update(epochs=4.0, schedule='cosine')
+  phase_one.update(epochs=3.0, schedule='cosine')
   phase_two.update(epochs=3.0, schedule='cosine')
   return config
