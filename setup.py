@@ -27,6 +27,7 @@ setup(
     'optax',
     'orbax-checkpoint',
     'rich',
+    'scipy',
     'tensorboard',  # clu needs it and does not say so.
     'tensorflow-cpu; platform_machine == "x86_64" and sys_platform != "darwin"',
     'tensorflow; platform_machine != "x86_64" or sys_platform == "darwin"',
