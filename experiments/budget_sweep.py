@@ -95,13 +95,13 @@ def networks(
       yield name, evaluate.load_costs(folder, name), predictions
     return
   # What trains is slow to import, and a finished run does without.
-  from imta_jax import train
   from imta_jax.data.pipeline import open_dataset
+  from imta_jax.networks import predict_splits, restore_network
 
   dataset = open_dataset(config)
   for index, name in names.items():
-    network = train.restore_network(config, workdir, index, dataset)
-    yield name, network.costs, train.predict_splits(network, dataset)
+    network = restore_network(config, workdir, index, len(dataset.class_names), dataset.image_shape)
+    yield name, network.costs, predict_splits(network, dataset)
 
 
 if __name__ == '__main__':

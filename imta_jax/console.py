@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from imta_jax.adaptive.cost import ExitCost
+from imta_jax.adaptive.policy import cheapest_as_accurate
 from imta_jax.evaluate import Evaluation
 
 
@@ -51,9 +52,8 @@ class Reporter:
     """Prints what early exits save, and where everything is."""
     last = evaluation.costs[-1].madds
     target = evaluation.accuracies['validation', 1][-1]
-    enough = [p for p in evaluation.points if p.validation_accuracy >= target]
-    if enough:
-      point = min(enough, key=lambda p: p.validation_madds)
+    point = cheapest_as_accurate(evaluation.points, target)
+    if point is not None:
       self.say(
         f'With early exits, {100 * point.test_accuracy:.2f} % of the test images are right at '
         f"{point.test_madds / last:.0%} of the last exit's multiply-adds "

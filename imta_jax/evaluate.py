@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from etils import epath
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.pipeline import Batch
+from imta_jax.errors import UsageError
 from imta_jax.workdir import write_whole
 
 SPLITS = ('validation', 'test')
@@ -164,7 +166,7 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
   content = json.dumps({'exits': exits, 'budget': finite}, indent=2) + '\n'
   write_whole(folder / 'evaluation.json', content.encode())
   for row in budgets:
-    for field in ('thresholds', 'test_shares'):
+    for field in ('thresholds', 'validation_shares', 'test_shares'):
       row[field] = ' '.join(f'{value:.6g}' for value in row[field])
   for rows, name in ((exits, 'exits.csv'), (budgets, 'budget.csv')):
     table = io.StringIO()
@@ -176,8 +178,30 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
 
 def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
   """Reads back the costs of a network from what `write_tables` wrote."""
-  rows = json.loads((folder / 'evaluation.json').read_text())['exits']
-  return [ExitCost(row['madds'], row['params']) for row in rows if row['network'] == name]
+  return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
+
+
+def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
+  """Reads back the operating points of a network from what `write_tables` wrote.
+
+  Raises:
+    UsageError: If there are none.
+  """
+  points = []
+  for row in _load_rows(folder, 'budget', name):
+    row['thresholds'] = tuple(math.inf if t is None else t for t in row['thresholds'])
+    del row['network']
+    points.append(OperatingPoint(**row))
+  return points
+
+
+def _load_rows(folder, table, name):
+  path = folder / 'evaluation.json'
+  rows = json.loads(path.read_text())[table] if path.exists() else []
+  rows = [row for row in rows if row['network'] == name]
+  if not rows:
+    raise UsageError(f'{folder} has no evaluation of {name}: run the training command to its end')
+  return rows
 
 
 def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:

@@ -1,9 +1,8 @@
 """The loop: phases, steps, validation, checkpoints; then the evaluation on the test set."""
 
 import collections
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,39 +10,20 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax import checkpoint, devices, evaluate, models, steps
+from imta_jax import checkpoint, devices, evaluate, networks, steps
 from imta_jax import config as config_lib
 from imta_jax import workdir as layout
-from imta_jax.adaptive.cost import ExitCost, exit_costs
+from imta_jax.adaptive.cost import exit_costs
 from imta_jax.console import Reporter
 from imta_jax.data.pipeline import Dataset, open_dataset
 from imta_jax.errors import UsageError
-from imta_jax.models.initial_values import initialize, transplant
+from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.preemption import StopRequest
 
 # Steps given to the devices ahead of those done: enough to keep them busy, few enough that their
 # batches fit in memory and that a request to stop is soon met.
 _STEPS_IN_FLIGHT = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedNetwork:
-  """A phase's network and the state chosen from it.
-
-  Attributes:
-    name: The phase's name.
-    model: The network.
-    variables: Its variables, on the host.
-    predict: Its evaluation step, see steps.predict_step.
-    costs: [exit].
-  """
-
-  name: str
-  model: MultiExitNetwork
-  variables: Mapping[str, Any]
-  predict: Callable
-  costs: list[ExitCost]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
@@ -63,10 +43,10 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   """
   config_lib.validate(config)
   for phase in config.phases:  # Wrong fields show before seconds are spent on TensorFlow.
-    create_model(config, phase, num_classes=1)
+    networks.create_model(config, phase, num_classes=1)
   layout.check_owner(config, workdir)
   dataset = open_dataset(config)
-  layout.claim(config, workdir)
+  layout.claim(config, workdir, dataset.class_names)
   reporter = Reporter()
   reporter.say(
     f'{config.dataset.name}: '
@@ -82,7 +62,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
 
   evaluations = []
   for network in trained:
-    predictions = predict_splits(network, dataset)
+    predictions = networks.predict_splits(network, dataset)
     evaluations.append(evaluate.assess(network.name, network.costs, predictions))
     reporter.results(evaluations[-1])
     if jax.process_index() == 0:
@@ -96,43 +76,22 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   return evaluations
 
 
-def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
-  """The network of a phase.
-
-  Raises:
-    UsageError: If a field of config.model is wrong.
-  """
-  fields = {name: value for name, value in config.model.items() if name != 'name'}
-  try:
-    return models.create(
-      config.model.name,
-      num_classes=num_classes,
-      gradient_equilibrium=phase.gradient_equilibrium,
-      collaboration=phase.collaboration,
-      stop_collaboration_gradient=phase.stop_collaboration_gradient,
-      batch_norm_axis=devices.AXIS if config.global_batch_norm else None,
-      **fields,
-    )
-  except (TypeError, ValueError) as error:
-    raise UsageError(f'config.model: {error}') from error
-
-
 def _train_phase(
   config: ConfigDict,
   workdir: epath.Path,
   index: int,
   dataset: Dataset,
-  predecessors: list[TrainedNetwork],
+  predecessors: list[networks.TrainedNetwork],
   reporter: Reporter,
   stop: StopRequest,
-) -> TrainedNetwork:
+) -> networks.TrainedNetwork:
   """Trains a phase to its end, from where it stands, and chooses its state."""
   phase, name = config.phases[index], layout.phase_name(index)
   predecessor = predecessors[-1] if predecessors else None
 
   # The network, its optimizer, and the state to go on from.
-  model = create_model(config, phase, len(dataset.class_names))
-  variables = initial_variables(model, config.seed, dataset.image_shape)
+  model = networks.create_model(config, phase, len(dataset.class_names))
+  variables = networks.initial_variables(model, config.seed, dataset.image_shape)
   if predecessor is not None:
     variables = transplant(predecessor.variables, variables)
   costs = exit_costs(model, dataset.image_shape)
@@ -201,37 +160,9 @@ def _train_phase(
         stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
   writer.close()
 
-  chosen = _chosen_state(checkpoints, state, phase, name, workdir)
+  chosen = networks.chosen_state(checkpoints, state, phase, name, workdir)
   reporter.say(f'{name} gives its {phase.chosen_state} state, of step {int(chosen.step):,}.')
-  return TrainedNetwork(name, model, chosen.variables, predict, costs)
-
-
-def restore_network(
-  config: ConfigDict, workdir: epath.Path, index: int, dataset: Dataset
-) -> TrainedNetwork:
-  """Reads a phase's network, as far as it is trained, from its checkpoints.
-
-  Args:
-    config: The workdir's.
-    workdir: The run's folder.
-    index: The phase, from 0.
-    dataset: The config's.
-
-  Returns:
-    The network with its chosen state.
-
-  Raises:
-    UsageError: If there is no whole checkpoint.
-  """
-  phase, name = config.phases[index], layout.phase_name(index)
-  model = create_model(config, phase, len(dataset.class_names))
-  variables = initial_variables(model, config.seed, dataset.image_shape)
-  _, schedule = _length_and_schedule(config, phase, dataset)
-  like = steps.create_state(variables, phase.trained, steps.create_optimizer(phase, schedule))
-  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name), read_only=True)
-  chosen = _chosen_state(checkpoints, like, phase, name, workdir)
-  costs = exit_costs(model, dataset.image_shape)
-  return TrainedNetwork(name, model, chosen.variables, steps.predict_step(model), costs)
+  return networks.TrainedNetwork(name, model, chosen.variables, predict, costs)
 
 
 def _length_and_schedule(config, phase, dataset):
@@ -242,41 +173,8 @@ def _length_and_schedule(config, phase, dataset):
   )
 
 
-def _chosen_state(checkpoints, like, phase, name, workdir):
-  """Reads the state that stands for a phase, and closes its checkpoints."""
-  chosen = checkpoints.restore(like, phase.chosen_state)
-  checkpoints.close()
-  if chosen is None:
-    raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the training command again')
-  return chosen
-
-
-def initial_variables(
-  model: MultiExitNetwork, seed: int, image_shape: tuple[int, int, int]
-) -> Mapping[str, Any]:
-  """A network's variables before training.
-
-  Raises:
-    UsageError: If the network does not fit the images.
-  """
-  try:
-    return initialize(model, seed, image_shape)
-  except (ValueError, ZeroDivisionError) as error:
-    reason = str(error).strip().splitlines()[0]
-    raise UsageError(f'config.model does not fit images of {image_shape}: {reason}') from error
-
-
-def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evaluate.Predictions]:
-  """Predictions for the validation and test images."""
-  variables = devices.replicate(network.variables)
-  return {
-    split: evaluate.predict(network.predict, variables, dataset.evaluation_batches(split))
-    for split in evaluate.SPLITS
-  }
-
-
 def _teacher(
-  phase: ConfigDict, predecessor: TrainedNetwork | None
+  phase: ConfigDict, predecessor: networks.TrainedNetwork | None
 ) -> tuple[MultiExitNetwork | None, Any]:
   """The teacher's network and replicated variables, where it is the phase before's."""
   if phase.loss != 'one_for_all' or phase.teacher != 'frozen':

@@ -1,10 +1,14 @@
 """A run's folder: where what lies in it, and whose it is.
 
 config.json                       the config as it ran
+classes.json                      the names of the classes
 checkpoints/phase_1/<step>/       states, latest and best
 tensorboard/phase_1/              metrics
 evaluation/                       tables, figure, and the predictions they were made from
 """
+
+import json
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -52,6 +56,18 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   return config_lib.from_json(path.read_text())
 
 
+def load_class_names(workdir: epath.Path) -> list[str]:
+  """The names of the classes of a run's data set.
+
+  Raises:
+    UsageError: If the run has not written them.
+  """
+  path = workdir / 'classes.json'
+  if not path.exists():
+    raise UsageError(f'{workdir} has no classes.json: run its training command again')
+  return json.loads(path.read_text())
+
+
 def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   """Refuses a workdir that another config has.
 
@@ -70,10 +86,15 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
     )
 
 
-def claim(config: ConfigDict, workdir: epath.Path) -> None:
-  """Writes the config into a new workdir."""
-  if jax.process_index() == 0 and not (workdir / 'config.json').exists():
-    write_whole(workdir / 'config.json', config_lib.to_json(config).encode())
+def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:
+  """Writes the config, and the classes that belong to it, into a new workdir."""
+  contents = {
+    'classes.json': json.dumps(list(class_names), indent=2) + '\n',
+    'config.json': config_lib.to_json(config),
+  }
+  for name, content in contents.items():
+    if jax.process_index() == 0 and not (workdir / name).exists():
+      write_whole(workdir / name, content.encode())
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')
 

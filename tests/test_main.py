@@ -158,7 +158,7 @@ def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
   workdir = tmp_path / 'run'
   config = config_lib.default()
   config.phases[1].epochs = 1234.0
-  layout.claim(config, epath.Path(workdir))
+  layout.claim(config, epath.Path(workdir), ['a', 'b'])
   before = (workdir / 'config.json').read_bytes()
   message = refusal(MNIST, f'--workdir={workdir}')
   assert str(workdir) in message

@@ -23,6 +23,7 @@ class OperatingPoint:
     thresholds: Confidence from which an image leaves, an exit.
     validation_accuracy: Fraction of validation images classified correctly.
     validation_madds: Average multiply-adds a validation image.
+    validation_shares: Fraction of the validation images that leave at each exit.
     test_accuracy: Fraction of test images classified correctly.
     test_madds: Average multiply-adds a test image.
     test_shares: Fraction of the test images that leave at each exit.
@@ -32,6 +33,7 @@ class OperatingPoint:
   thresholds: tuple[float, ...]
   validation_accuracy: float
   validation_madds: float
+  validation_shares: tuple[float, ...]
   test_accuracy: float
   test_madds: float
   test_shares: tuple[float, ...]
@@ -130,12 +132,29 @@ def budget_sweep(
         thresholds=tuple(thresholds.tolist()),
         validation_accuracy=validation_accuracy,
         validation_madds=float(validation_shares @ madds),
+        validation_shares=tuple(validation_shares.tolist()),
         test_accuracy=test_accuracy,
         test_madds=float(test_shares @ madds),
         test_shares=tuple(test_shares.tolist()),
       )
     )
   return points
+
+
+def cheapest_as_accurate(
+  points: Sequence[OperatingPoint], accuracy: float
+) -> OperatingPoint | None:
+  """The cheapest operating point that reaches an accuracy, both on validation images.
+
+  Args:
+    points: From `budget_sweep`.
+    accuracy: A fraction.
+
+  Returns:
+    The point, or None if none reaches it.
+  """
+  enough = [point for point in points if point.validation_accuracy >= accuracy]
+  return min(enough, key=lambda point: point.validation_madds, default=None)
 
 
 def _thresholds(confidence, order, shares):

@@ -1,0 +1,616 @@
+"""Inference that runs only the stages an image needs.
+
+This file needs JAX and NumPy alone, but for `from_workdir` and `from_model`: an export carries a
+copy of it, which classifies where imta_jax is not installed.
+
+    from engine import AdaptiveClassifier  # In an export; else from imta_jax.adaptive.engine.
+    classifier = AdaptiveClassifier.load('exported', budget=20e6)
+    answers = classifier.predict(images)
+"""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+# What a stage reads and writes: (features, logits), or the images where the first one reads.
+Carry = Any
+
+# The batch sizes that are compiled. Images left over make smaller batches.
+BATCH_SIZES = (1, 4, 16, 64, 256)
+
+# How full a batch must be: where a device's time grows with the batch, places left empty cost as
+# much as images do; where it hardly does, further batches cost more than empty places.
+_SMALLEST_FILL = {'cpu': 0.75}
+_SMALLEST_FILL_OF_ACCELERATORS = 0.1
+
+# A threshold is the confidence of a validation image, which shall leave. Rounding differs between
+# programs, so thresholds are lowered by this part of what they lack of certainty.
+_SLACK = 1e-5
+
+MANIFEST = 'manifest.json'
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """Thresholds, and what they were measured to do on validation images.
+
+  Attributes:
+    thresholds: [exit]; an image leaves where its confidence is at least this.
+    shares: [exit], the fraction of the images that left there.
+    accuracy: The fraction that was classified correctly.
+  """
+
+  thresholds: tuple[float, ...]
+  shares: tuple[float, ...]
+  accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What was decided about images.
+
+  Attributes:
+    indices: [image], the number of each image in the order in which they were given.
+    probabilities: [image, class], float32, of the exit that each image took.
+    exits: [image], counted from 0.
+  """
+
+  indices: np.ndarray
+  probabilities: np.ndarray
+  exits: np.ndarray
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[image], the most probable class."""
+    return self.probabilities.argmax(axis=-1)
+
+  @property
+  def confidences(self) -> np.ndarray:
+    """[image], the probability of the label."""
+    return self.probabilities.max(axis=-1)
+
+
+class AdaptiveClassifier:
+  """Classifies images, each of which leaves at the first exit that is sure enough of it.
+
+  Attributes:
+    thresholds: [exit], float32; what `predict` uses unless told otherwise.
+    settings: What thresholds may be chosen from.
+    madds: [exit], multiply-adds of an image that leaves there.
+    class_names: A name a class.
+    num_classes: Classes.
+    image: Shape (height, width, channels) and type of an image.
+    preprocessing: How an image file becomes such an image, see imta_jax.predict.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Callable[[Tree, Carry], Carry]],
+    weights: Sequence[Tree],
+    thresholds: Sequence[float],
+    image: jax.ShapeDtypeStruct,
+    *,
+    settings: Sequence[Setting] = (),
+    madds: Sequence[float] = (),
+    class_names: Sequence[str] = (),
+    preprocessing: dict[str, Any] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+  ):
+    """Makes a classifier of stages; see also `from_workdir`, `from_model` and `load`.
+
+    Args:
+      stages: Functions (weights, carry) → carry. The first reads images, the others
+        (features, logits [batch, class]), which all of them give.
+      weights: What each stage gets as its weights.
+      thresholds: [exit].
+      image: See the class.
+      settings: See the class.
+      madds: See the class.
+      class_names: See the class.
+      preprocessing: See the class.
+      batch_sizes: The batch sizes that may be compiled; 1 must be among them.
+
+    Raises:
+      ValueError: If there is not a threshold an exit.
+    """
+    self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
+    self.image, self.settings, self.class_names = image, tuple(settings), tuple(class_names)
+    self.madds, self.preprocessing = tuple(madds), preprocessing or {}
+    self.thresholds = np.asarray(thresholds, np.float32)
+    if self.thresholds.shape != (len(self.stages),):
+      raise ValueError(f'thresholds {thresholds} must be one for each of {len(self.stages)} exits')
+    self._batch_sizes = tuple(sorted(batch_sizes))
+    platform = jax.default_backend()
+    self._fill = _SMALLEST_FILL.get(platform, _SMALLEST_FILL_OF_ACCELERATORS)
+    self._steps = [jax.jit(partial(_step, stage)) for stage in self.stages]
+    self._one_image = jax.jit(partial(_one_image, self.stages))
+    one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
+    _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
+    self.num_classes = logits.shape[-1]
+
+  @classmethod
+  def from_workdir(
+    cls,
+    workdir: Any,
+    budget: float | None = None,
+    *,
+    latency: float | None = None,
+    phase: int = -1,
+  ) -> 'AdaptiveClassifier':
+    """The network that a run has trained and evaluated.
+
+    Args:
+      workdir: The run's folder.
+      budget: See `choose`.
+      latency: See `choose`.
+      phase: The phase whose network it shall be, an index.
+
+    Returns:
+      A classifier of images of unsigned bytes.
+
+    Raises:
+      UsageError: If the folder is no run's, or the run is not through its evaluation.
+    """
+    from imta_jax import networks
+
+    return networks.load_classifier(workdir, phase).choose(budget, latency)
+
+  @classmethod
+  def from_model(
+    cls,
+    model: Any,
+    variables: Tree,
+    thresholds: Sequence[float],
+    image_shape: Sequence[int],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **fields: Any,
+  ) -> 'AdaptiveClassifier':
+    """A network at hand.
+
+    Args:
+      model: An imta_jax.models.multi_exit.MultiExitNetwork.
+      variables: Its variables.
+      thresholds: [exit].
+      image_shape: (height, width, channels).
+      mean: [channels], of pixels between 0 and 1; if given, images are unsigned bytes and are
+        normalised here, else they are normalised floats.
+      std: [channels], likewise.
+      **fields: Of the constructor.
+
+    Returns:
+      A classifier.
+    """
+    from imta_jax.data.preprocess import normalize
+
+    def run(index, weights, carry):
+      if index:
+        features, logits = carry
+      else:
+        images = carry if mean is None else normalize(carry, mean, std)
+        features, logits = model.apply(weights, images, method='start'), None
+      features, logits = model.apply(weights, index, features, logits, method='run_stage')
+      return (features if index + 1 < model.num_exits else (), logits)
+
+    def weights_of(index):
+      names = [f'{part}_{index}' for part in ('stages', 'exits', 'classifiers')]
+      return {
+        kind: {name: trees[name] for name in names if name in trees}
+        for kind, trees in variables.items()
+      }
+
+    image = jax.ShapeDtypeStruct(tuple(image_shape), np.float32 if mean is None else np.uint8)
+    exits = range(model.num_exits)
+    stages = [partial(run, index) for index in exits]
+    return cls(stages, [weights_of(index) for index in exits], thresholds, image, **fields)
+
+  @classmethod
+  def load(
+    cls, folder: Any, budget: float | None = None, *, latency: float | None = None
+  ) -> 'AdaptiveClassifier':
+    """Reads what experiments/export.py wrote.
+
+    Args:
+      folder: The export.
+      budget: See `choose`.
+      latency: See `choose`.
+
+    Returns:
+      A classifier of images of unsigned bytes.
+
+    Raises:
+      ValueError: If the folder is no export, or a file is not as it was written.
+    """
+    manifest_path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(manifest_path):
+      raise ValueError(f'{folder} is no export: it has no {MANIFEST}')
+    with open(manifest_path, 'rb') as file:
+      try:
+        manifest = json.load(file)
+        checksum = manifest.pop('manifest_sha256')
+      except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f'{manifest_path} is damaged: export again') from error
+    if checksum != manifest_checksum(manifest):
+      raise ValueError(f'{manifest_path} is not as it was written: export again')
+    if manifest['format'] != _FORMAT:
+      raise ValueError(f'{folder} has format {manifest["format"]}, expected {_FORMAT}')
+    contents = {
+      name: _read_checked(folder, name, checksum) for name, checksum in manifest['sha256'].items()
+    }
+    stages = [
+      partial(_call_exported, jax.export.deserialize(bytearray(contents[name])))
+      for name in manifest['stages']
+    ]
+    with np.load(io.BytesIO(contents[manifest['weights']])) as arrays:
+      weights = [
+        [arrays[f'{index}/{leaf}'] for leaf in range(count)]
+        for index, count in enumerate(manifest['weights_per_stage'])
+      ]
+    settings = [
+      Setting(tuple(map(_from_json, row['thresholds'])), tuple(row['shares']), row['accuracy'])
+      for row in manifest['settings']
+    ]
+    image = jax.ShapeDtypeStruct(tuple(manifest['image_shape']), manifest['image_dtype'])
+    return cls(
+      stages,
+      weights,
+      tuple(map(_from_json, manifest['thresholds'])),
+      image,
+      settings=settings,
+      madds=manifest['madds'],
+      class_names=manifest['class_names'],
+      preprocessing=manifest['preprocessing'],
+    ).choose(budget, latency)
+
+  def choose(
+    self, budget: float | None = None, latency: float | None = None
+  ) -> 'AdaptiveClassifier':
+    """Sets `thresholds` to those that are most accurate within a budget, on validation images.
+
+    Args:
+      budget: Average multiply-adds an image.
+      latency: Average seconds an image, one at a time, on this machine; stages are timed for it.
+
+    Returns:
+      This classifier. Without a budget its thresholds stay as they are.
+
+    Raises:
+      ValueError: If nothing lies within the budget, or two are given.
+    """
+    if budget is not None and latency is not None:
+      raise ValueError('budget and latency are both given: give one')
+    if budget is not None:
+      self.thresholds = self.thresholds_within(budget, self.madds)
+    elif latency is not None:
+      self.thresholds = self.thresholds_within(latency, self.measure_costs())
+    return self
+
+  def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
+    """The thresholds that are most accurate, on validation images, within a budget.
+
+    Args:
+      budget: Average cost an image.
+      costs: [exit], of an image that leaves there, in the budget's unit.
+
+    Returns:
+      [exit], float32.
+
+    Raises:
+      ValueError: If no setting lies within the budget.
+    """
+    averages = [float(np.dot(setting.shares, costs)) for setting in self.settings]
+    within = [
+      (setting.accuracy, -average, setting.thresholds)
+      for setting, average in zip(self.settings, averages, strict=True)
+      if average <= budget
+    ]
+    if not within:
+      least = f'{min(averages):.4g}' if averages else 'none, for there are no settings'
+      raise ValueError(f'budget {budget:g} is too small: the least that can be had is {least}')
+    return np.asarray(max(within)[-1], np.float32)
+
+  def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
+    """Classifies images.
+
+    Args:
+      images: [image, height, width, channels], as many as one likes, none included.
+      thresholds: [exit] or [image, exit], in place of `self.thresholds`.
+
+    Returns:
+      The answers, in the images' order.
+
+    Raises:
+      ValueError: If images or thresholds do not fit.
+    """
+    images = self._check(images)
+    rows = self._rows(thresholds, len(images))
+    if len(images) == 1:
+      probabilities, exit = jax.device_get(self._one_image(self.weights, images, _lower(rows[0])))
+      return Answers(np.zeros(1, np.int64), probabilities, exit[np.newaxis].astype(np.int64))
+    nobody = np.zeros(0, np.int64)
+    nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
+    parts = [nothing, *self._decide(iter([(images, rows)]))]
+    fields = [np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS]
+    order = np.argsort(fields[0])
+    return Answers(*(field[order] for field in fields))
+
+  def stream(
+    self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None
+  ) -> Iterator[Answers]:
+    """Classifies images as they come; places that images leave are filled by those that wait.
+
+    Every stage works on full batches, however few images reach it, and at most a batch and a half
+    an exit waits.
+
+    Args:
+      batches: [image, height, width, channels] each, of any size.
+      thresholds: [exit], in place of `self.thresholds`.
+
+    Yields:
+      Answers as they are decided, not in the images' order: see `Answers.indices`.
+
+    Raises:
+      ValueError: If images or thresholds do not fit.
+    """
+    checked = map(self._check, batches)
+    yield from self._decide((images, self._rows(thresholds, len(images))) for images in checked)
+
+  def measure_costs(self, batch_size: int = 1, repeats: int = 20) -> np.ndarray:
+    """Times the stages on this machine.
+
+    Args:
+      batch_size: Images at once.
+      repeats: Runs of each stage, of which the median counts.
+
+    Returns:
+      [exit], seconds an image that leaves there.
+    """
+    carry = np.zeros((batch_size, *self.image.shape), self.image.dtype)
+    thresholds = np.zeros(batch_size, np.float32)
+    seconds = []
+    for step, weights in zip(self._steps, self.weights, strict=True):
+      results = jax.block_until_ready(step(weights, carry, thresholds))  # Compiles.
+      times = []
+      for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step(weights, carry, thresholds))
+        times.append(time.perf_counter() - start)
+      seconds.append(np.median(times) / batch_size)
+      carry = results[0]
+    return np.cumsum(seconds)
+
+  def compile(self, batch_sizes: Sequence[int] | None = None) -> 'AdaptiveClassifier':
+    """Compiles every stage ahead of use, and all that leads from stage to stage.
+
+    Args:
+      batch_sizes: Largest batches to be ready for; all by default.
+
+    Returns:
+      This classifier.
+    """
+    for size in batch_sizes or self._batch_sizes:
+      images = np.zeros((size, *self.image.shape), self.image.dtype)
+      for leave_at in range(len(self.stages)):
+        thresholds = np.full(len(self.stages), np.inf)
+        thresholds[leave_at] = -np.inf
+        self.predict(images, thresholds)
+    return self
+
+  def _check(self, images):
+    images = np.asarray(images)
+    if images.shape[1:] != self.image.shape or images.dtype != self.image.dtype:
+      raise ValueError(
+        f'images {images.shape} of {images.dtype} must be [image, '
+        f'{", ".join(map(str, self.image.shape))}] of {self.image.dtype}'
+      )
+    return images
+
+  def _rows(self, thresholds, count):
+    """Thresholds an image, [image, exit]."""
+    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds, np.float32)
+    try:
+      return np.broadcast_to(thresholds, (count, len(self.stages)))
+    except ValueError:
+      raise ValueError(
+        f'thresholds of shape {thresholds.shape} must be [{len(self.stages)}] or '
+        f'[{count}, {len(self.stages)}]'
+      ) from None
+
+  def _decide(self, source: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[Answers]:
+    """Runs stages until all images have left.
+
+    A full batch runs as soon as there is one, of the last stage that has one, so that little waits.
+    When no more images come, the first stages empty themselves into the later ones.
+    """
+    queues = [_ImageQueue()] + [_CarryQueue() for _ in self.stages[1:]]
+    largest, first_index, open_source = self._batch_sizes[-1], 0, True
+    while True:
+      full = [index for index, queue in enumerate(queues) if queue.count >= largest]
+      if full:
+        index, size = full[-1], largest
+      elif open_source:
+        more = next(source, None)
+        if more is None:
+          open_source = False
+        else:
+          images, thresholds = more
+          indices = np.arange(first_index, first_index + len(images))
+          queues[0].put(images, np.arange(len(images)), indices, thresholds)
+          first_index += len(images)
+        continue
+      else:
+        index = next((index for index, queue in enumerate(queues) if queue.count), None)
+        if index is None:
+          return
+        size = self._batch_size(queues[index].count)
+      yield from self._run(index, size, queues)
+
+  def _batch_size(self, count: int) -> int:
+    """The size of the next batch where `count` images are left."""
+    for size in self._batch_sizes:
+      if size >= count:
+        fits = size
+        break
+    else:
+      return self._batch_sizes[-1]
+    if count >= self._fill * fits:
+      return fits
+    return max(size for size in self._batch_sizes if size <= count)
+
+  def _run(self, index, size, queues):
+    """Runs a stage on a batch; yields those who leave and queues the others."""
+    carry, indices, thresholds = queues[index].take(size)
+    count = len(indices)
+    bounds = np.full(size, -np.inf, np.float32)
+    bounds[:count] = _lower(thresholds[:, index])
+    if index + 1 == len(self.stages):
+      bounds[:] = -np.inf
+    carry, probabilities, leaves = self._steps[index](self.weights[index], carry, bounds)
+    # NaN is not at least minus infinity, but the last exit takes all.
+    leaves = np.asarray(leaves)[:count] | (index + 1 == len(self.stages))
+    if leaves.any():
+      probabilities = np.asarray(probabilities)[:count][leaves]
+      yield Answers(indices[leaves], probabilities, np.full(len(probabilities), index))
+    stay = np.flatnonzero(~leaves)
+    if len(stay):
+      queues[index + 1].put(carry, stay, indices[stay], thresholds[stay])
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Answers)]
+
+
+class _Queue:
+  """Images that wait for a stage: rows of what the stage before gave."""
+
+  def __init__(self):
+    self._parts = collections.deque()
+    self.count = 0
+
+  def put(self, carry: Carry, rows: np.ndarray, indices: np.ndarray, thresholds: np.ndarray):
+    """Adds rows of a carry, with the images' numbers and thresholds [row, exit]."""
+    self._parts.append((carry, rows, indices, thresholds))
+    self.count += len(rows)
+
+  def take(self, size: int) -> tuple[Carry, np.ndarray, np.ndarray]:
+    """Removes up to `size` rows.
+
+    Returns:
+      A carry of exactly `size` rows, filled up with anything; numbers and thresholds of the rows.
+    """
+    taken, room = [], size
+    while room and self._parts:
+      carry, rows, indices, thresholds = self._parts.popleft()
+      taken.append((carry, rows[:room], indices[:room], thresholds[:room]))
+      if len(rows) > room:
+        self._parts.appendleft((carry, rows[room:], indices[room:], thresholds[room:]))
+      room -= len(taken[-1][1])
+    self.count -= size - room
+    carries, rows, indices, thresholds = zip(*taken, strict=True)
+    return self._join(carries, rows, size), np.concatenate(indices), np.concatenate(thresholds)
+
+
+class _ImageQueue(_Queue):
+  """Images that wait for the first stage, on the host."""
+
+  def _join(self, carries, rows, size):
+    images = np.concatenate([carry[part] for carry, part in zip(carries, rows, strict=True)])
+    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
+
+
+class _CarryQueue(_Queue):
+  """Images that wait for a later stage, on the device."""
+
+  def _join(self, carries, rows, size):
+    joined, start = None, 0
+    for carry, part in zip(carries, rows, strict=True):
+      places = np.full(size, -1, np.int32)
+      places[start : start + len(part)] = part
+      joined = (
+        _select(carry, np.maximum(places, 0)) if joined is None else _fill(joined, carry, places)
+      )
+      start += len(part)
+    return joined
+
+
+@jax.jit
+def _select(carry, rows):
+  """Rows of a carry."""
+  return jax.tree.map(lambda x: x[rows], carry)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(joined, carry, rows):
+  """Puts rows of a carry in the places of another where the row's number is not negative."""
+
+  def fill(into, x):
+    is_taken = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(is_taken, x[jnp.maximum(rows, 0)], into)
+
+  return jax.tree.map(fill, joined, carry)
+
+
+def _step(stage, weights, carry, thresholds):
+  """A stage, and who is sure enough after it."""
+  features, logits = stage(weights, carry)
+  probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+  return (features, logits), probabilities, probabilities.max(axis=-1) >= thresholds
+
+
+def _one_image(stages, weights, image, thresholds):
+  """Probabilities [1, class] and exit of one image; the device alone decides where it leaves."""
+
+  def run(index, carry):
+    carry, probabilities, leaves = _step(stages[index], weights[index], carry, thresholds[index])
+    here = (probabilities, jnp.asarray(index, jnp.int32))
+    if index + 1 == len(stages):
+      return here
+    return jax.lax.cond(leaves[0], lambda _: here, partial(run, index + 1), carry)
+
+  return run(0, image)
+
+
+def _lower(thresholds):
+  """Thresholds as they are compared, see _SLACK; infinite ones stay."""
+  with np.errstate(invalid='ignore'):
+    lowered = thresholds - np.float32(_SLACK) * np.maximum(0, 1 - thresholds)
+  return np.where(np.isfinite(thresholds), lowered, thresholds).astype(np.float32)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+  """The checksum of a manifest without the field that holds it."""
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_checked(folder, name, checksum):
+  path = os.path.join(folder, name)
+  try:
+    with open(path, 'rb') as file:
+      content = file.read()
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read ({error.strerror}): export again') from error
+  if hashlib.sha256(content).hexdigest() != checksum:
+    raise ValueError(f'{path} is not as it was written: export again')
+  return content
+
+
+def _call_exported(exported, weights, carry):
+  return exported.call(weights, carry)
+
+
+def _from_json(threshold):
+  """A threshold; null is that of an exit where no image leaves."""
+  return np.inf if threshold is None else threshold

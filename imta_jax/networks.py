@@ -1,0 +1,180 @@
+"""A run's networks: made from a config, read from a workdir."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from imta_jax import checkpoint, devices, evaluate, models, steps
+from imta_jax import workdir as layout
+from imta_jax.adaptive.cost import ExitCost, exit_costs
+from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.policy import cheapest_as_accurate
+from imta_jax.data.pipeline import Dataset
+from imta_jax.errors import UsageError
+from imta_jax.models.initial_values import initialize
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+  """A phase's network and the state chosen from it.
+
+  Attributes:
+    name: The phase's name.
+    model: The network.
+    variables: Its variables, on the host.
+    predict: Its evaluation step, see steps.predict_step.
+    costs: [exit].
+  """
+
+  name: str
+  model: MultiExitNetwork
+  variables: Mapping[str, Any]
+  predict: Callable
+  costs: list[ExitCost]
+
+
+def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
+  """The network of a phase.
+
+  Raises:
+    UsageError: If a field of config.model is wrong.
+  """
+  fields = {name: value for name, value in config.model.items() if name != 'name'}
+  try:
+    return models.create(
+      config.model.name,
+      num_classes=num_classes,
+      gradient_equilibrium=phase.gradient_equilibrium,
+      collaboration=phase.collaboration,
+      stop_collaboration_gradient=phase.stop_collaboration_gradient,
+      batch_norm_axis=devices.AXIS if config.global_batch_norm else None,
+      **fields,
+    )
+  except (TypeError, ValueError) as error:
+    raise UsageError(f'config.model: {error}') from error
+
+
+def initial_variables(
+  model: MultiExitNetwork, seed: int, image_shape: tuple[int, int, int]
+) -> Mapping[str, Any]:
+  """A network's variables before training.
+
+  Raises:
+    UsageError: If the network does not fit the images.
+  """
+  try:
+    return initialize(model, seed, image_shape)
+  except (ValueError, ZeroDivisionError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise UsageError(f'config.model does not fit images of {image_shape}: {reason}') from error
+
+
+def restore_network(
+  config: ConfigDict,
+  workdir: epath.Path,
+  index: int,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
+) -> TrainedNetwork:
+  """Reads a phase's network, as far as it is trained, from its checkpoints.
+
+  Args:
+    config: The workdir's.
+    workdir: The run's folder.
+    index: The phase, from 0.
+    num_classes: Classes of the data set.
+    image_shape: (height, width, channels) of its images.
+
+  Returns:
+    The network with its chosen state.
+
+  Raises:
+    UsageError: If there is no whole checkpoint.
+  """
+  phase, name = config.phases[index], layout.phase_name(index)
+  model = create_model(config, phase, num_classes)
+  variables = initial_variables(model, config.seed, image_shape)
+  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.0))  # For its structure.
+  like = steps.create_state(variables, phase.trained, optimizer)
+  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name), read_only=True)
+  chosen = chosen_state(checkpoints, like, phase, name, workdir)
+  costs = exit_costs(model, image_shape)
+  return TrainedNetwork(name, model, chosen.variables, steps.predict_step(model), costs)
+
+
+def chosen_state(
+  checkpoints: checkpoint.Checkpoints,
+  like: steps.TrainState,
+  phase: ConfigDict,
+  name: str,
+  workdir: epath.Path,
+) -> steps.TrainState:
+  """Reads the state that stands for a phase, and closes its checkpoints.
+
+  Raises:
+    UsageError: If there is no whole checkpoint.
+  """
+  chosen = checkpoints.restore(like, phase.chosen_state)
+  checkpoints.close()
+  if chosen is None:
+    raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the training command again')
+  return chosen
+
+
+def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evaluate.Predictions]:
+  """Predictions for the validation and test images."""
+  variables = devices.replicate(network.variables)
+  return {
+    split: evaluate.predict(network.predict, variables, dataset.evaluation_batches(split))
+    for split in evaluate.SPLITS
+  }
+
+
+def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassifier:
+  """The network of an evaluated run, to run for real.
+
+  Its thresholds are those of the cheapest operating point that is as accurate, on validation
+  images, as the last exit.
+
+  Args:
+    workdir: The run's folder.
+    phase: The phase, an index.
+
+  Returns:
+    A classifier of images of unsigned bytes, whose settings are the run's operating points.
+
+  Raises:
+    UsageError: If the folder is no run's, or the run is not through its evaluation.
+  """
+  workdir = epath.Path(workdir)
+  config = layout.load_config(workdir)
+  if not -len(config.phases) <= phase < len(config.phases):
+    raise UsageError(f'phase {phase} does not exist: {workdir} has {len(config.phases)}')
+  index = range(len(config.phases))[phase]
+  name, folder = layout.phase_name(index), layout.evaluation_folder(workdir)
+  points = evaluate.load_points(folder, name)
+  validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
+  chosen = cheapest_as_accurate(points, validation.accuracy()[-1])
+  everything_to_the_end = (math.inf,) * validation.logits.shape[0]
+
+  dataset, class_names = config.dataset, layout.load_class_names(workdir)
+  image_shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
+  network = restore_network(config, workdir, index, len(class_names), image_shape)
+  return AdaptiveClassifier.from_model(
+    network.model,
+    network.variables,
+    everything_to_the_end if chosen is None else chosen.thresholds,
+    image_shape,
+    mean=dataset.mean,
+    std=dataset.std,
+    settings=[Setting(p.thresholds, p.validation_shares, p.validation_accuracy) for p in points],
+    madds=[cost.madds for cost in network.costs],
+    class_names=class_names,
+    preprocessing={'crop': 'none' if dataset.in_memory else 'center'},
+  )

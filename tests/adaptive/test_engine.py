@@ -1,0 +1,263 @@
+"""The engine against the policy on full logits."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from imta_jax import models
+from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_shares
+
+SHAPE = (16, 16, 3)
+SIZES = (1, 4, 16)
+
+
+@pytest.fixture(scope='module')
+def network(random_variables):
+  """A small network with ISC, its variables, images, and its probabilities [exit, image, class]."""
+  model = models.create(
+    'msdnet',
+    num_exits=3,
+    step_mode='even',
+    channels=4,
+    growth_rate=4,
+    scale_factors=(1, 2),
+    bottleneck_factors=(1, 2),
+    num_classes=5,
+    collaboration='network',
+  )
+  variables = random_variables(model, SHAPE)
+  images = np.random.default_rng(1).standard_normal((75, *SHAPE)).astype(np.float32)
+  logits = jax.jit(model.apply)(variables, images)
+  return model, variables, images, scipy.special.softmax(np.asarray(logits), axis=-1)
+
+
+def classifier_of(network, thresholds, **fields):
+  model, variables, _, _ = network
+  return AdaptiveClassifier.from_model(
+    model, variables, thresholds, SHAPE, batch_sizes=SIZES, **fields
+  )
+
+
+@pytest.fixture(scope='module')
+def classifier(network):
+  thresholds = find_thresholds(network[3], geometric_shares(1.0, 3))
+  return classifier_of(network, thresholds)
+
+
+def assert_follows_policy(answers, probabilities, thresholds):
+  exits = choose_exits(probabilities.max(axis=-1), thresholds)
+  expected = probabilities[exits, np.arange(len(exits))]
+  np.testing.assert_array_equal(answers.exits, exits)
+  np.testing.assert_array_equal(answers.labels, expected.argmax(axis=-1))
+  np.testing.assert_allclose(answers.confidences, expected.max(axis=-1), rtol=1e-4)
+  np.testing.assert_allclose(answers.probabilities, expected, atol=1e-5)
+  np.testing.assert_array_equal(answers.indices, np.arange(len(exits)))
+
+
+# Thresholds found on these very images are the confidences of some of them: ties at every exit.
+@pytest.mark.parametrize('p', [0.3, 1.0, 1.7])
+@pytest.mark.parametrize('count', [1, 2, 3, 16, 17, 75])
+def test_every_image_leaves_where_the_policy_says(network, classifier, p, count):
+  _, _, images, probabilities = network
+  thresholds = find_thresholds(probabilities, geometric_shares(p, 3))
+  answers = classifier.predict(images[:count], thresholds)
+  assert_follows_policy(answers, probabilities[:, :count], thresholds)
+
+
+def test_one_at_a_time_is_as_together(network, classifier):
+  _, _, images, probabilities = network
+  thresholds = classifier.thresholds
+  exits = [int(classifier.predict(images[i : i + 1]).exits[0]) for i in range(len(images))]
+  np.testing.assert_array_equal(exits, choose_exits(probabilities.max(axis=-1), thresholds))
+  assert len(set(exits)) == 3
+
+
+@pytest.mark.parametrize('leaves_at', [0, 1, 2])
+def test_all_images_leave_at_one_exit(network, classifier, leaves_at):
+  _, _, images, probabilities = network
+  thresholds = np.full(3, np.inf)
+  thresholds[leaves_at] = 0.0
+  answers = classifier.predict(images[:20], thresholds)
+  assert (answers.exits == leaves_at).all()
+  np.testing.assert_allclose(answers.probabilities, probabilities[leaves_at, :20], atol=1e-5)
+
+
+def test_last_exit_takes_all_whatever_its_threshold(network, classifier):
+  answers = classifier.predict(network[2][:9], np.full(3, np.inf))
+  assert (answers.exits == 2).all()
+
+
+def test_image_that_is_no_number_reaches_the_last_exit(network, classifier):
+  images = network[2][:6].copy()
+  images[2] = np.nan
+  answers = classifier.predict(images, np.full(3, -np.inf))
+  np.testing.assert_array_equal(answers.exits, [0, 0, 2, 0, 0, 0])
+  assert classifier.predict(images[2:3], np.full(3, -np.inf)).exits[0] == 2
+
+
+def test_no_images(classifier):
+  answers = classifier.predict(np.zeros((0, *SHAPE), np.float32))
+  assert answers.labels.shape == answers.confidences.shape == answers.exits.shape == (0,)
+  assert answers.probabilities.shape == (0, 5)
+  assert answers.exits.dtype == np.int64
+
+
+def test_thresholds_an_image(network, classifier):
+  _, _, images, probabilities = network
+  thresholds = np.where(np.arange(30)[:, np.newaxis] % 2, [np.inf] * 3, [-np.inf] * 3)
+  answers = classifier.predict(images[:30], thresholds)
+  np.testing.assert_array_equal(answers.exits, np.where(np.arange(30) % 2, 2, 0))
+
+
+@pytest.mark.parametrize('sizes', [[75], [1] * 20, [3, 0, 40, 1, 31], [16, 16, 43]])
+def test_stream_answers_each_image_once(network, classifier, sizes):
+  _, _, images, probabilities = network
+  images = images[: sum(sizes)]
+  batches = np.split(images, np.cumsum(sizes)[:-1])
+  parts = list(classifier.stream(iter(batches)))
+  indices = np.concatenate([part.indices for part in parts])
+  np.testing.assert_array_equal(np.sort(indices), np.arange(len(images)))
+  exits = np.concatenate([part.exits for part in parts])
+  expected = choose_exits(probabilities[:, : len(images)].max(axis=-1), classifier.thresholds)
+  np.testing.assert_array_equal(exits, expected[indices])
+
+
+def test_stream_runs_later_stages_on_full_batches(network):
+  sizes = []
+
+  def counted(stage):
+    def run(weights, carry):
+      jax.debug.callback(lambda x: sizes.append(len(x)), jax.tree.leaves(carry)[0])
+      return stage(weights, carry)
+
+    return run
+
+  plain = classifier_of(network, [np.inf, np.inf, np.inf])
+  classifier = AdaptiveClassifier(
+    [*plain.stages[:2], counted(plain.stages[2])],
+    plain.weights,
+    plain.thresholds,
+    plain.image,
+    batch_sizes=SIZES,
+  )
+  images = network[2]
+  # Two thirds leave at the first exits; what is left of each batch of 16 alone would fill no batch.
+  classifier.thresholds = find_thresholds(network[3], [0.33, 0.33, 0.34])
+  for _ in classifier.stream(images[start : start + 16] for start in range(0, 75, 16)):
+    pass
+  jax.effects_barrier()
+  assert sizes.count(16) == 1
+  assert sum(sizes) <= 25 + 16
+
+
+def test_stages_run_only_for_those_who_need_them(network):
+  plain = classifier_of(network, [-np.inf, np.inf, np.inf])
+  runs = []
+
+  def forbidden(weights, carry):
+    jax.debug.callback(lambda: runs.append(1))
+    return plain.stages[1](weights, carry)
+
+  classifier = AdaptiveClassifier(
+    [plain.stages[0], forbidden, plain.stages[2]],
+    plain.weights,
+    plain.thresholds,
+    plain.image,
+    batch_sizes=SIZES,
+  )
+  classifier.predict(network[2][:20])
+  classifier.predict(network[2][:1])
+  jax.effects_barrier()
+  assert not runs
+
+
+def test_images_of_bytes_are_normalised(network):
+  model, variables, _, _ = network
+  mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+  images = np.random.default_rng(2).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
+  classifier = classifier_of(network, [np.inf] * 3, mean=mean, std=std)
+  logits = model.apply(variables, (images / 255 - np.asarray(mean)) / np.asarray(std))
+  np.testing.assert_allclose(
+    classifier.predict(images).probabilities, jax.nn.softmax(logits[-1]), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('images', [np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, *SHAPE))])
+def test_images_that_do_not_fit(classifier, images):
+  with pytest.raises(ValueError, match='must be .*16, 16, 3.* of float32'):
+    classifier.predict(images)
+
+
+def test_thresholds_that_do_not_fit(network, classifier):
+  with pytest.raises(ValueError, match='must be'):
+    classifier.predict(network[2][:4], np.zeros(2))
+  with pytest.raises(ValueError, match='one for each of 3 exits'):
+    classifier_of(network, [0.5, 0.5])
+
+
+SETTINGS = [
+  Setting((0.9, 0.9, -np.inf), (0.2, 0.3, 0.5), 0.7),
+  Setting((0.5, 0.5, -np.inf), (0.6, 0.3, 0.1), 0.6),
+  Setting((0.6, 0.5, -np.inf), (0.5, 0.3, 0.2), 0.6),
+]
+
+
+@pytest.mark.parametrize(
+  ('budget', 'first_threshold'),
+  [(24.0, 0.9), (100.0, 0.9), (22.9, 0.5), (16.0, 0.5), (15.0, 0.5)],
+)
+def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first_threshold):
+  # Averages with these costs: 23, 15 and 17; of equal accuracy the cheaper one is taken.
+  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS, madds=(10.0, 20.0, 30.0))
+  thresholds = classifier.choose(budget=budget).thresholds
+  np.testing.assert_allclose(thresholds[0], first_threshold)
+
+
+def test_budget_that_cannot_be_met(network):
+  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS, madds=(10.0, 20.0, 30.0))
+  with pytest.raises(ValueError, match='budget 14 .*least .* 15'):
+    classifier.choose(budget=14)
+  with pytest.raises(ValueError, match='give one'):
+    classifier.choose(budget=20, latency=1.0)
+
+
+def test_latency_is_measured_on_this_machine(network):
+  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS)
+  costs = classifier.measure_costs(repeats=3)
+  assert (np.diff(costs, prepend=0) > 0).all()
+  np.testing.assert_allclose(classifier.choose(latency=60.0).thresholds[0], 0.9)
+  with pytest.raises(ValueError, match='too small'):
+    classifier.choose(latency=1e-9)
+
+
+def test_threads_share_a_classifier(network, classifier):
+  _, _, images, probabilities = network
+  expected = choose_exits(probabilities.max(axis=-1), classifier.thresholds)
+  wrong = []
+
+  def work(start):
+    for _ in range(3):
+      exits = classifier.predict(images[start : start + 20]).exits
+      if (exits != expected[start : start + 20]).any():
+        wrong.append(start)
+
+  threads = [threading.Thread(target=work, args=(start,)) for start in (0, 10, 30, 55)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not wrong
+
+
+def test_half_precision_answers_in_single(network):
+  model, variables, images, _ = network
+  half = model.clone(dtype=jnp.bfloat16)
+  classifier = AdaptiveClassifier.from_model(
+    half, variables, [0.5, 0.5, 0.5], SHAPE, batch_sizes=SIZES
+  )
+  assert classifier.predict(images[:5]).probabilities.dtype == np.float32
