@@ -1,0 +1,348 @@
+"""What the benchmarks share: a phase's step as training makes it, its peer, timing, tables."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imta_jax import config as config_lib
+from imta_jax import devices, networks, steps
+from imta_jax.errors import UsageError
+from imta_jax.interop.torch import to_state_dict
+from imta_jax.main import set_up_compilation_cache
+from imta_jax.models.initial_values import transplant
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+# Training images before any are held out, and classes.
+DATASETS = {
+  'cifar10': (50_000, 10),
+  'cifar100': (50_000, 100),
+  'imagenet2012': (1_281_167, 1000),
+  'mnist5k': (4_000, 10),
+}
+# Seconds that a timing takes at least, where its caller does not say how many runs it shall have.
+_SECONDS_A_TIMING = 0.5
+# As in training: steps given to the devices ahead of those done.
+_STEPS_IN_FLIGHT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A phase's network and data, as training has them when it starts.
+
+  Attributes:
+    phase: The phase's config.
+    model: Its network.
+    variables: Its variables, on the host; none of them special, as initial zeros are.
+    previous: Network and variables of the phase before, or None.
+    images: [batch, height, width, channels], float32, on the host: noise.
+    labels: [batch], int32.
+  """
+
+  phase: ConfigDict
+  model: MultiExitNetwork
+  variables: Mapping[str, Any]
+  previous: tuple[MultiExitNetwork, Mapping[str, Any]] | None
+  images: np.ndarray
+  labels: np.ndarray
+
+  @property
+  def batch(self) -> dict[str, jax.Array]:
+    """Images and labels on the devices, [local devices, batch a device, …]."""
+    shares = {
+      name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+      for name, array in (('image', self.images), ('label', self.labels))
+    }
+    return jax.pmap(lambda batch: batch)(shares)
+
+  def train_step(self) -> tuple[Callable, steps.TrainState, Any]:
+    """The training step, its state, and the teacher's variables."""
+    phase = self.phase
+    optimizer = steps.create_optimizer(phase, steps.create_schedule(phase, 1000, 100, 64))
+    state = devices.replicate(steps.create_state(self.variables, phase.trained, optimizer))
+    teacher_model, teacher = None, {}
+    if phase.loss == 'one_for_all' and phase.teacher == 'frozen':
+      teacher_model, teacher = self.previous
+      if phase.trained == 'last_layers':
+        teacher = {
+          kind: {name: tree for name, tree in trees.items() if name.startswith('classifiers_')}
+          for kind, trees in teacher.items()
+        }
+      teacher = devices.replicate(teacher)
+    return steps.train_step(self.model, teacher_model, phase, optimizer), state, teacher
+
+
+def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
+  """Makes a phase's task.
+
+  Args:
+    config: A whole config.
+    index: The phase, from 0.
+    batch_size: Images a step, over all devices.
+
+  Raises:
+    UsageError: If the config, the phase or the batch size cannot be.
+  """
+  if not 0 <= index < len(config.phases):
+    raise UsageError(f'phase {index + 1} does not exist: the config has {len(config.phases)}')
+  if batch_size < 1 or batch_size % jax.device_count():
+    raise UsageError(f'batch size {batch_size} must be a multiple of {jax.device_count()} devices')
+  _, num_classes = _dataset(config)
+  shape = (config.dataset.image_size, config.dataset.image_size, len(config.dataset.mean))
+  random = np.random.default_rng(config.seed)
+  model, variables, previous = None, None, None
+  for phase in config.phases[: index + 1]:
+    previous = None if model is None else (model, variables)
+    model = networks.create_model(config, phase, num_classes)
+    fresh = networks.initial_variables(model, config.seed, shape)
+    fresh = fresh if variables is None else transplant(variables, fresh)
+    variables = jax.tree.map(functools.partial(_disturb, random), fresh)
+  images = random.standard_normal((batch_size, *shape), np.float32)
+  labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
+  return Task(config.phases[index], model, variables, previous, images, labels)
+
+
+def _disturb(random, leaf):
+  """A variable a little off, by less than would change the size of what a network computes."""
+  fan_in = leaf.size // leaf.shape[-1]
+  return leaf + random.uniform(-0.1, 0.1, leaf.shape).astype(np.float32) / np.sqrt(fan_in)
+
+
+def _dataset(config):
+  try:
+    return DATASETS[config.dataset.name]
+  except KeyError:
+    raise UsageError(
+      f'config.dataset.name is {config.dataset.name!r}, whose size the benchmarks do not know: '
+      f'they know {", ".join(DATASETS)}'
+    ) from None
+
+
+def num_steps(config: ConfigDict, index: int, batch_size: int) -> int:
+  """Steps of a whole phase at a batch size."""
+  phase = config.phases[index]
+  num_images, _ = _dataset(config)
+  steps_per_epoch = (num_images - config.dataset.validation_size) // batch_size
+  return phase.steps or round(phase.epochs * steps_per_epoch)
+
+
+def ours(task: Task) -> Callable[[int], None]:
+  """A function that takes some training steps, and waits for them."""
+  train, state, teacher = task.train_step()
+  batch = task.batch
+
+  def run(count):
+    nonlocal state
+    in_flight = []
+    for _ in range(count):
+      state = train(state, teacher, batch)
+      in_flight.append(state.step)
+      if len(in_flight) > _STEPS_IN_FLIGHT:
+        in_flight.pop(0).block_until_ready()
+    jax.block_until_ready(state)
+
+  return run
+
+
+def has_torch() -> bool:
+  """Whether the peer can be run."""
+  return importlib.util.find_spec('torch') is not None
+
+
+def peer_network(config: ConfigDict, task: Task) -> Any:
+  """The task's network in PyTorch, with the same weights, on the device.
+
+  Raises:
+    UsageError: If the peer has no such network.
+  """
+  import torch_peer
+
+  phase, fields = task.phase, {**config.model}
+  del fields['dtype']
+  if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
+    raise UsageError('the peer knows MSDNets, without collaboration or with the network: --peers=')
+  if jax.device_count() > 1:
+    raise UsageError(f'the peer runs on one device and there are {jax.device_count()}: --peers=')
+  fields.pop('remat', None)
+  num_classes, image_channels = task.model.num_classes, task.images.shape[-1]
+  network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
+  state = to_state_dict(task.variables, task.model)
+  if phase.collaboration == 'network':
+    network = torch_peer.PhaseTwoNetwork(network, phase.stop_collaboration_gradient)
+    model, variables = task.previous
+    teacher = to_state_dict(variables, model)
+    state = {f'net.{name}': value for name, value in teacher.items()} | state
+  torch_peer.load(network, state)
+  return network.to(torch_device())
+
+
+def torch_device() -> str:
+  """Where PyTorch shall compute: on the kind of device that JAX computes on."""
+  return 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
+
+
+def to_torch(task: Task) -> tuple[Any, Any]:
+  """The task's images [batch, channels, height, width] and labels as tensors on the device."""
+  import torch
+
+  images = torch.from_numpy(np.ascontiguousarray(task.images.transpose(0, 3, 1, 2)))
+  labels = torch.from_numpy(task.labels.astype(np.int64))
+  return images.to(torch_device()), labels.to(torch_device())
+
+
+def check_peer(config: ConfigDict, index: int) -> float:
+  """Compares the logits of every exit, ours and the peer's, in float32 on four images.
+
+  Args:
+    config: A whole config.
+    index: The phase, from 0.
+
+  Returns:
+    The largest difference, as a fraction of the largest logit.
+
+  Raises:
+    RuntimeError: If it is above 1e-4.
+  """
+  import torch
+
+  config = config.copy_and_resolve_references()
+  config.model.dtype = 'float32'
+  task = make_task(config, index, 4)
+  with jax.default_matmul_precision('highest'):
+    logits = np.asarray(jax.jit(task.model.apply)(task.variables, task.images))
+  allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+  torch.backends.cudnn.allow_tf32 = False
+  torch.set_float32_matmul_precision('highest')
+  with torch.inference_mode():
+    peers = peer_network(config, task).eval()(to_torch(task)[0]).cpu().numpy()
+  torch.backends.cudnn.allow_tf32 = allowed[0]
+  torch.set_float32_matmul_precision(allowed[1])
+  difference = float(np.abs(logits - peers).max() / np.abs(logits).max())
+  if not difference < 1e-4:
+    raise RuntimeError(f'the networks differ: logits by {difference:.1e} of the largest')
+  return difference
+
+
+def interleave(
+  contestants: Mapping[str, Callable[[int], None]], repeats: int, count: int | None = None
+) -> dict[str, list[float]]:
+  """Times functions in turns, A B A B, so that what else the machine does hits all alike.
+
+  Args:
+    contestants: Functions that do something a number of times and wait for it.
+    repeats: Turns that each of them has.
+    count: How often it is done in a turn; by default for half a second at least.
+
+  Returns:
+    Seconds each time took in a turn, on average, for every turn of every contestant.
+  """
+  counts = {}
+  for name, run in contestants.items():
+    run(1)  # Compiles.
+    start = time.perf_counter()
+    run(1)
+    seconds = time.perf_counter() - start
+    counts[name] = count or max(1, round(_SECONDS_A_TIMING / seconds))
+  timings = {name: [] for name in contestants}
+  for _ in range(repeats):
+    for name, run in contestants.items():
+      run(1)  # Caches and threads are this one's again.
+      start = time.perf_counter()
+      run(counts[name])
+      timings[name].append((time.perf_counter() - start) / counts[name])
+  return timings
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+  """The median of values, with the lowest and the highest where they differ."""
+  low, middle, high = min(values), statistics.median(values), max(values)
+  extremes = f' ({low:,.{digits}f}–{high:,.{digits}f})' if low < high else ''
+  return f'{middle:,.{digits}f}{extremes}'
+
+
+def load_config(argument: str) -> ConfigDict:
+  """Loads a config, given as on the command line of training: 'configs/cifar100.py:exits=5'.
+
+  Raises:
+    UsageError: If there is none, or it is wrong.
+  """
+  path, _, config_argument = argument.partition(':')
+  if not Path(path).is_file():
+    raise UsageError(f'--config={argument}: there is no file {path!r}')
+  spec = importlib.util.spec_from_file_location('config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(config_argument)
+  config_lib.validate(config)
+  return config
+
+
+def integers(text: str) -> list[int]:
+  """Reads '64,512', for argparse."""
+  return [int(part) for part in text.split(',')]
+
+
+def set_up() -> None:
+  """Lets JAX and PyTorch share the device, and keeps compiled programs between runs.
+
+  To be called before either computes.
+  """
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  set_up_compilation_cache()
+  jax.devices()  # First, so that the CUDA libraries in use are those that JAX needs.
+  if has_torch():
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision('high')  # TF32, as JAX computes float32 on GPUs.
+
+
+def machine() -> str:
+  """What the numbers were measured on: processor, devices and versions."""
+  cpu = platform.processor()
+  if Path('/proc/cpuinfo').exists():
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    cpu = names[0] if names else cpu
+  versions = [f'Python {platform.python_version()}']
+  for name in ('jax', 'flax', 'torch'):
+    if importlib.util.find_spec(name):
+      versions.append(f'{name} {importlib.metadata.version(name)}')
+  accelerator = f'{jax.device_count()} × {jax.devices()[0].device_kind}'
+  return f'{accelerator}; {os.cpu_count()} cores of {cpu or "a processor"}; {", ".join(versions)}'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """A Markdown table, its columns aligned."""
+  cells = [list(map(str, row)) for row in (header, *rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = ['| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in cells]
+  lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
+  return '\n'.join(lines)
+
+
+def write_json(path: str | None, content: Any) -> None:
+  """Writes results, where a path is given."""
+  if path:
+    Path(path).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def run(main: Callable[[], None]) -> None:
+  """The program: bad input ends it with one line and status 1."""
+  try:
+    main()
+  except UsageError as error:
+    sys.exit(f'error: {error}')

@@ -1,0 +1,126 @@
+"""Time of an evaluation: the logits of all exits, and the sweep over budgets.
+
+    python experiments/benchmarks/evaluation.py --config=configs/cifar100.py --images=10000
+
+Logits: ours are those of `evaluate.predict` with the pmapped step that training uses, on a batch
+that lies on the device, again and again; the peer's those of the same network in PyTorch. Both
+bring the logits to the host. The sweep: `budget_sweep` over its 40 budgets for 5 exits, 50,000
+validation and 50,000 test images.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import numpy as np
+
+from imta_jax import devices, evaluate, steps
+from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep
+from imta_jax.errors import UsageError
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
+  parser.add_argument('--phase', type=int, help="which phase's network; default: the last")
+  parser.add_argument('--images', type=int, default=10_000, help='images a turn; default: 10,000')
+  parser.add_argument('--batch_size', type=int, help="default: the config's, for evaluation")
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
+  parser.add_argument('--repeats', type=int, default=3, help='turns of each; default: 3')
+  parser.add_argument('--output', help='JSON file for all timings')
+  options = parser.parse_args()
+  config = common.load_config(options.config)
+  config.model.dtype = options.dtype or config.model.dtype
+  index = (len(config.phases) if options.phase is None else options.phase) - 1
+  batch_size = options.batch_size or config.evaluation_batch_size
+  if options.images < 1 or options.repeats < 1:
+    raise UsageError('--images and --repeats must be 1 or more')
+  common.set_up()
+
+  task = common.make_task(config, index, batch_size)
+  contestants = {'ours': ours(task)}
+  if common.has_torch():
+    common.check_peer(config, index)
+    contestants['eager'] = peer(config, task)
+  else:
+    print('PyTorch is not installed: no peer.')
+  num_batches = -(-options.images // batch_size)
+  timings = common.interleave(contestants, options.repeats, num_batches)
+  print(common.machine())
+  print()
+  print(
+    common.table(
+      ('network', 'batch', 'dtype', 'logits of', 'images/s', 'time / ours'),
+      [
+        (
+          options.config,
+          batch_size,
+          config.model.dtype,
+          name,
+          common.spread([batch_size / x for x in seconds], 0),
+          common.spread([x / y for x, y in zip(seconds, timings['ours'], strict=True)], 2),
+        )
+        for name, seconds in timings.items()
+      ],
+    )
+  )
+  sweeps = {num_classes: sweep_seconds(num_classes, options.repeats) for num_classes in (100, 1000)}
+  print()
+  print(
+    common.table(
+      ('classes', f'seconds of a sweep over {len(BUDGET_PARAMETERS)} budgets'),
+      [(num_classes, common.spread(seconds, 2)) for num_classes, seconds in sweeps.items()],
+    )
+  )
+  results = {'seconds_a_batch': timings, 'batch_size': batch_size, 'seconds_a_sweep': sweeps}
+  common.write_json(options.output, {'machine': common.machine(), **results})
+
+
+def ours(task: common.Task) -> Callable[[int], None]:
+  """A function that predicts a number of batches."""
+  predict, variables = steps.predict_step(task.model), devices.replicate(task.variables)
+  mask = np.ones((jax.local_device_count(), len(task.images) // jax.device_count()), bool)
+  batch = {**task.batch, 'mask': mask}
+  return lambda count: evaluate.predict(predict, variables, itertools.repeat(batch, count))
+
+
+def peer(config: Any, task: common.Task) -> Callable[[int], None]:
+  """A function that predicts a number of batches with the peer."""
+  import torch
+
+  network = common.peer_network(config, task).eval()
+  images, _ = common.to_torch(task)
+
+  def run(count):
+    lower = config.model.dtype == 'bfloat16'
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
+      torch.cat([network(images).cpu() for _ in range(count)], dim=1)
+
+  return run
+
+
+def sweep_seconds(num_classes: int, repeats: int) -> list[float]:
+  """Seconds of some sweeps, on probabilities of 5 exits that are noise.
+
+  Validation and test images are the same arrays, which halves the memory.
+  """
+  random = np.random.default_rng(0)
+  probabilities = random.random((5, 50_000, num_classes), np.float32)
+  labels = random.integers(num_classes, size=50_000)
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    budget_sweep(probabilities, labels, probabilities, labels, range(1, 6))
+    seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+if __name__ == '__main__':
+  common.run(main)

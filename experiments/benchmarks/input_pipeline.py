@@ -1,0 +1,237 @@
+"""Images a second that reach training from encoded files: ours, and PyTorch's way of reading.
+
+    TFDS_DATA_DIR=… python experiments/benchmarks/input_pipeline.py --config=configs/imagenet.py
+
+Ours: the batches that training takes, decoded, cropped, flipped and normalised on the device, over
+a data set made of as many links to the prepared files as --images takes; one whole epoch's worth,
+across the border of two epochs. The peer: the same encoded images, already in memory, through
+Pillow (JPEG draft mode, random resized crop, flip) in worker processes of torch's DataLoader, or of
+multiprocessing where PyTorch is not installed; it leaves bytes. Neither has another at its side.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imta_jax.errors import UsageError
+
+
+def main() -> None:
+  """Runs the command line."""
+  import common
+
+  from imta_jax.data.pipeline import open_dataset
+
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', default='configs/imagenet.py', help='default: %(default)s')
+  parser.add_argument('--images', type=int, default=4096, help='images a turn; default: 4,096')
+  parser.add_argument('--batch_size', type=int, default=64, help='default: 64')
+  parser.add_argument('--repeats', type=int, default=3, help='turns of each; default: 3')
+  parser.add_argument('--output', help='JSON file for all figures')
+  options = parser.parse_args()
+  config = common.load_config(options.config)
+  if config.dataset.in_memory:
+    raise UsageError(f'{options.config} keeps its images in memory: name one that streams')
+  if not 0 < 4 * options.batch_size <= options.images or options.repeats < 1:
+    raise UsageError('--images must be four batches or more, --repeats 1 or more')
+  config.batch_size = options.batch_size
+  config.dataset.validation_size = 1
+
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  open_dataset(config)  # Prepared if need be, or it says what is wrong.
+  rates = {'ours': [], 'peer': []}
+  with tempfile.TemporaryDirectory() as folder:
+    config.dataset.data_dir = multiply(config.dataset, options.images, folder)
+    encoded = encoded_images(config)
+    for _ in range(options.repeats):
+      rates['ours'].append(ours(config, options.images))
+      rates['peer'].append(
+        peer(encoded, config.dataset.image_size, options.batch_size, options.images, cores)
+      )
+  print(common.machine())
+  print()
+  print(
+    common.table(
+      ('pipeline', 'images/s', 'images/s a core'),
+      [
+        (name, common.spread(values, 0), common.spread([x / cores for x in values], 0))
+        for name, values in rates.items()
+      ],
+    )
+  )
+  figures = {'cores': cores, 'images_a_second': rates}
+  common.write_json(options.output, {'machine': common.machine(), **figures})
+
+
+def multiply(dataset: Any, num_images: int, folder: str) -> str:
+  """Makes a TFDS folder whose training split is a prepared one many times over, by links.
+
+  Args:
+    dataset: The config's.
+    num_images: Training images that there shall be, at least.
+    folder: Where.
+
+  Returns:
+    The folder, a `data_dir` for TFDS.
+  """
+  import tensorflow_datasets as tfds
+
+  data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
+  builder = tfds.builder(dataset.name, data_dir=data_dir)
+  source = Path(builder.data_dir)
+  copy = Path(folder, builder.info.full_name)
+  copy.mkdir(parents=True)
+  info = json.loads((source / 'dataset_info.json').read_text())
+  (split,) = (s for s in info['splits'] if s['name'] == dataset.train_split)
+  shards = sorted(source.glob(f'{builder.name}-{dataset.train_split}.*'))
+  lengths = [int(length) for length in split['shardLengths']]
+  times = -(-num_images // sum(lengths)) + 1
+  for path in source.iterdir():
+    if path not in shards and path.name != 'dataset_info.json':
+      (copy / path.name).symlink_to(path)
+  stem = shards[0].name.rsplit('-', 3)[0]
+  total = times * len(shards)
+  for index, shard in enumerate(shards * times):
+    (copy / f'{stem}-{index:05d}-of-{total:05d}').symlink_to(shard)
+  split['shardLengths'] = [str(length) for length in lengths * times]
+  (copy / 'dataset_info.json').write_text(json.dumps(info))
+  return folder
+
+
+def encoded_images(config: Any) -> list[bytes]:
+  """The files of up to 1,000 training images."""
+  import tensorflow_datasets as tfds
+
+  dataset = config.dataset
+  builder = tfds.builder(dataset.name, data_dir=dataset.data_dir)
+  examples = builder.as_dataset(
+    split=dataset.train_split, decoders={'image': tfds.decode.SkipDecoding()}
+  )
+  return [example['image'] for example in tfds.as_numpy(examples.take(1000))]
+
+
+def ours(config: Any, num_images: int) -> float:
+  """Images a second, over an epoch's worth from the midst of an epoch to that of the next."""
+  import jax
+
+  from imta_jax.data.pipeline import open_dataset
+
+  dataset = open_dataset(config)
+  return _rate(map(jax.block_until_ready, dataset.train_batches(0)), config.batch_size, num_images)
+
+
+def peer(
+  encoded: Sequence[bytes], size: int, batch_size: int, num_images: int, workers: int
+) -> float:
+  """Images a second of worker processes with Pillow."""
+  try:
+    from torch.utils.data import DataLoader
+  except ImportError:
+    with multiprocessing.get_context('spawn').Pool(workers, _keep, (encoded, size)) as pool:
+      endless = pool.imap(_crop_kept, itertools.count(), chunksize=16)
+      batches = (np.stack(list(itertools.islice(endless, batch_size))) for _ in itertools.count())
+      return _rate(batches, batch_size, num_images)
+  loader = DataLoader(
+    Crops(encoded, size, 2 * num_images),
+    batch_size,
+    num_workers=workers,
+    collate_fn=np.stack,
+    multiprocessing_context='spawn',
+  )
+  return _rate(iter(loader), batch_size, num_images)
+
+
+def _rate(batches: Iterator[Any], batch_size: int, num_images: int) -> float:
+  """Images a second, once a quarter of them has gone by."""
+  num_batches = num_images // batch_size
+  for _ in range(num_batches // 4):
+    next(batches)
+  start = time.perf_counter()
+  for _ in range(num_batches):
+    next(batches)
+  return num_batches * batch_size / (time.perf_counter() - start)
+
+
+class Crops:
+  """A data set for DataLoader: random crops of encoded images, over and over."""
+
+  def __init__(self, encoded: Sequence[bytes], size: int, length: int):
+    self._encoded, self._size, self._length = encoded, size, length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return random_crop(self._encoded[index % len(self._encoded)], self._size)
+
+
+_kept = None
+
+
+def _keep(encoded, size):
+  """Starts a worker process with its data."""
+  global _kept
+  _kept = Crops(encoded, size, 1)
+
+
+def _crop_kept(index):
+  return _kept[index]
+
+
+def random_crop(encoded: bytes, size: int) -> np.ndarray:
+  """A random part of an image, 8 to 100 % of it, at aspect ratios from 3/4 to 4/3.
+
+  Args:
+    encoded: The image's file.
+    size: Side of the result, in pixels.
+
+  Returns:
+    [size, size, 3], uint8, mirrored half the time.
+  """
+  from PIL import Image
+
+  with Image.open(io.BytesIO(encoded)) as image:
+    full_width, full_height = image.size
+    left, top, width, height = _random_box(full_width, full_height)
+    # JPEGs are decoded at the smallest of the full, half, quarter … size that the crop needs.
+    reduction = min(width, height) / size
+    if reduction > 1:
+      image.draft('RGB', (int(full_width / reduction), int(full_height / reduction)))
+    image = image.convert('RGB')
+  x, y = image.width / full_width, image.height / full_height
+  box = (left * x, top * y, (left + width) * x, (top + height) * y)
+  image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+  if random.random() < 0.5:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return np.asarray(image)
+
+
+def _random_box(width, height):
+  """Left, top, width and height of a random part; the whole where ten draws do not fit."""
+  for _ in range(10):
+    area = width * height * random.uniform(0.08, 1)
+    ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+    box_width, box_height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    if 0 < box_width <= width and 0 < box_height <= height:
+      left, top = random.randint(0, width - box_width), random.randint(0, height - box_height)
+      return left, top, box_width, box_height
+  return 0, 0, width, height
+
+
+if __name__ == '__main__':
+  import common
+
+  common.run(main)

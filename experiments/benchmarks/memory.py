@@ -1,0 +1,158 @@
+"""Memory of a training step against batch size, and the largest batch that an accelerator holds.
+
+    python experiments/benchmarks/memory.py --config=configs/imagenet.py --batch_sizes=32,64,128
+    python experiments/benchmarks/memory.py --config=configs/imagenet.py --remat=off,on --largest
+
+What XLA plans: arguments (state and batch), outputs (the next state) and temporary arrays of the
+compiled step. On an accelerator also the peak in use after two steps. Each figure is taken in a
+process of its own, whose peak and whose failures are its alone.
+"""
+
+import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import common
+import jax
+
+from imta_jax.errors import UsageError
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
+  parser.add_argument('--batch_sizes', type=common.integers, help="default: the config's")
+  parser.add_argument('--phases', type=common.integers, default=[1], help='default: 1')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
+  parser.add_argument(
+    '--remat', default='off', help="'off', 'on' or 'off,on': whether activations are recomputed"
+  )
+  parser.add_argument(
+    '--largest',
+    action='store_true',
+    help='search the largest batch that a step runs with, from the last of --batch_sizes upwards',
+  )
+  parser.add_argument('--output', help='JSON file for all figures')
+  options = parser.parse_args()
+  remats = options.remat.split(',')
+  if not set(remats) <= {'off', 'on'}:
+    raise UsageError(f"--remat={options.remat} names others than 'off' and 'on'")
+  config = common.load_config(options.config)
+  config.model.dtype = options.dtype or config.model.dtype
+  batch_sizes = options.batch_sizes or [config.batch_size]
+
+  rows, machine = [], None
+  for phase in options.phases:
+    for remat in remats:
+      fields = (options.config, phase, config.model.dtype, remat)
+      figures = {size: in_own_process(*fields, size) for size in batch_sizes}
+      if options.largest:
+        search(fields, figures)
+      for batch_size, figure in sorted(figures.items()):
+        machine = figure.pop('machine', machine)
+        rows.append(
+          {'phase': phase, 'remat': remat, 'batch_size': batch_size, 'runs': bool(figure), **figure}
+        )
+  print(machine)
+  print()
+  gigabytes = ('arguments', 'outputs', 'temporary', 'planned', 'peak')
+  print(
+    common.table(
+      ('phase', 'remat', 'batch', *(f'{name}, GB' for name in gigabytes)),
+      [
+        (
+          row['phase'],
+          row['remat'],
+          row['batch_size'],
+          *(f'{row[name] / 1e9:.3f}' if row.get(name) else '—' for name in gigabytes),
+        )
+        for row in rows
+      ],
+    )
+  )
+  if options.largest:
+    print('A row of dashes: that batch does not fit.')
+  common.write_json(options.output, {'machine': machine, 'config': options.config, 'rows': rows})
+
+
+def search(fields: tuple, figures: dict[int, dict[str, Any]]) -> None:
+  """Doubles the largest batch until it does not fit, then closes in to an eighth.
+
+  Args:
+    fields: What `measure` takes, but the batch size.
+    figures: By batch size; those found are added.
+
+  Raises:
+    UsageError: If there is no accelerator, so that nothing says what fits.
+  """
+  if any(figure and figure['peak'] is None for figure in figures.values()):
+    raise UsageError('--largest takes an accelerator that tells its memory')
+  fails = max(figures)
+  while figures[fails]:
+    fails *= 2
+    figures[fails] = in_own_process(*fields, fails)
+  fits = max((size for size, figure in figures.items() if figure), default=fails)
+  while fails - fits > max(1, fits // 8):
+    middle = (fits + fails) // 2
+    figures[middle] = in_own_process(*fields, middle)
+    fits, fails = (middle, fails) if figures[middle] else (fits, middle)
+
+
+def in_own_process(*arguments: Any) -> dict[str, Any]:
+  """`measure` in a fresh process; nothing if the step does not fit, or takes the process down."""
+  context = multiprocessing.get_context('spawn')
+  with ProcessPoolExecutor(1, context) as pool:
+    try:
+      return pool.submit(measure, *arguments).result()
+    except BrokenProcessPool:
+      return {}
+
+
+def measure(
+  path: str, phase: int, dtype: str, remat: str, batch_size: int
+) -> dict[str, int | str | None]:
+  """Bytes of a training step, a device; nothing if it does not fit.
+
+  Args:
+    path: The config's, with its argument.
+    phase: From 1.
+    dtype: What the network computes in.
+    remat: 'off' or 'on'.
+    batch_size: Images a step.
+  """
+  config = common.load_config(path)
+  config.model.dtype = dtype
+  if remat == 'on':
+    config.model.remat = True
+  task = common.make_task(config, phase - 1, batch_size)
+  train, state, teacher = task.train_step()
+  batch = task.batch
+  device, peak = jax.local_devices()[0], None
+  try:
+    plan = train.lower(state, teacher, batch).compile().memory_analysis()
+    if device.platform != 'cpu':
+      for _ in range(2):
+        state = jax.block_until_ready(train(state, teacher, batch))
+      peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return {}
+  arguments, outputs = plan.argument_size_in_bytes, plan.output_size_in_bytes
+  return {
+    'arguments': arguments,
+    'outputs': outputs,
+    'temporary': plan.temp_size_in_bytes,
+    'planned': arguments + outputs + plan.temp_size_in_bytes - plan.alias_size_in_bytes,
+    'peak': peak,
+    'machine': common.machine(),
+  }
+
+
+if __name__ == '__main__':
+  common.run(main)

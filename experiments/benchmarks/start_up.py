@@ -1,0 +1,106 @@
+"""Seconds from the command to its first training step done.
+
+    python experiments/benchmarks/start_up.py configs/cifar100.py configs/imagenet.py
+
+Runs `python -m imta_jax.main --config=…` as a user would, each time in a fresh workdir, on data
+where TFDS_DATA_DIR says, and stops it when it says that its first step is done. The first run finds
+empty caches; the second and third find what the runs before left there.
+"""
+
+import argparse
+import collections
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+
+from imta_jax.errors import UsageError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_DONE = 'first step done'
+_RUNS = ('empty caches', 'second run', 'third run')
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('configs', nargs='+', help='as in training, with :exits=5 or the like')
+  parser.add_argument(
+    '--overrides', default='', help="flags for training, as in '--config.batch_size=32'"
+  )
+  parser.add_argument('--repeats', type=int, default=3, help='series of runs; default: 3')
+  parser.add_argument('--output', help='JSON file for all timings')
+  options = parser.parse_args()
+  if options.repeats < 1:
+    raise UsageError(f'--repeats={options.repeats} must be 1 or more')
+  for config in options.configs:
+    common.load_config(config)
+
+  timings = {config: {run: [] for run in _RUNS} for config in options.configs}
+  for _ in range(options.repeats):
+    for config, seconds in timings.items():
+      with tempfile.TemporaryDirectory() as cache:
+        for run in _RUNS:
+          flags = [f'--config={os.path.abspath(config)}', *options.overrides.split()]
+          seconds[run].append(seconds_to_first_step(flags, cache))
+  print(common.machine())
+  print()
+  print(
+    common.table(
+      ('config', *(f'{run}, s' for run in _RUNS)),
+      [
+        (config, *(common.spread(seconds[run], 1) for run in _RUNS))
+        for config, seconds in timings.items()
+      ],
+    )
+  )
+  common.write_json(options.output, {'machine': common.machine(), 'seconds': timings})
+
+
+def seconds_to_first_step(flags: Sequence[str], cache: str) -> float:
+  """Runs training until its first step is done.
+
+  Args:
+    flags: Of the program.
+    cache: The folder that it takes for the user's caches.
+
+  Returns:
+    Seconds from its launch.
+
+  Raises:
+    UsageError: If it ends before.
+  """
+  environment = {**os.environ, 'XDG_CACHE_HOME': cache, 'PYTHONUNBUFFERED': '1'}
+  environment.pop('JAX_COMPILATION_CACHE_DIR', None)  # The program then keeps it in the former.
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workdir:
+    start = time.perf_counter()
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'imta_jax.main', *flags, f'--workdir={workdir}/run'],
+      cwd=_ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    last_lines = collections.deque(maxlen=1)
+    try:
+      for line in process.stdout:
+        if _DONE in line:
+          return time.perf_counter() - start
+        last_lines.extend([line.strip()] if line.strip() else [])
+    finally:
+      process.kill()
+      process.wait()
+  reason = last_lines[0] if last_lines else f'status {process.returncode}'
+  raise UsageError(f'{" ".join(flags)} ended before {_DONE!r}: {reason}')
+
+
+if __name__ == '__main__':
+  common.run(main)

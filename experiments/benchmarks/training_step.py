@@ -1,0 +1,294 @@
+"""Time of a training step: ours, PyTorch's, and the least that the device allows.
+
+    python experiments/benchmarks/training_step.py --config=configs/cifar100.py --batch_sizes=64,512
+    python experiments/benchmarks/training_step.py --config=configs/imagenet.py --dtype=bfloat16
+
+Ours is the step that training runs, on images that lie on the device. Peers are the same network
+with the same weights and the same step in PyTorch (torch_peer.py): 'eager', and 'tuned' by
+channels_last, a fused optimizer and torch.compile. All compute in --dtype. Without PyTorch, ours
+and the limit alone are measured.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from imta_jax.errors import UsageError
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
+  parser.add_argument('--batch_sizes', type=common.integers, help="default: the config's")
+  parser.add_argument('--phases', type=common.integers, default=[1, 2], help='default: 1,2')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
+  parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
+  parser.add_argument('--repeats', type=int, default=7, help='turns of each; default: 7')
+  parser.add_argument('--output', help='JSON file for all timings')
+  options = parser.parse_args()
+  config = common.load_config(options.config)
+  config.model.dtype = options.dtype or config.model.dtype
+  batch_sizes = options.batch_sizes or [config.batch_size]
+  peers = [name for name in options.peers.split(',') if name]
+  if not set(peers) <= {'eager', 'tuned'}:
+    raise UsageError(f"--peers={options.peers} names others than 'eager' and 'tuned'")
+  if options.repeats < 1:
+    raise UsageError(f'--repeats={options.repeats} must be 1 or more')
+  common.set_up()
+  if peers and not common.has_torch():
+    print('PyTorch is not installed: no peers.')
+    peers = []
+
+  machine = common.machine()
+  print(machine)
+  results = []
+  for number in options.phases:
+    if peers:
+      difference = common.check_peer(config, number - 1)
+      print(f'phase {number}: logits equal those of the peer to {difference:.0e} of the largest')
+    for batch_size in batch_sizes:
+      result = measure(config, number - 1, batch_size, peers, options.repeats)
+      results.append({'config': options.config, 'dtype': config.model.dtype, **result})
+  print()
+  print(format_table(results))
+  print()
+  for name, unit in (
+    ('operations', 'T operations/s, large matrix product'),
+    ('bytes', 'TB/s, triad'),
+  ):
+    rates = [rate / 1e12 for result in results for rate in result['rates'][name]]
+    print(f'{common.spread(rates, 3)} {unit}')
+  for line in hours_of_all_phases(results, len(config.phases)):
+    print(line)
+  common.write_json(options.output, {'machine': machine, 'results': results})
+
+
+def measure(
+  config: ConfigDict, index: int, batch_size: int, peers: Sequence[str], repeats: int
+) -> dict[str, Any]:
+  """All figures of a phase at a batch size."""
+  task = common.make_task(config, index, batch_size)
+  contestants = {'ours': common.ours(task)}
+  for name in peers:
+    contestants[name] = peer(config, task, name)
+  yardsticks = {'operations': matrix_product(config.model.dtype), 'bytes': triad()}
+  contestants |= {name: run for name, (run, _) in yardsticks.items()}
+  timings = common.interleave(contestants, repeats)
+  amounts = work(task)
+  rates, limits = {}, {}
+  for name, (_, amount) in yardsticks.items():
+    rates[name] = [amount / seconds for seconds in timings.pop(name)]
+    limits[name] = [amounts[name] / rate for rate in rates[name]]
+  by = max(limits, key=lambda name: statistics.median(limits[name]))
+  return {
+    'phase': index + 1,
+    'batch_size': batch_size,
+    'steps': common.num_steps(config, index, batch_size),
+    'seconds_a_step': timings,
+    'limit': {'seconds_a_step': limits[by], 'by': by},
+    'work_a_step': amounts,
+    'rates': rates,
+  }
+
+
+def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], None]:
+  """A function that takes some of the peer's steps, and waits for them.
+
+  Raises:
+    UsageError: If the peer has no such phase.
+  """
+  import torch
+  import torch_peer
+
+  phase = task.phase
+  kind = (phase.trained, phase.loss)
+  if kind == ('everything', 'cross_entropy'):
+    loss_of = torch_peer.loss_of_phase_one
+  elif kind == ('last_layers', 'one_for_all') and phase.teacher == 'frozen':
+    loss_of = functools.partial(
+      torch_peer.loss_of_phase_two,
+      alpha=phase.alpha,
+      temperature=phase.temperature,
+      class_reduction=phase.class_reduction,
+    )
+  else:
+    raise UsageError(f'the peer has no phase that trains {kind[0]} by {kind[1]}: --peers=')
+  step = torch_peer.TrainingStep(
+    common.peer_network(config, task),
+    loss_of,
+    learning_rate=phase.learning_rate,
+    momentum=phase.momentum,
+    nesterov=phase.nesterov,
+    weight_decay=phase.weight_decay,
+    dtype=config.model.dtype,
+  )
+  images, labels = common.to_torch(task)
+  if name == 'tuned':
+    images = images.to(memory_format=torch.channels_last)
+    reason = step.tune(images, labels)
+    if reason:
+      print(f"the tuned peer's step is not compiled: {reason}")
+
+  def run(count):
+    for _ in range(count):
+      step(images, labels)
+    if images.is_cuda:
+      torch.cuda.synchronize()
+
+  return run
+
+
+def matrix_product(dtype: str) -> tuple[Callable[[int], None], float]:
+  """A function that multiplies large matrices some times, and the operations of once.
+
+  Two for each multiply-add, on one device.
+  """
+  size = 2048 if jax.default_backend() == 'cpu' else 8192
+  matrix = jnp.full((size, size), 1 / size, dtype)
+  multiply = jax.jit(jnp.matmul)
+
+  def run(count):
+    product = matrix
+    for _ in range(count):
+      product = multiply(product, matrix)
+    product.block_until_ready()
+
+  return run, 2 * size**3
+
+
+def triad() -> tuple[Callable[[int], None], float]:
+  """A function that takes large sums a + 2 b some times, and the bytes that once moves.
+
+  Two arrays are read and one is written, on one device.
+  """
+  size = 2**26 if jax.default_backend() == 'cpu' else 2**28
+  total, addend = jnp.zeros(size), jnp.ones(size)
+  # On pages that are new a CPU's first write is slow: the sum takes the place of `a`.
+  add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0)
+
+  def run(count):
+    nonlocal total
+    for _ in range(count):
+      total = add(total, addend)
+    total.block_until_ready()
+
+  return run, 3 * total.nbytes
+
+
+def work(task: common.Task) -> dict[str, float]:
+  """What a step cannot do without, a device: matrix operations, and bytes of memory traffic.
+
+  Operations, two a multiply-add, of convolutions and dense layers: forward; and where they are
+  trained, the gradient of the weights, and of what they read unless that is given. Bytes: what a
+  convolution gives is written once and read once; in phase I it, or its gradient, is read twice
+  more. Parameters are read, and those trained written, with their momentum. Caches that hold whole
+  maps can do with fewer bytes.
+  """
+  share = len(task.images) // jax.device_count()
+  images = jax.ShapeDtypeStruct((share, *task.images.shape[1:]), jnp.float32)
+  products = matrix_products(task, images)
+  forward = sum(madds for _, madds, _ in products)
+  activations = sum(size for _, _, size in products) * task.model.dtype.itemsize
+  sizes = {
+    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for name, tree in task.variables['params'].items()
+  }
+  if task.phase.trained == 'everything':
+    (_, first, _), *_ = products
+    operations = 2 * (3 * forward - first)
+    traffic = 4 * activations + 4 * 4 * sum(sizes.values())
+  else:
+    trained = sum(size for name, size in sizes.items() if name.startswith('classifiers_'))
+    of_classifiers = sum(madds for part, madds, _ in products if part.startswith('classifiers_'))
+    operations = 2 * (forward + of_classifiers)
+    traffic = 2 * activations + 4 * (sum(sizes.values()) + 3 * trained)
+  return {'operations': operations, 'bytes': traffic}
+
+
+def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tuple[str, int, int]]:
+  """What each convolution and dense layer computes, forward, in their order.
+
+  Args:
+    task: The phase's task.
+    images: [batch, height, width, channels].
+
+  Returns:
+    Tuples (name of the network's part that it is in, multiply-adds, output elements).
+  """
+  products = []
+
+  def record(call, args, kwargs, context):
+    output, module = call(*args, **kwargs), context.module
+    if context.method_name == '__call__' and module.has_variable('params', 'kernel'):
+      kernel = module.get_variable('params', 'kernel')
+      products.append((module.path[0], output.size * kernel.size // kernel.shape[-1], output.size))
+    return output
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(task.model.apply, task.variables, images)
+  return products
+
+
+def format_table(results: list[dict[str, Any]]) -> str:
+  """A row for each contestant and the limit; times against ours of the same turn."""
+  header = (
+    'network', 'phase', 'batch', 'dtype', 'step of', 'ms a step', 'images/s', 'time / ours', 'hours'
+  )  # fmt: skip
+  rows = []
+  for result in results:
+    batch_size, timings = result['batch_size'], result['seconds_a_step']
+    limit = result['limit']
+    lines = {**timings, f'limit ({limit["by"]})': limit['seconds_a_step']}
+    for name, seconds in lines.items():
+      ratios = [theirs / ours for theirs, ours in zip(seconds, timings['ours'], strict=True)]
+      middle = statistics.median(seconds)
+      rows.append(
+        (
+          result['config'],
+          result['phase'],
+          batch_size,
+          result['dtype'],
+          name,
+          common.spread([1000 * x for x in seconds], 2),
+          f'{batch_size / middle:,.0f}',
+          common.spread(ratios, 2),
+          f'{middle * result["steps"] / 3600:,.2f}',
+        )
+      )
+  return common.table(header, rows)
+
+
+def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[str]:
+  """Lines with the hours that the steps of a whole config take, where all phases are measured."""
+  lines = []
+  for batch_size in dict.fromkeys(result['batch_size'] for result in results):
+    phases = [result for result in results if result['batch_size'] == batch_size]
+    if len({result['phase'] for result in phases}) < num_phases:
+      continue
+    hours = [
+      f'{name} '
+      + format(
+        sum(statistics.median(x['seconds_a_step'][name]) * x['steps'] for x in phases) / 3600,
+        ',.1f',
+      )
+      for name in phases[0]['seconds_a_step']
+    ]
+    lines.append(
+      f'{phases[0]["config"]}, batch {batch_size}, all phases, hours: {", ".join(hours)}'
+    )
+  return lines
+
+
+if __name__ == '__main__':
+  common.run(main)
