@@ -393,21 +393,31 @@ class AdaptiveClassifier:
       carry = results[0]
     return np.cumsum(seconds)
 
-  def compile(self, batch_sizes: Sequence[int] | None = None) -> 'AdaptiveClassifier':
-    """Compiles every stage ahead of use, and all that leads from stage to stage.
+  def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
+    """Compiles ahead of use all that `predict` can need, whoever leaves where.
 
     Args:
-      batch_sizes: Largest batches to be ready for; all by default.
+      largest: The most images at once to be ready for; any number by default.
 
     Returns:
       This classifier.
     """
-    for size in batch_sizes or self._batch_sizes:
-      images = np.zeros((size, *self.image.shape), self.image.dtype)
-      for leave_at in range(len(self.stages)):
-        thresholds = np.full(len(self.stages), np.inf)
-        thresholds[leave_at] = -np.inf
-        self.predict(images, thresholds)
+    sizes = self._batch_sizes
+    if largest is not None:
+      sizes = [size for size in sizes if size <= self._batch_size(largest)]
+    carries = [np.zeros((size, *self.image.shape), self.image.dtype) for size in sizes]
+    self.predict(carries[0])  # One image runs a program of its own.
+    for index, (step, weights) in enumerate(zip(self._steps, self.weights, strict=True)):
+      if index:
+        for carry in carries:
+          for size in sizes:
+            rows = np.zeros(size, np.int32)
+            _fill(_select(carry, rows), carry, rows)
+      carries = [
+        step(weights, carry, np.zeros(size, np.float32))[0]
+        for size, carry in zip(sizes, carries, strict=True)
+      ]
+    jax.block_until_ready(carries)
     return self
 
   def _check(self, images):
