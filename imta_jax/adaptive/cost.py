@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from imta_jax.models.convolution import convolve
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 
@@ -82,7 +83,10 @@ def _count(jaxpr: core.Jaxpr) -> int:
   for equation in jaxpr.eqns:
     name = equation.primitive.name
     out = equation.outvars[0].aval if equation.outvars else None
-    if name == 'conv_general_dilated':
+    if equation.params.get('name') == convolve.__name__:
+      # Counted as the convolution that it is, in whatever form it is computed.
+      total += out.size * math.prod(equation.invars[1].aval.shape[:3])
+    elif name == 'conv_general_dilated':
       kernel = equation.invars[1].aval.shape
       _, *inputs_and_area = equation.params['dimension_numbers'].rhs_spec
       total += out.size * math.prod(kernel[axis] for axis in inputs_and_area)

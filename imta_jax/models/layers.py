@@ -1,25 +1,27 @@
-"""Layers that the architectures share."""
+"""Layers that the architectures share.
+
+Convolution and batch norm are functions under `jax.jit`: a large network repeats few shapes, and
+what has been traced, differentiated and lowered once is reused.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from imta_jax.models.convolution import convolve
 
-def convolve(
-  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any
-) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, with a 1×1 convolution as the matrix product that it is.
+_EPSILON = 1e-5
+_MOMENTUM = 0.9
 
-  XLA's CPU backend runs the product, and above all its gradients, two to three times as fast.
-  """
-  if kernel.shape[:2] == (1, 1) and set(strides) == {1}:
-    return jax.lax.dot_general(
-      x, kernel[0, 0], (((3,), (0,)), ((), ())), precision=options.get('precision')
-    )
-  return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+# Flax traces an initializer each time that it reads the parameter; under jit, once a shape.
+_normal = jax.jit(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), static_argnums=(1, 2))
+_zeros = jax.jit(nn.initializers.zeros, static_argnums=(1, 2))
+_ones = jax.jit(nn.initializers.ones, static_argnums=(1, 2))
 
 
 class ConvNorm(nn.Module):
@@ -46,28 +48,150 @@ class ConvNorm(nn.Module):
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
 
-  @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    x = nn.Conv(
-      self.features,
-      (self.kernel_size, self.kernel_size),
-      strides=self.stride,
-      padding=self.kernel_size // 2,
-      use_bias=self.use_bias,
-      kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
-      conv_general_dilated=convolve,
-      dtype=self.dtype,
-      name='conv',
-    )(x)
-    x = nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      axis_name=self.batch_norm_axis,
-      name='norm',
-    )(x)
-    return nn.relu(x) if self.relu else x
+    return run_together([self], x, train)[0]
+
+  @nn.compact
+  def parts(self, inputs: int) -> tuple['Convolution', 'BatchNorm']:
+    """The layer's variables, for a number of input channels."""
+    shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+    return (
+      Convolution(shape, self.use_bias, name='conv')(),
+      BatchNorm(self.features, name='norm')(),
+    )
+
+
+class Convolution(nn.Module):
+  """The parameters of a convolution: kernel, and bias or None."""
+
+  shape: Sequence[int]
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+    kernel = self.param('kernel', _normal, self.shape, jnp.float32)
+    bias = self.param('bias', _zeros, self.shape[-1:], jnp.float32) if self.use_bias else None
+    return kernel, bias
+
+
+class BatchNorm(nn.Module):
+  """The variables of batch norm: scale, bias, and the running statistics to read and write."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
+    shape = (self.features,)
+    return (
+      self.param('scale', _ones, shape, jnp.float32),
+      self.param('bias', _zeros, shape, jnp.float32),
+      self.variable('batch_stats', 'mean', _zeros, None, shape, jnp.float32),
+      self.variable('batch_stats', 'var', _ones, None, shape, jnp.float32),
+    )
+
+
+def run_together(layers: Sequence[ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
+  """Runs layers that read the same map, and differ in width alone, as one.
+
+  Args:
+    layers: The layers.
+    x: [batch, height, width, channels].
+    train: Whether batch norm uses, and records, the batch's own statistics.
+
+  Returns:
+    [batch, height, width, features] of each layer.
+  """
+  layer, dtype = layers[0], layers[0].dtype
+  convolutions, norms = zip(*(each.parts(x.shape[-1]) for each in layers), strict=True)
+  kernels, biases = zip(*convolutions, strict=True)
+  scales, shifts, *statistics = zip(*norms, strict=True)
+  scale, shift = _join(scales), _join(shifts)
+  x = convolve(x.astype(dtype), _join(kernels).astype(dtype), layer.stride, layer.kernel_size // 2)
+  if layer.use_bias:
+    x = x + _join(biases).astype(dtype)
+  ends = np.cumsum([each.features for each in layers])[:-1]
+  if train:
+    axis_name = None if layer.is_initializing() else layer.batch_norm_axis
+    x, *batch_statistics = batch_norm(x, scale, shift, layer.relu, axis_name)
+    for running, batch in zip(statistics, batch_statistics, strict=True):
+      for variable, value in zip(running, jnp.split(batch, ends), strict=True):
+        if not layer.is_initializing():
+          variable.value = _MOMENTUM * variable.value + (1 - _MOMENTUM) * value
+  else:
+    mean, var = (_join([variable.value for variable in running]) for running in statistics)
+    x = _scale_and_shift(x, mean, var, scale, shift, layer.relu)
+  return jnp.split(x, ends, axis=-1)
+
+
+def _join(arrays):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+
+
+@partial(jax.jit, static_argnames='relu')
+def _scale_and_shift(x, mean, var, scale, bias, relu):
+  """Batch norm with given statistics, and ReLU."""
+  y = (x.astype(jnp.float32) - mean) * (scale * jax.lax.rsqrt(var + _EPSILON)) + bias
+  y = y.astype(x.dtype)
+  return nn.relu(y) if relu else y
+
+
+@partial(jax.jit, static_argnames=('relu', 'axis_name'))
+def batch_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalises by the batch's own statistics, then applies ReLU if wished.
+
+  The gradient is written out: its trace is a fraction of what differentiation gives, and it keeps
+  nothing but the input.
+
+  Args:
+    x: [..., channels].
+    scale: [channels].
+    bias: [channels].
+    relu: Whether ReLU follows.
+    axis_name: Name of the mapped axis over which statistics are averaged, or None.
+
+  Returns:
+    The result, in the type of `x`; mean and variance [channels], float32, behind stop_gradient.
+  """
+  y, mean, var = _batch_norm(relu, axis_name, x, scale, bias)
+  return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _batch_norm(relu, axis_name, x, scale, bias):
+  return _batch_norm_forward(relu, axis_name, x, scale, bias)[0]
+
+
+def _batch_norm_forward(relu, axis_name, x, scale, bias):
+  x32 = x.astype(jnp.float32)
+  axes = tuple(range(x.ndim - 1))
+  mean, square = _average(axis_name, x32.mean(axes), jnp.square(x32).mean(axes))
+  var = jnp.maximum(square - jnp.square(mean), 0)
+  y = _scale_and_shift(x, mean, var, scale, bias, relu)
+  return (y, mean, var), (x, mean, var, scale, bias)
+
+
+def _batch_norm_backward(relu, axis_name, residuals, gradients):
+  x, mean, var, scale, bias = residuals
+  axes = tuple(range(x.ndim - 1))
+  inverse = jax.lax.rsqrt(var + _EPSILON)
+  normalized = (x.astype(jnp.float32) - mean) * inverse
+  gradient = gradients[0].astype(jnp.float32)
+  if relu:
+    gradient = jnp.where(normalized * scale + bias > 0, gradient, 0)
+  scale_gradient, bias_gradient = (gradient * normalized).sum(axes), gradient.sum(axes)
+  count = x.size / x.shape[-1]
+  along, level = _average(axis_name, scale_gradient / count, bias_gradient / count)
+  x_gradient = (gradient - level - normalized * along) * (scale * inverse)
+  return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def _average(axis_name, *values):
+  return values if axis_name is None else jax.lax.pmean(values, axis_name)
 
 
 class PooledExit(nn.Module):

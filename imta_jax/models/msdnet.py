@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, PooledExit
+from imta_jax.models.layers import ConvNorm, PooledExit, run_together
 from imta_jax.models.multi_exit import Features
 
 ConvNormFactory = Callable[..., ConvNorm]
@@ -45,10 +45,20 @@ class Branch(nn.Module):
   conv_norm: ConvNormFactory
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def parts(self, inputs: int) -> tuple[ConvNorm | None, ConvNorm]:
+    """The bottleneck, if there is one, and the 3×3 convolution."""
+    bottleneck = None
     if self.bottleneck_width is not None:
-      x = self.conv_norm(min(x.shape[-1], self.bottleneck_width), 1, name='bottleneck')(x, train)
-    return self.conv_norm(self.features, 3, stride=self.stride, name='conv')(x, train)
+      bottleneck = self.conv_norm(min(inputs, self.bottleneck_width), 1, name='bottleneck')
+    return bottleneck, self.conv_norm(self.features, 3, stride=self.stride, name='conv')
+
+
+def run_branches(branches: Sequence[Branch], x: jax.Array, train: bool) -> list[jax.Array]:
+  """Runs branches that read the same map, their bottlenecks as one."""
+  bottlenecks, convolutions = zip(*(branch.parts(x.shape[-1]) for branch in branches), strict=True)
+  has_bottlenecks = bottlenecks[0] is not None
+  narrowed = run_together(bottlenecks, x, train) if has_bottlenecks else [x] * len(branches)
+  return [convolution(y, train) for convolution, y in zip(convolutions, narrowed, strict=True)]
 
 
 class DenseLayer(nn.Module):
@@ -76,19 +86,25 @@ class DenseLayer(nn.Module):
 
     def branch(source, growth, stride, name):
       width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
-      return Branch(growth, stride, width, self.conv_norm, name=name)(maps[source], train)
+      return source, Branch(growth, stride, width, self.conv_norm, name=name)
 
-    written = []
+    gains = {}  # What each written scale gains: where a branch reads, and the branch.
     for scale, growth in zip(self.scales, self.growth, strict=True):
       if scale == first_read:
-        gained = [branch(scale, growth, 1, f'normal_{scale}')]
+        gains[scale] = [branch(scale, growth, 1, f'normal_{scale}')]
       else:
-        gained = [
+        gains[scale] = [
           branch(scale - 1, growth // 2, 2, f'down_{scale}'),
           branch(scale, growth // 2, 1, f'normal_{scale}'),
         ]
-      written.append(jnp.concatenate([maps[scale], *gained], axis=-1))
-    return tuple(written)
+    gained = {}
+    for source, x in maps.items():
+      readers = [b for branches in gains.values() for reads, b in branches if reads == source]
+      gained |= zip((b.name for b in readers), run_branches(readers, x, train), strict=True)
+    return tuple(
+      jnp.concatenate([maps[scale], *(gained[b.name] for _, b in branches)], axis=-1)
+      for scale, branches in gains.items()
+    )
 
 
 class Transition(nn.Module):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from imta_jax.adaptive.cost import ExitCost, count_madds, exit_costs
-from imta_jax.models.layers import convolve
+from imta_jax.models.layers import Convolution
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
@@ -37,10 +37,13 @@ def test_a_grouped_convolution_reads_its_group_alone():
   assert count(nn.Conv(6, (3, 3), feature_group_count=3)) == 8 * 8 * 6 * 9 * 1
 
 
-def test_a_convolution_of_one_pixel_costs_the_same_as_a_matrix_product():
-  plain = nn.Conv(5, (1, 1), use_bias=False)
-  product = nn.Conv(5, (1, 1), use_bias=False, conv_general_dilated=convolve)
-  assert count(plain) == count(product) == 8 * 8 * 5 * 3
+@pytest.mark.parametrize(
+  ('side', 'stride', 'expected'),
+  [(1, 1, 64 * 5 * 3), (3, 1, 64 * 5 * 27), (3, 2, 16 * 5 * 27), (7, 2, 16 * 5 * 147)],
+)
+def test_our_convolution_costs_the_same_in_whatever_form(side, stride, expected):
+  for use_bias in (False, True):
+    assert count(Convolution(5, side, stride, use_bias, jnp.float32)) == expected
 
 
 def test_a_dense_layer_costs_weights_and_biases():

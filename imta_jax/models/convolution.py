@@ -1,0 +1,124 @@
+"""Convolutions, computed in the form that each platform runs fastest.
+
+GPUs and TPUs have XLA's own convolution. Its CPU backend is slow where few channels leave vector
+lanes idle, and in the input gradients of strided convolutions; both are faster as matrix products
+(experiments/benchmarks has the measurements).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A 3×3 convolution is narrow, and faster as a banded product, up to this many weights a tap.
+_NARROW = 128
+
+
+@partial(jax.jit, static_argnames=('stride', 'padding'))
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+  """A convolution.
+
+  Args:
+    x: [batch, height, width, inputs].
+    kernel: [side, side, inputs, outputs].
+    stride: In both directions.
+    padding: Zeros on every side.
+
+  Returns:
+    [batch, height, width, outputs].
+  """
+  if kernel.shape[:2] == (1, 1) and stride == 1:
+    return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+  if kernel.shape[:2] == (3, 3) and padding == 1:
+    return _convolve_3x3(stride, x, kernel)
+  return _direct(x, kernel, stride, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve_3x3(stride, x, kernel):
+  def on_cpu(x, kernel):
+    block = _block_width(x, kernel) if stride == 1 else None
+    return _banded(x, kernel, block) if block else _direct(x, kernel, stride)
+
+  return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_direct, stride=stride))
+
+
+def _forward(stride, x, kernel):
+  return _convolve_3x3(stride, x, kernel), (x, kernel)
+
+
+def _backward(stride, residuals, gradient):
+  x, kernel = residuals
+
+  def of_kernel(x, kernel, gradient):
+    return jax.vjp(lambda kernel: _direct(x, kernel, stride), kernel)[1](gradient)[0]
+
+  def of_input(x, kernel, gradient):
+    return jax.vjp(lambda x: _direct(x, kernel, stride), x)[1](gradient)[0]
+
+  def of_input_on_cpu(x, kernel, gradient):
+    if stride == 1:  # The gradient, convolved with the kernel turned around.
+      return _convolve_3x3(1, gradient, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    return jax.vjp(lambda x: _patches_product(x, kernel, stride), x)[1](gradient)[0]
+
+  x_gradient = jax.lax.platform_dependent(
+    x, kernel, gradient, cpu=of_input_on_cpu, default=of_input
+  )
+  return x_gradient, of_kernel(x, kernel, gradient)
+
+
+_convolve_3x3.defvjp(_forward, _backward)
+
+
+def _direct(x, kernel, stride, padding=1):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    ((padding, padding), (padding, padding)),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+def _block_width(x, kernel):
+  """How many neighbours in a row `_banded` computes together; None where it does not pay."""
+  if np.prod(kernel.shape[2:]) > _NARROW:
+    return None
+  return next((block for block in (4, 2) if x.shape[2] % block == 0), None)
+
+
+def _banded(x, kernel, block):
+  """Stride 1: outputs of `block` neighbours in a row are one product with a banded matrix.
+
+  It multiplies some zeros, but reads whole vectors.
+  """
+  batch, height, width, inputs = x.shape
+  outputs = kernel.shape[-1]
+  # [batch, height, blocks, (block + 2) × inputs]: each block with its two neighbours.
+  blocks = x.reshape(batch, height, width // block, block * inputs)
+  left = jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0)))
+  right = jnp.pad(blocks[:, :, 1:, :inputs], ((0, 0), (0, 0), (0, 1), (0, 0)))
+  rows = jnp.concatenate([left, blocks, right], axis=-1)
+  rows = jnp.pad(rows, ((0, 0), (1, 1), (0, 0), (0, 0)))
+  patches = jnp.concatenate([rows[:, i : i + height] for i in range(3)], axis=-1)
+  # places[p, j, b]: whether tap j of output b of a block reads its input p.
+  places = np.zeros((block + 2, 3, block), x.dtype)
+  for tap in range(3):
+    places[np.arange(block) + tap, tap, np.arange(block)] = 1
+  matrix = jnp.einsum('pjb,ijco->ipcbo', places, kernel)
+  product = patches @ matrix.reshape(patches.shape[-1], block * outputs)
+  return product.reshape(batch, height, width, outputs)
+
+
+def _patches_product(x, kernel, stride):
+  """The convolution as a product of patches and kernel, whose input gradient is fast."""
+  batch, height, width, inputs = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  ends = [(size - 1) // stride * stride + 1 for size in (height, width)]
+  patches = [
+    padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+    for i in range(3)
+    for j in range(3)
+  ]
+  return jnp.concatenate(patches, axis=-1) @ kernel.reshape(9 * inputs, -1)
