@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ['prometheus-client', 'python-multipart', 'starlette', 'uvicorn']
+
 setup(
   name='imta_jax',
   version='0.1.0',
@@ -26,6 +28,7 @@ setup(
     'numpy',
     'optax',
     'orbax-checkpoint',
+    'pillow',
     'rich',
     'scipy',
     'tensorboard',  # clu needs it and does not say so.
@@ -34,7 +37,8 @@ setup(
     'tensorflow-datasets',
   ],
   extras_require={
-    'test': ['pytest', 'pytest-xdist', 'ruff'],
+    'serve': SERVE,
+    'test': ['httpx', 'pytest', 'pytest-xdist', 'ruff', *SERVE],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     'torch': ['torch'],

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from imta_jax import config as config_lib
 from imta_jax import train
+from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -48,16 +49,6 @@ def main(argv: Sequence[str]) -> None:
   # Checkpoints want absolute paths; those that name a scheme, as gs:// does, are.
   workdir = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir))
   train.train_and_evaluate(_CONFIG.value, workdir)
-
-
-def set_up_compilation_cache() -> None:
-  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or not to."""
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    folder = epath.Path(home).expanduser() / 'imta_jax' / 'compiled'
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def join_cluster(

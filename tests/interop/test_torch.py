@@ -364,7 +364,7 @@ def test_code_in_a_file_is_never_executed(torch, tmp_path, zipped):
   path, target = tmp_path / 'attack.pth', tmp_path / 'executed'
   content = {'state_dict': {}, 'attack': Attack(target)}
   torch.save(content, path, _use_new_zipfile_serialization=zipped)
-  with pytest.raises(UsageError, match='attack.pth is no checkpoint that can be read without running code'):
+  with pytest.raises(UsageError, match='attack.pth is no checkpoint .* without running code'):
     load_checkpoint(path, create())
   assert not target.exists()
   torch.load(path, weights_only=False)
