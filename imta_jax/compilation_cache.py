@@ -1,0 +1,16 @@
+"""Programs that are compiled once and kept on disk."""
+
+import os
+
+import jax
+from etils import epath
+
+
+def set_up_compilation_cache() -> None:
+  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or not to."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    folder = epath.Path(home).expanduser() / 'imta_jax' / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -1,0 +1,266 @@
+"""Classifies image files.
+
+    python -m imta_jax.predict runs/mnist5k digits/ seven.png
+    python -m imta_jax.predict runs/mnist5k digits/ --budget=1e6 --format=jsonl > answers.jsonl
+
+Answers go to the output in the files' order: of each file the exit that it took, counted from 1,
+and its most probable classes. All else goes to the error output. The exit status is 0 if all files
+were classified, 1 if some could not be read, and 2 if the command is wrong.
+"""
+
+import argparse
+import collections
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from absl import logging
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax.compilation_cache import set_up_compilation_cache
+from imta_jax.data.image_files import EXTENSIONS, ImageError, find_images, read_image
+from imta_jax.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    UsageError: If there is no such network, nothing within the budget, or no image.
+  """
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add_network_arguments(parser)
+  parser.add_argument('images', nargs='+', help='image files, and folders to search for them')
+  parser.add_argument('--top', type=positive(int), default=5, help='classes to show; default: 5')
+  parser.add_argument(
+    '--format', choices=('table', 'jsonl'), default='table', help='jsonl: an object a line'
+  )
+  parser.add_argument(
+    '--batch_size', type=positive(int), default=256, help='images at once; default: 256'
+  )
+  options = parser.parse_args(arguments)
+  set_up_compilation_cache()
+  classifier = open_classifier(options.network, options.budget, options.latency, options.phase)
+  write = _write_json if options.format == 'jsonl' else _Table(classifier.class_names, options.top)
+
+  exits, num_unreadable = collections.Counter(), 0
+  start = time.perf_counter()
+  for path, outcome in classify_files(classifier, find_images(options.images), options.batch_size):
+    if isinstance(outcome, ImageError):
+      num_unreadable += 1
+      print(f'error: {path}: {outcome}', file=sys.stderr)
+    else:
+      answer = describe(*outcome, classifier.class_names, options.top)
+      exits[answer['exit']] += 1
+      write(path, answer)
+  if not exits and not num_unreadable:
+    raise UsageError(f'no image in {", ".join(options.images)}: expected {" ".join(EXTENSIONS)}')
+  _summarize(exits, num_unreadable, time.perf_counter() - start)
+  return 1 if num_unreadable else 0
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `open_classifier`."""
+  parser.add_argument('network', help='workdir of a run, or an export')
+  parser.add_argument('--phase', type=positive(int), help="of a workdir's; default: the last")
+  limits = parser.add_mutually_exclusive_group()
+  limits.add_argument('--budget', type=positive(float), help='average multiply-adds an image')
+  limits.add_argument(
+    '--latency',
+    type=positive(float),
+    help='average seconds an image, one at a time; the network is timed for it',
+  )
+
+
+def positive(number: type) -> Any:
+  """A type of argparse arguments: numbers above 0."""
+
+  def parse(text):
+    value = number(text)
+    if not value > 0:
+      raise ValueError
+    return value
+
+  parse.__name__ = f'positive {number.__name__}'  # So argparse calls it.
+  return parse
+
+
+def open_classifier(
+  network: str,
+  budget: float | None = None,
+  latency: float | None = None,
+  phase: int | None = None,
+) -> AdaptiveClassifier:
+  """Reads a network, as `add_network_arguments` names it.
+
+  Args:
+    network: A workdir or an export.
+    budget: Average multiply-adds an image.
+    latency: Average seconds an image.
+    phase: Of a workdir's, counted from 1; the last one by default.
+
+  Raises:
+    UsageError: If there is none, or nothing within the budget.
+  """
+  try:
+    if os.path.exists(os.path.join(network, MANIFEST)):
+      if phase is not None:
+        raise UsageError(f'{network} is an export, of one phase: leave out --phase')
+      return AdaptiveClassifier.load(network, budget, latency=latency)
+    logging.set_verbosity(logging.ERROR)  # Checkpoints are announced to be opened for reading.
+    index = -1 if phase is None else phase - 1
+    return AdaptiveClassifier.from_workdir(network, budget, latency=latency, phase=index)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+
+
+def classify_files(
+  classifier: AdaptiveClassifier, paths: Iterable[str], batch_size: int
+) -> Iterator[tuple[str, tuple[np.ndarray, int] | ImageError]]:
+  """Classifies files, some batches of which are read ahead.
+
+  Args:
+    classifier: Of unsigned bytes.
+    paths: Files.
+    batch_size: How many to classify at once.
+
+  Yields:
+    In the files' order: the path, and (probabilities [class], exit counted from 0) or why the file
+    cannot be read.
+  """
+  read = partial(
+    read_image, shape=classifier.image.shape, crop=classifier.preprocessing.get('crop', 'none')
+  )
+  with contextlib.closing(_read_ahead(read, paths, 2 * batch_size)) as files:
+    while batch := list(itertools.islice(files, batch_size)):
+      images = [outcome for _, outcome in batch if not isinstance(outcome, ImageError)]
+      if images:
+        answers = classifier.predict(np.stack(images))
+        answered = zip(answers.probabilities, answers.exits, strict=True)
+      for path, outcome in batch:
+        yield path, outcome if isinstance(outcome, ImageError) else next(answered)
+
+
+def describe(
+  probabilities: np.ndarray, exit: int, class_names: Sequence[str], top: int
+) -> dict[str, Any]:
+  """What is said about an image, ready for JSON.
+
+  Args:
+    probabilities: [class].
+    exit: Counted from 0.
+    class_names: [class].
+    top: How many of the most probable classes to name.
+  """
+  best = [
+    {
+      'label': int(label),
+      'class': class_names[label],
+      # JSON has no NaN.
+      'probability': round(float(p), 6) if np.isfinite(p := probabilities[label]) else None,
+    }
+    for label in np.argsort(-probabilities, kind='stable')[:top]
+  ]
+  first = best[0]
+  return {
+    'label': first['label'],
+    'class': first['class'],
+    'confidence': first['probability'],
+    'exit': int(exit) + 1,
+    'top': best,
+  }
+
+
+def _read_ahead(read, paths, count):
+  """(path, image or ImageError) of each path; as many as `count` are read before they are taken."""
+
+  def outcome(path):
+    try:
+      return read(path)
+    except ImageError as error:
+      return error
+
+  waiting = collections.deque()
+  with ThreadPoolExecutor() as pool:
+    try:
+      for path in paths:
+        waiting.append((path, pool.submit(outcome, path)))
+        if len(waiting) > count:
+          path, future = waiting.popleft()
+          yield path, future.result()
+      while waiting:
+        path, future = waiting.popleft()
+        yield path, future.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+def _write_json(path, answer):
+  print(json.dumps({'file': path, **answer}))
+
+
+class _Table:
+  """Writes a line an image as it comes; columns are as wide as the longest class name."""
+
+  def __init__(self, class_names: Sequence[str], top: int):
+    self._console = Console(highlight=False, soft_wrap=True)
+    self._width = max(map(cell_len, class_names))
+    columns = ('class', *['next'] * (min(top, len(class_names)) - 1))
+    header = '  '.join(set_cell_size(column, self._width + 8) for column in columns)
+    self._console.print(Text(f'exit  {header}  file', 'bold'))
+
+  def __call__(self, path, answer):
+    first, *others = map(self._cell, answer['top'])
+    line = Text(f'{answer["exit"]:4}  {first}')
+    line.append(''.join(f'  {other}' for other in others), 'dim')
+    # Names of files need not be text.
+    line.append('  ' + os.fsencode(path).decode(errors='backslashreplace'))
+    self._console.print(line)
+
+  def _cell(self, candidate):
+    probability = candidate['probability']
+    percent = 'nan' if probability is None else f'{probability:.2%}'
+    return f'{set_cell_size(candidate["class"], self._width)} {percent:>7}'
+
+
+def _summarize(exits, num_unreadable, seconds):
+  num_images = exits.total()
+  shares = ', '.join(f'{exit}: {exits[exit] / num_images:.1%}' for exit in sorted(exits))
+  print(
+    f'{num_images:,} images in {seconds:.1f} s ({num_images / seconds:,.0f} images/s)'
+    + (f'; left at exit {shares}' if shares else '')
+    + (f'; {num_unreadable:,} could not be read' if num_unreadable else ''),
+    file=sys.stderr,
+  )
+
+
+def run() -> None:
+  """The program."""
+  if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has had enough, as `head`.
+  try:
+    sys.exit(main())
+  except UsageError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  run()

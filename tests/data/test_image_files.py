@@ -1,0 +1,173 @@
+"""Image files: what is found, what is read of it, and what is refused."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imta_jax.data import preprocess
+from imta_jax.data.image_files import ImageError, find_images, read_image
+
+# Between tests pytest undoes the filters that the module sets.
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::RuntimeWarning')
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (6, 5), np.uint8)
+COLOUR = RANDOM.integers(0, 256, (6, 5, 3), np.uint8)
+SMOOTH = np.add.outer(np.arange(90), 2 * np.arange(70)).astype(np.uint8) // 2
+
+
+def encoded(pixels, format='PNG', **options):
+  image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+  content = io.BytesIO()
+  image.save(content, format, **options)
+  return content.getvalue()
+
+
+def read(content, shape=(6, 5, 1), crop='none', **options):
+  return read_image(io.BytesIO(content), shape, crop, **options)
+
+
+def png_of_size(width, height):
+  """A PNG that says it has a size, and has no pixels."""
+  parts = (b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0), b'IDAT')
+  chunks = (struct.pack('>I', len(p) - 4) + p + struct.pack('>I', zlib.crc32(p)) for p in parts)
+  return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
+@pytest.mark.parametrize('format', ['BMP', 'GIF', 'PNG', 'PPM', 'TIFF'])
+def test_pixels_are_those_of_the_file(format):
+  image = read(encoded(GREY, format))
+  assert (image.shape, image.dtype) == ((6, 5, 1), np.uint8)
+  np.testing.assert_array_equal(image[..., 0], GREY)
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'WEBP'])
+def test_lossy_formats_are_read(format):
+  image = read(encoded(SMOOTH, format, quality=95), (90, 70, 1))
+  np.testing.assert_allclose(image[..., 0], SMOOTH.astype(float), atol=20)
+
+
+def test_channels_are_the_networks():
+  np.testing.assert_array_equal(read(encoded(COLOUR), (6, 5, 3)), COLOUR)
+  np.testing.assert_array_equal(read(encoded(GREY), (6, 5, 3)), np.stack([GREY] * 3, axis=-1))
+  luma = COLOUR @ [0.299, 0.587, 0.114]
+  np.testing.assert_allclose(read(encoded(COLOUR))[..., 0], luma, atol=1)
+
+
+@pytest.mark.parametrize('mode', ['1', 'LA', 'P', 'RGBA', 'CMYK'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_any_mode_becomes_the_networks(mode, channels):
+  format = 'TIFF' if mode == 'CMYK' else 'PNG'
+  black_and_white = np.where(np.indices((6, 5)).sum(0) % 2, 255, 0).astype(np.uint8)
+  content = encoded(Image.fromarray(black_and_white).convert(mode), format)
+  expected = np.stack([black_and_white] * channels, axis=-1)
+  np.testing.assert_array_equal(read(content, (6, 5, channels)), expected)
+
+
+def test_sixteen_bits_are_scaled_down():
+  content = encoded(GREY.astype(np.uint16) * 257)
+  assert Image.open(io.BytesIO(content)).mode.startswith('I')
+  np.testing.assert_allclose(read(content)[..., 0], GREY, atol=1)
+
+
+def test_a_palette_may_be_transparent():
+  image = Image.fromarray(GREY).convert('P')
+  content = encoded(image, transparency=bytes([0] * 128 + [255] * 128))
+  np.testing.assert_array_equal(read(content)[..., 0], GREY)
+
+
+def test_images_are_turned_upright():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # The camera was turned: the picture is to be turned clockwise.
+  content = encoded(GREY, exif=exif)
+  np.testing.assert_array_equal(read(content, (5, 6, 1))[..., 0], np.rot90(GREY, -1))
+
+
+def test_without_a_crop_all_is_resized():
+  image = read(encoded(SMOOTH), (45, 35, 1))
+  means = SMOOTH.reshape(45, 2, 35, 2).mean(axis=(1, 3))
+  np.testing.assert_allclose(image[2:-2, 2:-2, 0], means[2:-2, 2:-2], atol=2)
+
+
+def test_the_thinnest_image_has_a_central_crop():
+  assert np.all(read(encoded(np.full((1, 7), 3, np.uint8)), (8, 8, 1), 'center') == 3)
+
+
+@pytest.mark.parametrize('shape', [(90, 70), (70, 131), (32, 32), (300, 257)])
+def test_the_central_crop_is_that_of_evaluation(shape):
+  coarse = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
+  pixels = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
+  content = encoded(pixels)
+  for size in (24, 64):
+    expected = preprocess.decode_center_crop(content, size).numpy()
+    difference = read(content, (size, size, 3), 'center').astype(int) - expected
+    assert np.abs(difference).max() <= 1
+
+
+DAMAGED = {
+  'empty': (b'', 'no image'),
+  'text': (b'not an image at all', 'no image'),
+  'half a PNG': (encoded(COLOUR)[:60], 'cannot be read'),
+  'half a JPEG': (encoded(SMOOTH, 'JPEG')[:-300], 'cannot be read'),
+  'broken PNG': (encoded(COLOUR).replace(b'IDAT', b'IDXX'), 'no image'),
+  'another format': (encoded(GREY, 'ICO'), 'no image'),
+  'pixels missing': (png_of_size(20, 30), 'cannot be read'),
+}
+
+
+@pytest.mark.parametrize('name', DAMAGED)
+def test_damaged_images_are_refused(name):
+  content, reason = DAMAGED[name]
+  with pytest.raises(ImageError, match=reason) as caught:
+    read(content)
+  assert '\n' not in str(caught.value)
+
+
+def test_bytes_that_are_wrong_anywhere_are_an_image_error_or_an_image():
+  content = encoded(SMOOTH, 'TIFF', compression='tiff_lzw')
+  for position in RANDOM.integers(0, len(content), 200):
+    damaged = bytearray(content)
+    damaged[position] ^= RANDOM.integers(1, 256)
+    with contextlib.suppress(ImageError):
+      assert read(bytes(damaged), max_pixels=1e5).shape == (6, 5, 1)
+
+
+@pytest.mark.parametrize('size', [(8192, 8193), (10_000, 10_000), (100_000, 100_000)])
+def test_huge_images_are_refused_by_their_header(size):
+  with pytest.raises(ImageError, match='too large.* 67,108,864 pixels'):
+    read(png_of_size(*size))
+
+
+def test_the_limit_of_pixels_can_be_chosen():
+  assert read(encoded(GREY), max_pixels=30).any()
+  with pytest.raises(ImageError, match='5 x 6 exceeds 29 pixels'):
+    read(encoded(GREY), max_pixels=29)
+
+
+def test_files_that_are_not_there_are_refused(tmp_path):
+  for path, reason in ((tmp_path / 'no.png', 'No such file'), (tmp_path, 'directory')):
+    with pytest.raises(ImageError, match=reason):
+      read_image(str(path), (6, 5, 1), 'none')
+
+
+@pytest.mark.parametrize(
+  ('shape', 'crop', 'expected'), [((6, 5, 1), 'middle', "'middle'"), ((6, 5, 2), 'none', '2 chan')]
+)
+def test_what_no_network_reads_is_refused(shape, crop, expected):
+  with pytest.raises(ValueError, match=expected) as caught:
+    read(encoded(GREY), shape, crop)
+  assert not isinstance(caught.value, ImageError)
+
+
+def test_folders_are_searched_by_extension_in_order(tmp_path):
+  for name in ('b/2.PNG', 'b/1.jpg', 'b/c/3.webp', 'a.png', 'b/notes.txt', 'b/a/0.tif'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  found = find_images([str(tmp_path / 'b'), 'odd.xyz', str(tmp_path / 'a.png'), str(tmp_path)])
+  of_folder = ['b/1.jpg', 'b/2.PNG', 'b/a/0.tif', 'b/c/3.webp']
+  names = [path.removeprefix(f'{tmp_path}/') for path in found]
+  assert names == [*of_folder, 'odd.xyz', 'a.png', 'a.png', *of_folder]
