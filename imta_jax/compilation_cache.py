@@ -1,4 +1,4 @@
-"""Programs that are compiled once and kept on disk."""
+"""What is computed once and kept on disk between runs."""
 
 import os
 
@@ -6,11 +6,15 @@ import jax
 from etils import epath
 
 
+def cache_folder(name: str) -> epath.Path:
+  """The folder for a kind of content: ~/.cache/imta_jax/<name>, or in XDG_CACHE_HOME."""
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return epath.Path(home).expanduser() / 'imta_jax' / name
+
+
 def set_up_compilation_cache() -> None:
   """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or not to."""
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    folder = epath.Path(home).expanduser() / 'imta_jax' / 'compiled'
-    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_compilation_cache_dir', str(cache_folder('compiled')))
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -125,13 +125,13 @@ class PhaseProgress:
     batch_size: int,
   ):
     self._bar, self._task = bar, task
-    self._step, self._num_steps, self._steps_per_epoch = step, num_steps, steps_per_epoch
+    self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
     self._batch_size = batch_size
-    self.start_interval()
+    self.start_interval(step)
 
-  def start_interval(self) -> None:
-    """Begins to measure anew, so that validation and checkpoints do not count."""
-    self._start, self._start_step, self._waited = time.monotonic(), self._step, 0.0
+  def start_interval(self, step: int) -> None:
+    """Begins to measure anew, so that compiling, validation and checkpoints do not count."""
+    self._start, self._start_step, self._waited = time.monotonic(), step, 0.0
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
@@ -153,8 +153,7 @@ class PhaseProgress:
       'speed/images_per_second': rate * self._batch_size,
       'speed/fraction_waiting_for_data': self._waited / elapsed,
     }
-    self._step = step
-    self.start_interval()
+    self.start_interval(step)
     epoch = -(-step // self._steps_per_epoch)
     epoch_end = min(epoch * self._steps_per_epoch, self._num_steps)
     self._bar.update(
@@ -162,8 +161,8 @@ class PhaseProgress:
       completed=step,
       status=(
         f'loss {loss:.4f}  {rate * self._batch_size:,.0f} images/s  '
-        f'left: epoch {_duration((epoch_end - step) / rate)}, '
-        f'phase {_duration((self._num_steps - step) / rate)}'
+        f'left: epoch {_duration(epoch_end - step, rate)}, '
+        f'phase {_duration(self._num_steps - step, rate)}'
       ),
     )
     return metrics
@@ -173,5 +172,5 @@ def _first_and_last(accuracy: np.ndarray) -> str:
   return f'{100 * accuracy[0]:.1f} … {100 * accuracy[-1]:.1f} %'
 
 
-def _duration(seconds: float) -> str:
-  return str(datetime.timedelta(seconds=round(seconds)))
+def _duration(num_steps: int, rate: float) -> str:
+  return str(datetime.timedelta(seconds=round(num_steps / rate))) if rate else '…'

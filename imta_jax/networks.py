@@ -104,7 +104,7 @@ def restore_network(
   like = steps.create_state(variables, phase.trained, optimizer)
   checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name), read_only=True)
   chosen = chosen_state(checkpoints, like, phase, name, workdir)
-  costs = exit_costs(model, image_shape)
+  costs = exit_costs(model, image_shape, variables)
   return TrainedNetwork(name, model, chosen.variables, steps.predict_step(model), costs)
 
 

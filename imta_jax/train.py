@@ -2,6 +2,7 @@
 
 import collections
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from imta_jax.adaptive.cost import exit_costs
 from imta_jax.console import Reporter
 from imta_jax.data.pipeline import Dataset, open_dataset
 from imta_jax.errors import UsageError
+from imta_jax.metrics import Metrics
 from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.preemption import StopRequest
@@ -86,6 +88,7 @@ def _train_phase(
   stop: StopRequest,
 ) -> networks.TrainedNetwork:
   """Trains a phase to its end, from where it stands, and chooses its state."""
+  start = time.monotonic()
   phase, name = config.phases[index], layout.phase_name(index)
   predecessor = predecessors[-1] if predecessors else None
 
@@ -94,7 +97,7 @@ def _train_phase(
   variables = networks.initial_variables(model, config.seed, dataset.image_shape)
   if predecessor is not None:
     variables = transplant(predecessor.variables, variables)
-  costs = exit_costs(model, dataset.image_shape)
+  costs = exit_costs(model, dataset.image_shape, variables)
   num_steps, schedule = _length_and_schedule(config, phase, dataset)
   optimizer = steps.create_optimizer(phase, schedule)
   state = steps.create_state(variables, phase.trained, optimizer)
@@ -112,7 +115,7 @@ def _train_phase(
   reporter.overview(f'{name}: {phase.loss}, trains {phase.trained}, {num_steps:,} steps', costs)
   if step:
     reporter.say(f'{name} goes on from step {step:,}.')
-  writer = _metric_writer(layout.metrics_folder(workdir, name))
+  metrics = Metrics(layout.metrics_folder(workdir, name))
   batches = dataset.train_batches(step)
   num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
   epoch_totals, in_flight = None, collections.deque()
@@ -124,6 +127,10 @@ def _train_phase(
         batch = next(batches)
       state = train(state, teacher, batch)
       step += 1
+      if not in_flight:
+        state.step.block_until_ready()
+        reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
+        progress.start_interval(step)
       in_flight.append(state.step)
       if len(in_flight) > _STEPS_IN_FLIGHT:
         in_flight.popleft().block_until_ready()
@@ -136,7 +143,8 @@ def _train_phase(
         _check_finite(means, step, name, checkpoints)
         rates = progress.update(step, means['loss'])
         learning_rate = {'learning_rate': float(schedule(step - 1))}
-        writer.write_scalars(step, _scalars('train', means | learning_rate) | rates)
+        metrics.write(step, means | learning_rate, 'train/')
+        metrics.write(step, rates)
         epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
 
       if ends_epoch:
@@ -147,18 +155,18 @@ def _train_phase(
           validation = evaluate.predict(predict, state.variables, batches_of_split)
           accuracy = validation.accuracy()
           figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
-          writer.write_scalars(step, _scalars('validation', figures))
+          metrics.write(step, figures, 'validation/')
           checkpoints.save(step, state, float(accuracy.mean()))
         reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
         epoch_totals = None
-        progress.start_interval()
+        progress.start_interval(step)
 
       if stop.requested(step) and step < num_steps:
         checkpoints.save(step, state, None)
         checkpoints.close()
-        writer.close()
+        metrics.close()
         stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
-  writer.close()
+  metrics.close()
 
   chosen = networks.chosen_state(checkpoints, state, phase, name, workdir)
   reporter.say(f'{name} gives its {phase.chosen_state} state, of step {int(chosen.step):,}.')
@@ -213,24 +221,3 @@ def _check_finite(means, step, name, checkpoints):
     'the data; '
     + (f'the checkpoint of step {kept[0]:,} is kept' if kept else 'there is no checkpoint yet')
   )
-
-
-def _scalars(prefix: str, figures: Mapping[str, Any]) -> dict[str, float]:
-  """Figures under names for TensorBoard, arrays [exit] spread."""
-  scalars = {}
-  for name, value in figures.items():
-    if np.ndim(value):
-      for number, item in enumerate(value, start=1):
-        scalars[f'{prefix}/{name}_exit_{number}'] = float(item)
-    else:
-      scalars[f'{prefix}/{name}'] = float(value)
-  return scalars
-
-
-def _metric_writer(folder: epath.Path) -> Any:
-  """TensorBoard on the first host, nothing on the others."""
-  from clu import metric_writers  # It imports TensorFlow, which open_dataset has done by now.
-
-  if jax.process_index() > 0:
-    return metric_writers.MultiWriter([])
-  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

@@ -10,6 +10,14 @@ from imta_jax.models.initial_values import initialize
 jax.config.update('jax_disable_most_optimizations', True)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+  """Keeps what the package stores between runs out of the user's folders."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    yield
+
+
 @pytest.fixture(scope='session')
 def random_variables():
   """A function that gives a network variables of which none is special, as initial zeros are."""

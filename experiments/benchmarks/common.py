@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax import devices, networks, steps
+from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 

@@ -33,18 +33,22 @@ class ExitCost:
   params: int
 
 
-def exit_costs(model: MultiExitNetwork, input_shape: Sequence[int]) -> list[ExitCost]:
+def exit_costs(
+  model: MultiExitNetwork, input_shape: Sequence[int], variables: Any = None
+) -> list[ExitCost]:
   """The cumulative cost of every exit, for one image.
 
   Args:
     model: The network.
     input_shape: (height, width, channels) of an image.
+    variables: The network's, where they are at hand: that saves a trace.
 
   Returns:
     A cost an exit.
   """
   images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  if variables is None:
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
   features = jax.eval_shape(partial(model.apply, method='start'), variables, images)
   logits, madds, params, costs = None, 0, 0, []
   for index in range(model.num_exits):

@@ -1,9 +1,8 @@
 """Small data sets: read once, kept on every device, batches drawn there."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +11,42 @@ from ml_collections import ConfigDict
 
 from imta_jax import devices
 from imta_jax.data import pipeline, preprocess
+from imta_jax.data.arrays import Arrays
 from imta_jax.errors import UsageError
+
+
+def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
+  """Checks that a data set's images fit its config.
+
+  Args:
+    shape: (height, width, channels), None where it varies.
+    dataset: The data set's config.
+
+  Raises:
+    UsageError: If they do not.
+  """
+  side = dataset.image_size
+  if tuple(shape[:2]) != (side, side):
+    raise UsageError(
+      f'config.dataset.image_size is {side}, but images of {dataset.name} are {tuple(shape)}: '
+      'mend the size, or set config.dataset.in_memory to False to resize them'
+    )
+  if {len(dataset.mean), len(dataset.std)} != {shape[2]}:
+    raise UsageError(
+      f'config.dataset.mean and std need a number for each of the {shape[2]} channels of '
+      f'{dataset.name}'
+    )
 
 
 class InMemoryDataset(pipeline.Dataset):
   """A data set whose images, all of one shape, fit a device's memory."""
 
-  def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
-    self._builder, self._splits, self._config = builder, splits, config
-    shape, side = builder.info.features['image'].shape, config.dataset.image_size
-    if shape[:2] != (side, side):
-      raise UsageError(
-        f'config.dataset.image_size is {side}, but images of {config.dataset.name} are {shape}: '
-        'mend the size, or set config.dataset.in_memory to False to resize them'
-      )
-    channels = {shape[2], len(config.dataset.mean), len(config.dataset.std)}
-    if len(channels) > 1:
-      raise UsageError(
-        f'config.dataset.mean and std need a number for each of the {shape[2]} channels of '
-        f'{config.dataset.name}'
-      )
-    self.class_names = builder.info.features['label'].names
-    self.image_shape = tuple(shape)
-    self.num_images = {name: count for name, (_, count) in splits.items()}
+  def __init__(self, arrays: Arrays, config: ConfigDict):
+    self._arrays, self._config = arrays, config
+    self.class_names = arrays.class_names
+    self.image_shape = tuple(arrays.images['train'].shape[1:])
+    self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
     self.steps_per_epoch = self.num_images['train'] // config.batch_size
-    self._arrays = {}
     self._draw = jax.pmap(
       partial(_draw, config, self.steps_per_epoch),
       axis_name=devices.AXIS,
@@ -50,12 +60,12 @@ class InMemoryDataset(pipeline.Dataset):
     )
 
   def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
-    images, labels = devices.replicate(self._read('train'))
+    images, labels = devices.replicate((self._arrays.images['train'], self._arrays.labels['train']))
     for step in itertools.count(first_step):
       yield self._draw(devices.numbers(), images, labels, np.int32(step))
 
   def evaluation_batches(self, split: str) -> Iterator[pipeline.Batch]:
-    images, labels = self._read(split)
+    images, labels = self._arrays.images[split], self._arrays.labels[split]
     batch_size = self._config.evaluation_batch_size
     augments = split == 'validation' and self._config.dataset.augment_validation
     for start in range(0, len(labels), batch_size):
@@ -71,14 +81,6 @@ class InMemoryDataset(pipeline.Dataset):
         for name, array in batch.items()
       }
       yield self._prepare(devices.numbers(), np.int32(start), batch, augments)
-
-  def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-    if split not in self._arrays:
-      import tensorflow_datasets as tfds
-
-      read = tfds.as_numpy(self._builder.as_dataset(split=self._splits[split][0], batch_size=-1))
-      self._arrays[split] = read['image'], read['label'].astype(np.int32)
-    return self._arrays[split]
 
 
 def _draw(config, steps_per_epoch, device, images, labels, step):

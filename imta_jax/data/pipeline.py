@@ -55,27 +55,43 @@ def open_dataset(config: ConfigDict) -> Dataset:
   Raises:
     UsageError: If it does not exist, is not prepared and cannot be, or does not fit the config.
   """
-  _import_tensorflow()
-  from imta_jax.data import in_memory, streamed
-
   for field in ('batch_size', 'evaluation_batch_size'):
     if config[field] % jax.device_count():
       raise UsageError(
         f'config.{field} is {config[field]}, which {jax.device_count()} devices do not divide: '
         f'make it a multiple of {jax.device_count()}'
       )
-  builder = _prepared_builder(config.dataset)
-  splits = _splits(builder, config.dataset)
-  if splits['train'][1] < config.batch_size:
+  dataset = _open_in_memory(config) if config.dataset.in_memory else _open_streamed(config)
+  if dataset.num_images['train'] < config.batch_size:
     raise UsageError(
       f'config.batch_size is {config.batch_size}, more than there are training images '
-      f'({splits["train"][1]})'
+      f'({dataset.num_images["train"]})'
     )
-  kind = in_memory.InMemoryDataset if config.dataset.in_memory else streamed.StreamedDataset
-  return kind(builder, splits, config)
+  return dataset
 
 
-def _import_tensorflow() -> None:
+def _open_in_memory(config: ConfigDict) -> Dataset:
+  from imta_jax.data import arrays, in_memory
+
+  stored = arrays.load(config.dataset)
+  if stored is None:
+    builder = _prepared_builder(config.dataset)
+    splits = _splits(builder, config.dataset)
+    in_memory.check(builder.info.features['image'].shape, config.dataset)
+    stored = arrays.read(builder, splits)
+    arrays.store(config.dataset, stored, builder.data_path / 'dataset_info.json')
+  in_memory.check(stored.images['train'].shape[1:], config.dataset)
+  return in_memory.InMemoryDataset(stored, config)
+
+
+def _open_streamed(config: ConfigDict) -> Dataset:
+  from imta_jax.data import streamed
+
+  builder = _prepared_builder(config.dataset)
+  return streamed.StreamedDataset(builder, _splits(builder, config.dataset), config)
+
+
+def import_tensorflow() -> None:
   """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   sys.stderr.flush()
@@ -91,6 +107,7 @@ def _import_tensorflow() -> None:
 
 
 def _prepared_builder(dataset: ConfigDict) -> Any:
+  import_tensorflow()
   import tensorflow_datasets as tfds
 
   from imta_jax.data import mnist5k  # noqa: F401  Registers the builder.
