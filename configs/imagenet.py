@@ -39,6 +39,7 @@ def get_config(argument=''):
     reduction=0.5,
     bottleneck=True,
     stem='imagenet',
+    remat=False,  # True: less memory, a third more computation.
   )
   for phase in config.phases:
     # alpha and T are those of the published ImageNet script; the paper gives none.

@@ -66,7 +66,8 @@ def create_state(
     trained=chosen,
     frozen={name: tree for name, tree in params.items() if not is_trained[name]},
     batch_stats=variables.get('batch_stats', {}),
-    opt_state=optimizer.init(chosen),
+    # Compiled as one: a large network has hundreds of arrays, of which each would be by itself.
+    opt_state=jax.jit(optimizer.init)(chosen),
     totals=empty_totals(num_exits),
   )
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
-import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from imta_jax.errors import UsageError
+from imta_jax.models.convolution import convolve
 
 
 def main() -> None:
@@ -210,13 +211,13 @@ def work(task: common.Task) -> dict[str, float]:
     traffic = 4 * activations + 4 * 4 * sum(sizes.values())
   else:
     trained = sum(size for name, size in sizes.items() if name.startswith('classifiers_'))
-    of_classifiers = sum(madds for part, madds, _ in products if part.startswith('classifiers_'))
+    of_classifiers = sum(madds for is_dense, madds, _ in products if is_dense)
     operations = 2 * (forward + of_classifiers)
     traffic = 2 * activations + 4 * (sum(sizes.values()) + 3 * trained)
   return {'operations': operations, 'bytes': traffic}
 
 
-def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tuple[str, int, int]]:
+def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tuple[bool, int, int]]:
   """What each convolution and dense layer computes, forward, in their order.
 
   Args:
@@ -224,19 +225,22 @@ def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tup
     images: [batch, height, width, channels].
 
   Returns:
-    Tuples (name of the network's part that it is in, multiply-adds, output elements).
+    Tuples (whether it is a dense layer, multiply-adds, output elements).
   """
   products = []
 
-  def record(call, args, kwargs, context):
-    output, module = call(*args, **kwargs), context.module
-    if context.method_name == '__call__' and module.has_variable('params', 'kernel'):
-      kernel = module.get_variable('params', 'kernel')
-      products.append((module.path[0], output.size * kernel.size // kernel.shape[-1], output.size))
-    return output
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      is_convolution = equation.params.get('name') == convolve.__name__
+      if is_convolution or equation.primitive.name == 'dot_general':
+        size, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
+        madds = size * kernel.size // kernel.shape[-1]
+        products.append((not is_convolution, madds, size))
+      else:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+          walk(inner)
 
-  with nn.intercept_methods(record):
-    jax.eval_shape(task.model.apply, task.variables, images)
+  walk(jax.make_jaxpr(task.model.apply)(task.variables, images).jaxpr)
   return products
 
 

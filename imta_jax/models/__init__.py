@@ -23,6 +23,7 @@ def create(
   stop_collaboration_gradient: bool = True,
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
+  remat: bool = False,
   **fields: Any,
 ) -> MultiExitNetwork:
   """Makes a network.
@@ -36,6 +37,7 @@ def create(
     dtype: What the network computes in, 'float32' or 'bfloat16'.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None for
       statistics a device.
+    remat: See MultiExitNetwork.
     **fields: The architecture's own fields; see `msdnet` and `resnet`.
 
   Returns:
@@ -77,4 +79,5 @@ def create(
     stop_collaboration_gradient=stop_collaboration_gradient,
     dtype=dtype,
     batch_norm_axis=batch_norm_axis,
+    remat=remat,
   )
