@@ -28,18 +28,19 @@ class Checkpoints:
     """Opens a folder, making it where it may write."""
     self._folder, self._read_only = folder, read_only
     self._accuracies: dict[int, float | None] = {}
-    self._manager = ocp.CheckpointManager(
-      folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_LatestAndBest(self._preference),
-        read_only=read_only,
-        create=not read_only,
-      ),
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'record': ocp.JsonCheckpointHandler(),
-      },
-    )
+    with _silent() if read_only else contextlib.nullcontext():  # Orbax warns that it only reads.
+      self._manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=_LatestAndBest(self._preference),
+          read_only=read_only,
+          create=not read_only,
+        ),
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'record': ocp.JsonCheckpointHandler(),
+        },
+      )
 
   def save(self, step: int, state: Any, validation_accuracy: float | None) -> None:
     """Saves a state, in the background.
@@ -178,6 +179,17 @@ def _checksum(tree: Any) -> int:
   for leaf in jax.tree.leaves(tree):
     total = zlib.crc32(np.ascontiguousarray(leaf), total)
   return total
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """Holds back warnings."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
   workdir = epath.Path(workdir)
   config = layout.load_config(workdir)
   if not -len(config.phases) <= phase < len(config.phases):
-    raise UsageError(f'phase {phase} does not exist: {workdir} has {len(config.phases)}')
+    raise UsageError(f'phase {phase + 1} does not exist: {workdir} has 1 to {len(config.phases)}')
   index = range(len(config.phases))[phase]
   name, folder = layout.phase_name(index), layout.evaluation_folder(workdir)
   points = evaluate.load_points(folder, name)

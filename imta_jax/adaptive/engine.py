@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 Tree = Any
 # What a stage reads and writes: (features, logits), or the images where the first one reads.
@@ -40,7 +41,7 @@ _SMALLEST_FILL_OF_ACCELERATORS = 0.1
 _SLACK = 1e-5
 
 MANIFEST = 'manifest.json'
-_FORMAT = 1
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +247,13 @@ class AdaptiveClassifier:
         raise ValueError(f'{manifest_path} is damaged: export again') from error
     if checksum != manifest_checksum(manifest):
       raise ValueError(f'{manifest_path} is not as it was written: export again')
-    if manifest['format'] != _FORMAT:
-      raise ValueError(f'{folder} has format {manifest["format"]}, expected {_FORMAT}')
+    if manifest['format'] != FORMAT:
+      raise ValueError(f'{folder} has format {manifest["format"]}, expected {FORMAT}')
     contents = {
       name: _read_checked(folder, name, checksum) for name, checksum in manifest['sha256'].items()
     }
     stages = [
-      partial(_call_exported, jax.export.deserialize(bytearray(contents[name])))
+      partial(_call_exported, export.deserialize(bytearray(contents[name])))
       for name in manifest['stages']
     ]
     with np.load(io.BytesIO(contents[manifest['weights']])) as arrays:

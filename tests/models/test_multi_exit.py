@@ -8,7 +8,7 @@ from imta_jax.models.initial_values import initialize
 
 
 def test_rematerialisation_keeps_less_and_changes_nothing():
-  images = np.random.default_rng(0).standard_normal((8, 16, 16, 3)).astype(np.float32)
+  images = np.random.default_rng(0).standard_normal((32, 16, 16, 3)).astype(np.float32)
   kept, gradients = [], []
   for remat in (False, True):
     model = models.create(

@@ -1,0 +1,160 @@
+"""Writes a trained network as a folder that runs where imta_jax is not installed.
+
+    python experiments/export.py runs/mnist5k exported
+    python experiments/export.py runs/cifar100 exported --budget=40e6
+
+The folder holds each stage as StableHLO (jax.export; any batch size; for CPUs, GPUs and TPUs), the
+weights, thresholds for 40 budgets, and engine.py, which needs JAX and NumPy alone:
+
+    import sys; sys.path.insert(0, 'exported')
+    from engine import AdaptiveClassifier
+    answers = AdaptiveClassifier.load('exported', budget=20e6).predict(images)  # unsigned bytes
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax import export
+
+from imta_jax.adaptive import engine
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.errors import UsageError
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
+  parser.add_argument('output', help='folder to write; must not exist, or be empty')
+  parser.add_argument(
+    '--budget',
+    type=float,
+    help='average multiply-adds an image that thresholds are set for; default: as accurate as the '
+    'last exit on validation images',
+  )
+  parser.add_argument('--phase', type=int, default=-1, help='index of the phase; default: the last')
+  options = parser.parse_args(arguments)
+  try:
+    classifier = AdaptiveClassifier.from_workdir(
+      options.workdir, options.budget, phase=options.phase
+    )
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  folder = epath.Path(options.output)
+  write_export(classifier, folder, source=options.workdir)
+  size = sum(path.stat().length for path in folder.iterdir())
+  print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
+
+
+def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> None:
+  """Writes a classifier.
+
+  Args:
+    classifier: What to write.
+    folder: Where to; made if need be.
+    source: Where the network came from, for people.
+
+  Raises:
+    UsageError: If there is something in the folder already.
+  """
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: name another folder')
+  weights = [jax.tree.leaves(stage) for stage in classifier.weights]
+  contents = {f'stage_{k}.jax': content for k, content in enumerate(_stages(classifier), start=1)}
+  stages = list(contents)
+  contents['weights.npz'] = _npz(weights)
+  contents['engine.py'] = Path(engine.__file__).read_bytes()
+  manifest = {
+    'format': engine.FORMAT,
+    'source': source,
+    'stages': stages,
+    'weights': 'weights.npz',
+    'weights_per_stage': [len(leaves) for leaves in weights],
+    'image_shape': list(classifier.image.shape),
+    'image_dtype': str(np.dtype(classifier.image.dtype)),
+    'preprocessing': classifier.preprocessing,
+    'class_names': list(classifier.class_names),
+    'madds': [int(madds) for madds in classifier.madds],
+    'thresholds': _finite(classifier.thresholds.tolist()),
+    'settings': [
+      {
+        'budget': float(np.dot(setting.shares, classifier.madds)),
+        'thresholds': _finite(setting.thresholds),
+        'shares': list(setting.shares),
+        'accuracy': setting.accuracy,
+      }
+      for setting in classifier.settings
+    ],
+    'platforms': list(PLATFORMS),
+    'versions': {name: metadata.version(name) for name in ('imta_jax', 'jax', 'jaxlib', 'numpy')},
+    'sha256': {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+  }
+  # What JSON gives back is what is summed.
+  manifest = json.loads(json.dumps(manifest))
+  manifest['manifest_sha256'] = engine.manifest_checksum(manifest)
+  contents[engine.MANIFEST] = (json.dumps(manifest, indent=2) + '\n').encode()
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, content in contents.items():  # The manifest last: without it there is no export.
+    (folder / name).write_bytes(content)
+
+
+def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
+  """Each stage, serialised: (list of weights, carry) → carry, for any batch size."""
+  (batch,) = export.symbolic_shape('batch')
+  carry = jax.ShapeDtypeStruct((batch, *classifier.image.shape), classifier.image.dtype)
+  serialised = []
+  for stage, tree in zip(classifier.stages, classifier.weights, strict=True):
+    leaves, structure = jax.tree.flatten(tree)
+
+    def run(leaves, carry, stage=stage, structure=structure):
+      return stage(jax.tree.unflatten(structure, leaves), carry)
+
+    exported = export.export(jax.jit(run), platforms=PLATFORMS)(_specs(leaves), carry)
+    serialised.append(bytes(exported.serialize()))
+    carry = jax.tree.unflatten(
+      exported.out_tree,
+      [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.out_avals],
+    )
+  return serialised
+
+
+def _specs(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _npz(weights: Sequence[Sequence[Any]]) -> bytes:
+  content = io.BytesIO()
+  arrays = {
+    f'{stage}/{index}': np.asarray(leaf)
+    for stage, leaves in enumerate(weights)
+    for index, leaf in enumerate(leaves)
+  }
+  np.savez(content, **arrays)
+  return content.getvalue()
+
+
+def _finite(thresholds: Sequence[float]) -> list[float | None]:
+  """Thresholds for JSON, which has no infinity: null where no image leaves, and at the last."""
+  return [threshold if math.isfinite(threshold) else None for threshold in thresholds]
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except UsageError as error:
+    sys.exit(f'error: {error}')

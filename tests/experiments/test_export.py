@@ -1,0 +1,148 @@
+"""An export answers like the network it was made of, where imta_jax cannot be imported."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from imta_jax import models
+from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.errors import UsageError
+
+SHAPE = (16, 16, 3)
+PATH = Path(__file__).parents[2] / 'experiments' / 'export.py'
+
+ELSEWHERE = """
+import sys
+folder, images, answers = sys.argv[1:]
+for name in ('imta_jax', 'flax', 'optax', 'orbax'):
+  sys.modules[name] = None
+sys.path.insert(0, folder)
+import numpy as np
+from engine import AdaptiveClassifier
+classifier = AdaptiveClassifier.load(folder)
+images = np.load(images)
+together, alone = classifier.predict(images), classifier.predict(images[:1])
+np.savez(answers, together=together.probabilities, exits=together.exits, alone=alone.probabilities)
+"""
+
+
+@pytest.fixture(scope='module')
+def export():
+  spec = importlib.util.spec_from_file_location('export', PATH)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='module')
+def images():
+  return np.random.default_rng(0).integers(0, 256, (23, *SHAPE), dtype=np.uint8)
+
+
+@pytest.fixture(scope='module')
+def classifier(random_variables, images):
+  model = models.create(
+    'msdnet',
+    num_exits=3,
+    step_mode='even',
+    channels=4,
+    growth_rate=4,
+    scale_factors=(1, 2),
+    bottleneck_factors=(1, 2),
+    num_classes=5,
+    collaboration='network',
+  )
+  classifier = AdaptiveClassifier.from_model(
+    model,
+    random_variables(model, SHAPE),
+    (0.0, 0.0, 0.0),
+    SHAPE,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.2),
+    settings=[Setting((0.9, np.inf, np.inf), (0.5, 0.0, 0.5), 0.7)],
+    madds=(10, 20, 30),
+    class_names=list('abcde'),
+    preprocessing={'crop': 'none'},
+  )
+  half = np.median(classifier.predict(images).confidences)  # All leave at the first exit.
+  classifier.thresholds = np.array([half, half, -np.inf], np.float32)
+  return classifier
+
+
+@pytest.fixture(scope='module')
+def exported(export, classifier, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('export') / 'exported'
+  export.write_export(classifier, epath.Path(folder))
+  return folder
+
+
+def test_another_process_answers_bit_for_bit(classifier, exported, images, tmp_path):
+  np.save(tmp_path / 'images.npy', images)
+  arguments = [str(exported), str(tmp_path / 'images.npy'), str(tmp_path / 'answers.npz')]
+  # Compiled as this process compiles.
+  environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  subprocess.run(
+    [sys.executable, '-c', ELSEWHERE, *arguments], check=True, cwd=tmp_path, env=environment
+  )
+  together, alone = classifier.predict(images), classifier.predict(images[:1])
+  assert len(set(together.exits)) > 1
+  with np.load(tmp_path / 'answers.npz') as answers:
+    np.testing.assert_array_equal(answers['exits'], together.exits)
+    np.testing.assert_array_equal(answers['together'], together.probabilities)
+    np.testing.assert_array_equal(answers['alone'], alone.probabilities)
+
+
+def test_what_belongs_to_the_network_comes_along(classifier, exported):
+  loaded = AdaptiveClassifier.load(exported)
+  for name in ('image', 'class_names', 'madds', 'preprocessing', 'num_classes'):
+    assert getattr(loaded, name) == getattr(classifier, name), name
+  np.testing.assert_array_equal(loaded.thresholds[:2], classifier.thresholds[:2])
+  assert loaded.settings == classifier.settings
+  np.testing.assert_allclose(AdaptiveClassifier.load(exported, budget=25).thresholds[0], 0.9)
+
+
+def test_stages_are_for_all_platforms(exported):
+  stage = jax.export.deserialize(bytearray((exported / 'stage_2.jax').read_bytes()))
+  assert stage.platforms == ('cpu', 'cuda', 'tpu')
+
+
+@pytest.mark.parametrize(
+  'name', ['stage_1.jax', 'stage_3.jax', 'weights.npz', 'engine.py', 'manifest.json']
+)
+@pytest.mark.parametrize('damage', ['flipped', 'cut', 'missing'])
+def test_a_damaged_export_is_refused_by_name(exported, tmp_path, name, damage):
+  for path in exported.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  content = bytearray((tmp_path / name).read_bytes())
+  if damage == 'flipped':
+    content[len(content) // 2] ^= 1
+  (tmp_path / name).write_bytes(content[: len(content) // 2] if damage == 'cut' else content)
+  if damage == 'missing':
+    (tmp_path / name).unlink()
+  with pytest.raises(ValueError, match=name):
+    AdaptiveClassifier.load(tmp_path)
+
+
+def test_another_format_is_refused(exported, tmp_path):
+  from imta_jax.adaptive.engine import manifest_checksum
+
+  manifest = json.loads((exported / 'manifest.json').read_text())
+  del manifest['manifest_sha256']
+  manifest['format'] = 99
+  manifest['manifest_sha256'] = manifest_checksum(manifest)
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match='format 99, expected 1'):
+    AdaptiveClassifier.load(tmp_path)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(export, classifier, exported):
+  with pytest.raises(UsageError, match='not empty'):
+    export.write_export(classifier, epath.Path(exported))
