@@ -47,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help='average multiply-adds an image that thresholds are set for; default: as accurate as the '
     'last exit on validation images',
   )
-  parser.add_argument('--phase', type=int, default=-1, help='index of the phase; default: the last')
+  parser.add_argument(
+    '--phase', type=int, default=0, help='number of the phase, from 1; default: the last'
+  )
   options = parser.parse_args(arguments)
   try:
     classifier = AdaptiveClassifier.from_workdir(
-      options.workdir, options.budget, phase=options.phase
+      options.workdir, options.budget, phase=options.phase - 1
     )
   except ValueError as error:
     raise UsageError(str(error)) from error

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ class Checkpoints:
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
     """Opens a folder, making it where it may write."""
+    # Orbax reads absolute paths only; those that name a scheme, as gs:// does, are.
+    folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._folder, self._read_only = folder, read_only
     self._accuracies: dict[int, float | None] = {}
     with _silent() if read_only else contextlib.nullcontext():  # Orbax warns that it only reads.

@@ -11,7 +11,8 @@ README = Path(__file__).parents[1] / 'README.md'
 
 
 def test_example_trains_a_model_of_ones_own():
-  (code,) = re.findall(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
+  blocks = re.findall(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
+  (code,) = (block for block in blocks if 'one_for_all_loss' in block)
 
   class Network(nn.Module):
     @nn.compact

@@ -13,8 +13,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
+
+from imta_jax import evaluate
+from imta_jax import workdir as layout
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.adaptive.policy import choose_exits
+from imta_jax.data import arrays
+from imta_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 # 2 exits, 96 training images: 6 steps an epoch, 3 + 2 epochs.
@@ -166,6 +174,33 @@ def test_sweep_needs_only_workdirs(finished, environment, tmp_path):
     assert swept == own[-len(swept) :]
     assert (tmp_path / 'budget.png').exists()
   assert len(swept) == 80
+
+
+def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
+  workdir, *_ = finished
+  workdir = epath.Path(workdir)
+  monkeypatch.setenv('TFDS_DATA_DIR', environment['TFDS_DATA_DIR'])
+  images = arrays.load(layout.load_config(workdir).dataset).images['test']
+  for phase, name in enumerate(LAST_STEPS):
+    classifier = AdaptiveClassifier.from_workdir(workdir, phase=phase)
+    predictions = evaluate.load_predictions(layout.predictions_path(workdir, name, 'test'))
+    probabilities = predictions.probabilities()
+    # Half of the images leave at the first exit.
+    thresholds = [np.median(probabilities[0].max(axis=-1)), np.inf]
+    answers = classifier.predict(images, thresholds)
+    confidence = probabilities.max(axis=-1)
+    exits = choose_exits(confidence, thresholds)
+    # Programs round differently: images next to the threshold may leave elsewhere.
+    np.testing.assert_allclose(confidence[0, answers.exits != exits], thresholds[0], rtol=1e-5)
+    assert (answers.exits != exits).mean() < 0.02
+    np.testing.assert_allclose(
+      answers.probabilities, probabilities[answers.exits, np.arange(len(exits))], atol=1e-4
+    )
+    last_madds = classifier.madds[-1]
+    classifier.choose(budget=last_madds)
+    assert len(classifier.settings) == 40
+  with pytest.raises(UsageError, match='phase 4 does not exist: .* has 1 to 2'):
+    AdaptiveClassifier.from_workdir(workdir, phase=3)
 
 
 def test_interrupted_run_ends_with_identical_parameters(finished, environment, tmp_path):

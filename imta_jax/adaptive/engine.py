@@ -38,7 +38,7 @@ _SMALLEST_FILL_OF_ACCELERATORS = 0.1
 
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
 # programs, so thresholds are lowered by this part of what they lack of certainty.
-_SLACK = 1e-5
+_SLACK = 2e-6
 
 MANIFEST = 'manifest.json'
 FORMAT = 1
