@@ -312,3 +312,9 @@ def test_asking_for_another_shape_gives_no_state(copy):
     state = checkpoints.restore(other)
   assert state is None
   checkpoints.close()
+
+
+def test_a_relative_folder_is_read(copy, monkeypatch):
+  monkeypatch.chdir(copy.parent)
+  with contextlib.closing(open_folder(copy.name, read_only=True)) as checkpoints:
+    assert_same(checkpoints.restore(LIKE), make_state(3))
