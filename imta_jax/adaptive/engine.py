@@ -40,6 +40,10 @@ _SMALLEST_FILL_OF_ACCELERATORS = 0.1
 # programs, so thresholds are lowered by this part of what they lack of certainty.
 _SLACK = 2e-6
 
+# Bytes of weights up to which the program for one image has them as constants. Handing over some
+# hundred arrays takes as long as a small stage; large ones would take long to compile.
+_MOST_CONSTANTS = 2**25
+
 MANIFEST = 'manifest.json'
 FORMAT = 1
 
@@ -137,7 +141,7 @@ class AdaptiveClassifier:
     platform = jax.default_backend()
     self._fill = _SMALLEST_FILL.get(platform, _SMALLEST_FILL_OF_ACCELERATORS)
     self._steps = [jax.jit(partial(_step, stage)) for stage in self.stages]
-    self._one_image = jax.jit(partial(_one_image, self.stages))
+    self._one_image = _one_image_program(self.stages, self.weights)
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
     self.num_classes = logits.shape[-1]
@@ -340,7 +344,7 @@ class AdaptiveClassifier:
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
     if len(images) == 1:
-      probabilities, exit = jax.device_get(self._one_image(self.weights, images, _lower(rows[0])))
+      probabilities, exit = jax.device_get(self._one_image(images, _lower(rows[0])))
       return Answers(np.zeros(1, np.int64), probabilities, exit[np.newaxis].astype(np.int64))
     nobody = np.zeros(0, np.int64)
     nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
@@ -546,6 +550,9 @@ class _CarryQueue(_Queue):
   """Images that wait for a later stage, on the device."""
 
   def _join(self, carries, rows, size):
+    _, logits = carries[0]
+    if len(logits) == size and np.array_equal(rows[0], np.arange(size)):
+      return carries[0]  # All of a batch goes on.
     joined, start = None, 0
     for carry, part in zip(carries, rows, strict=True):
       places = np.full(size, -1, np.int32)
@@ -579,6 +586,14 @@ def _step(stage, weights, carry, thresholds):
   features, logits = stage(weights, carry)
   probabilities = jax.nn.softmax(logits.astype(jnp.float32))
   return (features, logits), probabilities, probabilities.max(axis=-1) >= thresholds
+
+
+def _one_image_program(stages, weights):
+  """`_one_image` of stages, compiled when first called with an image and thresholds."""
+  if sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) <= _MOST_CONSTANTS:
+    # Behind the barrier, for what XLA computes of constants differs from program to program.
+    return jax.jit(lambda *rest: _one_image(stages, jax.lax.optimization_barrier(weights), *rest))
+  return partial(jax.jit(partial(_one_image, stages)), weights)
 
 
 def _one_image(stages, weights, image, thresholds):

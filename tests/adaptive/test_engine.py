@@ -9,6 +9,7 @@ import pytest
 import scipy.special
 
 from imta_jax import models
+from imta_jax.adaptive import engine
 from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
 from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_shares
 
@@ -75,6 +76,15 @@ def test_one_at_a_time_is_as_together(network, classifier):
   exits = [int(classifier.predict(images[i : i + 1]).exits[0]) for i in range(len(images))]
   np.testing.assert_array_equal(exits, choose_exits(probabilities.max(axis=-1), thresholds))
   assert len(set(exits)) == 3
+
+
+def test_weights_too_large_for_constants_are_handed_over(network, classifier, monkeypatch):
+  monkeypatch.setattr(engine, '_MOST_CONSTANTS', 0)
+  image = network[2][:1]
+  other = classifier_of(network, classifier.thresholds).predict(image)
+  answer = classifier.predict(image)
+  assert other.exits == answer.exits
+  np.testing.assert_allclose(other.probabilities, answer.probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize('leaves_at', [0, 1, 2])
