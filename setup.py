@@ -41,6 +41,7 @@ setup(
     'test': ['httpx', 'pytest', 'pytest-xdist', 'ruff', *SERVE],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
+    'onnx': ['jax2onnx', 'onnxruntime'],
     'torch': ['torch'],
   },
 )

@@ -1,0 +1,160 @@
+"""Writes a trained network as ONNX, for ONNX Runtime and other runtimes without JAX.
+
+    pip install 'imta_jax[onnx]'
+    python experiments/export_onnx.py runs/mnist5k exported_onnx
+
+The folder holds each stage, with its weights and for any batch size, and a manifest. This is how
+one image runs (for more, drop those that leave from the batch); it needs no JAX:
+
+    import json, numpy as np, onnxruntime
+    manifest = json.load(open('exported_onnx/manifest.json'))
+    values = {'images': image[np.newaxis]}  # Unsigned bytes.
+    for stage, threshold in zip(manifest['stages'], manifest['thresholds']):
+      session = onnxruntime.InferenceSession('exported_onnx/' + stage['file'])  # Keep for the next.
+      results = session.run(stage['outputs'], {name: values[name] for name in stage['inputs']})
+      values = dict(zip(stage['outputs'], results))
+      odds = np.exp(results[-1][0] - results[-1][0].max())  # Of the logits, which come last.
+      probabilities = odds / odds.sum()
+      if threshold is not None and probabilities.max() >= threshold:
+        break
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from etils import epath
+from jax import export
+from jax.extend.core import jaxpr_as_fun
+
+from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax.errors import UsageError
+
+FORMAT = 'onnx-1'
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
+  parser.add_argument('output', help='folder to write; must not exist, or be empty')
+  parser.add_argument(
+    '--budget',
+    type=float,
+    help='average multiply-adds an image that thresholds are set for; default: as accurate as the '
+    'last exit on validation images',
+  )
+  parser.add_argument(
+    '--phase', type=int, default=0, help='number of the phase, from 1; default: the last'
+  )
+  options = parser.parse_args(arguments)
+  try:
+    classifier = AdaptiveClassifier.from_workdir(
+      options.workdir, options.budget, phase=options.phase - 1
+    )
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  folder = epath.Path(options.output)
+  write_export(classifier, folder, source=options.workdir)
+  size = sum(path.stat().length for path in folder.iterdir())
+  print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
+
+
+def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> None:
+  """Writes a classifier.
+
+  Args:
+    classifier: What to write.
+    folder: Where to; made if need be.
+    source: Where the network came from, for people.
+
+  Raises:
+    UsageError: If there is something in the folder already, or jax2onnx is not installed.
+  """
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: name another folder')
+  stages = {f'stage_{number}.onnx': stage for number, stage in enumerate(_convert(classifier), 1)}
+  manifest = {
+    'format': FORMAT,
+    'source': source,
+    'stages': [
+      {
+        'file': name,
+        'inputs': [value.name for value in stage.graph.input],
+        'outputs': [value.name for value in stage.graph.output],
+      }
+      for name, stage in stages.items()
+    ],
+    'image_shape': list(classifier.image.shape),
+    'image_dtype': str(np.dtype(classifier.image.dtype)),
+    'preprocessing': classifier.preprocessing,
+    'class_names': list(classifier.class_names),
+    'madds': [int(madds) for madds in classifier.madds],
+    # JSON has no infinity: null where no image leaves, and at the last exit.
+    'thresholds': [
+      threshold if math.isfinite(threshold) else None
+      for threshold in classifier.thresholds.tolist()
+    ],
+    'versions': {name: metadata.version(name) for name in ('jax', 'jax2onnx', 'onnx')},
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, stage in stages.items():  # The manifest last: without it there is no export.
+    (folder / name).write_bytes(stage.SerializeToString())
+  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+
+
+def _convert(classifier: AdaptiveClassifier) -> list[Any]:
+  """Each stage as an onnx.ModelProto, whose inputs are named as the outputs of the one before."""
+  try:
+    from jax2onnx import to_onnx
+  except ImportError as error:
+    raise UsageError(f"{error}: pip install 'imta_jax[onnx]'") from error
+  (batch,) = export.symbolic_shape('batch')
+  carry = jax.ShapeDtypeStruct((batch, *classifier.image.shape), classifier.image.dtype)
+  names, converted = ['images'], []
+  for number, (stage, weights) in enumerate(
+    zip(classifier.stages, classifier.weights, strict=True), start=1
+  ):
+    leaves, structure = jax.tree.flatten(carry)
+
+    def run(*leaves, stage=stage, weights=weights, structure=structure):
+      return stage(weights, jax.tree.unflatten(structure, leaves))
+
+    # jax2onnx knows no choice of platform, and where it traces itself, it replaces functions of
+    # Flax by its own, which take other arguments.
+    with mock.patch.object(jax.lax, 'platform_dependent', _default):
+      traced, carry = jax.make_jaxpr(run, return_shape=True)(*leaves)
+    outputs = [f'stage_{number}_map_{index}' for index in range(len(traced.out_avals) - 1)]
+    outputs.append(f'stage_{number}_logits')
+    converted.append(
+      to_onnx(
+        jaxpr_as_fun(traced),
+        leaves,
+        model_name=f'stage_{number}',
+        input_names=names,
+        output_names=outputs,
+      )
+    )
+    names = outputs
+  return converted
+
+
+def _default(*args, default, **_):
+  """The branch of jax.lax.platform_dependent that is for any platform."""
+  return default(*args)
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except UsageError as error:
+    sys.exit(f'error: {error}')

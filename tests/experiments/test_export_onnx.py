@@ -1,0 +1,104 @@
+"""An ONNX export answers like the network it was made of."""
+
+import importlib.util
+import json
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from imta_jax import models
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.errors import UsageError
+
+pytest.importorskip('jax2onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+SHAPE = (16, 16, 3)
+PATH = Path(__file__).parents[2] / 'experiments' / 'export_onnx.py'
+
+
+@pytest.fixture(scope='module')
+def export_onnx():
+  spec = importlib.util.spec_from_file_location('export_onnx', PATH)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='module')
+def images():
+  return np.random.default_rng(0).integers(0, 256, (7, *SHAPE), dtype=np.uint8)
+
+
+# Without collaboration stages ignore the logits of the stage before.
+@pytest.fixture(scope='module', params=['network', 'off'])
+def classifier(request, random_variables, images):
+  model = models.create(
+    'msdnet',
+    num_exits=3,
+    step_mode='even',
+    channels=4,
+    growth_rate=4,
+    scale_factors=(1, 2),
+    bottleneck_factors=(1, 2),
+    num_classes=5,
+    collaboration=request.param,
+  )
+  classifier = AdaptiveClassifier.from_model(
+    model,
+    random_variables(model, SHAPE),
+    (0.0, 0.0, 0.0),
+    SHAPE,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.2),
+    madds=(10, 20, 30),
+    class_names=list('abcde'),
+  )
+  # All leave at the first exit. Between two images' confidences, rounding decides nothing.
+  between = np.sort(classifier.predict(images).confidences)[3:5].mean()
+  classifier.thresholds = np.array([between, np.inf, np.inf], np.float32)
+  return classifier
+
+
+@pytest.fixture(scope='module')
+def exported(export_onnx, classifier, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('onnx') / 'exported_onnx'
+  export_onnx.write_export(classifier, epath.Path(folder))
+  return folder
+
+
+def test_each_stage_gives_what_ours_gives(classifier, exported, images):
+  manifest = json.loads((exported / 'manifest.json').read_text())
+  carry, values = images, {'images': images}
+  for stage, weights, row in zip(
+    classifier.stages, classifier.weights, manifest['stages'], strict=True
+  ):
+    session = onnxruntime.InferenceSession(exported / row['file'])
+    results = session.run(row['outputs'], {name: values[name] for name in row['inputs']})
+    values = dict(zip(row['outputs'], results, strict=True))
+    carry = stage(weights, carry)
+    for result, ours in zip(results, jax.tree.leaves(carry), strict=True):
+      np.testing.assert_allclose(result, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_docstring_shows_answers_alike(
+  export_onnx, classifier, exported, images, monkeypatch
+):
+  monkeypatch.chdir(exported.parent)
+  code = export_onnx.__doc__[export_onnx.__doc__.index('    import json') :]
+  expected = classifier.predict(images)
+  assert len(set(expected.exits)) > 1
+  for index, image in enumerate(images):
+    names = {'image': image}
+    exec(textwrap.dedent(code), names)
+    assert names['stage']['file'] == f'stage_{expected.exits[index] + 1}.onnx'
+    np.testing.assert_allclose(names['probabilities'], expected.probabilities[index], atol=1e-5)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(export_onnx, classifier, exported):
+  with pytest.raises(UsageError, match='not empty'):
+    export_onnx.write_export(classifier, epath.Path(exported))
