@@ -191,7 +191,7 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
     confidence = probabilities.max(axis=-1)
     exits = choose_exits(confidence, thresholds)
     # Programs round differently: images next to the threshold may leave elsewhere.
-    np.testing.assert_allclose(confidence[0, answers.exits != exits], thresholds[0], rtol=1e-5)
+    np.testing.assert_allclose(confidence[0, answers.exits != exits], thresholds[0], rtol=1e-4)
     assert (answers.exits != exits).mean() < 0.02
     np.testing.assert_allclose(
       answers.probabilities, probabilities[answers.exits, np.arange(len(exits))], atol=1e-4

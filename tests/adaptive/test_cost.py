@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from imta_jax.adaptive.cost import ExitCost, count_madds, exit_costs
-from imta_jax.models.layers import Convolution
+from imta_jax.models.layers import ConvNorm
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
@@ -43,7 +43,7 @@ def test_a_grouped_convolution_reads_its_group_alone():
 )
 def test_our_convolution_costs_the_same_in_whatever_form(side, stride, expected):
   for use_bias in (False, True):
-    assert count(Convolution(5, side, stride, use_bias, jnp.float32)) == expected
+    assert count(ConvNorm(5, side, stride, relu=False, use_bias=use_bias)) == expected
 
 
 def test_a_dense_layer_costs_weights_and_biases():
