@@ -16,10 +16,12 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -138,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     epath.Path(options.output) if options.output else layout.evaluation_folder(workdir) / 'latency'
   )
   set_up_compilation_cache()
+  load_average = os.getloadavg()[0]  # Before this program adds to it: what disturbs the times.
 
   config = layout.load_config(workdir)
   images, labels = test_images(config, options.images)
@@ -172,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
   command = ' '.join(['python', *(sys.argv if arguments is None else arguments)])
-  description = {'command': command, 'machine': common.machine()}
+  description = {'command': command, 'machine': common.machine(), 'load_average': load_average}
   write_tables(rows, description, output)
   write_figure(rows, output / 'latency.png', f'{config.dataset.name} on {jax.default_backend()}')
-  print(description['machine'])
+  print(f'{description["machine"]}; load average before: {load_average:.1f}')
   print()
   print(render(rows))
   print()
@@ -482,7 +485,7 @@ def render(rows: Sequence[Row]) -> str:
   )
 
 
-def write_tables(rows: Sequence[Row], description: Mapping[str, str], folder: epath.Path) -> None:
+def write_tables(rows: Sequence[Row], description: Mapping[str, Any], folder: epath.Path) -> None:
   """Writes latency.csv and latency.json."""
   records = [
     {
