@@ -1,5 +1,6 @@
 """The train state, and the steps that run on every device."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from imta_jax.adaptive.engine import compiler_options
 from imta_jax.data.pipeline import Batch
 from imta_jax.devices import AXIS
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -139,7 +141,7 @@ def train_step(
     devices; state and teacher have none and stay replicated.
   """
   step = partial(_train_step, model, teacher_model, phase, optimizer)
-  return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None)
+  return _compiled(jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None))
 
 
 def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
@@ -234,4 +236,24 @@ def predict_step(
     labels, mask = jax.lax.all_gather((batch['label'], batch['mask']), AXIS, tiled=True)
     return logits, labels, mask
 
-  return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+  return _compiled(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None))
+
+
+def _compiled(step):
+  """A pmapped function of (…, batch), with compiler options, which pmap itself does not take.
+
+  What is compiled ahead takes no arrays of one host of several, so these do without.
+  """
+  options = compiler_options()
+  if not options or jax.process_count() > 1:
+    return step
+  programs = {}
+
+  @functools.wraps(step)  # Its `lower` stays.
+  def run(*arguments):
+    shapes = tuple(array.shape for array in arguments[-1].values())
+    if shapes not in programs:
+      programs[shapes] = step.lower(*arguments).compile(compiler_options=options)
+    return programs[shapes](*arguments)
+
+  return run

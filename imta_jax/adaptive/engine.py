@@ -10,6 +10,7 @@ copy of it, which classifies where imta_jax is not installed.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -43,6 +44,10 @@ _SLACK = 2e-6
 # Bytes of weights up to which the program for one image has them as constants. Handing over some
 # hundred arrays takes as long as a small stage; large ones would take long to compile.
 _MOST_CONSTANTS = 2**25
+
+# XLA's options that pay on a platform. YNNPACK's fusions make its CPU programs slower to load, by
+# seconds where the program is large, and no faster.
+_COMPILER_OPTIONS = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
 
 MANIFEST = 'manifest.json'
 FORMAT = 1
@@ -140,7 +145,9 @@ class AdaptiveClassifier:
     self._batch_sizes = tuple(sorted(batch_sizes))
     platform = jax.default_backend()
     self._fill = _SMALLEST_FILL.get(platform, _SMALLEST_FILL_OF_ACCELERATORS)
-    self._steps = [jax.jit(partial(_step, stage)) for stage in self.stages]
+    self._steps = [
+      jax.jit(partial(_step, stage), compiler_options=compiler_options()) for stage in self.stages
+    ]
     self._one_image = _one_image_program(self.stages, self.weights)
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
@@ -592,8 +599,12 @@ def _one_image_program(stages, weights):
   """`_one_image` of stages, compiled when first called with an image and thresholds."""
   if sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) <= _MOST_CONSTANTS:
     # Behind the barrier, for what XLA computes of constants differs from program to program.
-    return jax.jit(lambda *rest: _one_image(stages, jax.lax.optimization_barrier(weights), *rest))
-  return partial(jax.jit(partial(_one_image, stages)), weights)
+    return jax.jit(
+      lambda *rest: _one_image(stages, jax.lax.optimization_barrier(weights), *rest),
+      compiler_options=compiler_options(),
+    )
+  program = jax.jit(partial(_one_image, stages), compiler_options=compiler_options())
+  return partial(program, weights)
 
 
 def _one_image(stages, weights, image, thresholds):
@@ -614,6 +625,17 @@ def _lower(thresholds):
   with np.errstate(invalid='ignore'):
     lowered = thresholds - np.float32(_SLACK) * np.maximum(0, 1 - thresholds)
   return np.where(np.isfinite(thresholds), lowered, thresholds).astype(np.float32)
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+  """Options for compilation that pay on this platform; none if this version of XLA lacks them."""
+  options = _COMPILER_OPTIONS.get(jax.default_backend(), {})
+  try:
+    jax.jit(lambda: 0, compiler_options=options)()
+  except jax.errors.JaxRuntimeError:
+    return {}
+  return options
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
