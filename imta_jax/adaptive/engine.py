@@ -32,17 +32,17 @@ Carry = Any
 # The batch sizes that are compiled. Images left over make smaller batches.
 BATCH_SIZES = (1, 4, 16, 64, 256)
 
-# How full a batch must be: where a device's time grows with the batch, places left empty cost as
-# much as images do; where it hardly does, further batches cost more than empty places.
-_SMALLEST_FILL = {'cpu': 0.75}
-_SMALLEST_FILL_OF_ACCELERATORS = 0.1
+# What running a stage costs besides its images, in images: where a device's time grows with the
+# batch, empty places cost as much as images do; where it hardly does, further batches cost more.
+_OVERHEAD = {'cpu': 4}
+_OVERHEAD_OF_ACCELERATORS = 256
 
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
 # programs, so thresholds are lowered by this part of what they lack of certainty.
 _SLACK = 2e-6
 
-# Bytes of weights up to which the program for one image has them as constants. Handing over some
-# hundred arrays takes as long as a small stage; large ones would take long to compile.
+# Bytes of weights up to which a program has them as constants. Handing over some hundred arrays
+# takes as long as a small stage; large ones would take long to compile.
 _MOST_CONSTANTS = 2**25
 
 # XLA's options that pay on a platform. YNNPACK's fusions make its CPU programs slower to load, by
@@ -143,12 +143,13 @@ class AdaptiveClassifier:
     if self.thresholds.shape != (len(self.stages),):
       raise ValueError(f'thresholds {thresholds} must be one for each of {len(self.stages)} exits')
     self._batch_sizes = tuple(sorted(batch_sizes))
-    platform = jax.default_backend()
-    self._fill = _SMALLEST_FILL.get(platform, _SMALLEST_FILL_OF_ACCELERATORS)
+    overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_OF_ACCELERATORS)
+    self._first_batches = _first_batches(self._batch_sizes, overhead)
     self._steps = [
-      jax.jit(partial(_step, stage), compiler_options=compiler_options()) for stage in self.stages
+      _program(partial(_step, stage), weights)
+      for stage, weights in zip(self.stages, self.weights, strict=True)
     ]
-    self._one_image = _one_image_program(self.stages, self.weights)
+    self._one_image = _program(partial(_one_image, self.stages), self.weights)
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
     self.num_classes = logits.shape[-1]
@@ -394,12 +395,12 @@ class AdaptiveClassifier:
     carry = np.zeros((batch_size, *self.image.shape), self.image.dtype)
     thresholds = np.zeros(batch_size, np.float32)
     seconds = []
-    for step, weights in zip(self._steps, self.weights, strict=True):
-      results = jax.block_until_ready(step(weights, carry, thresholds))  # Compiles.
+    for step in self._steps:
+      results = jax.block_until_ready(step(carry, thresholds))  # Compiles.
       times = []
       for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(step(weights, carry, thresholds))
+        jax.block_until_ready(step(carry, thresholds))
         times.append(time.perf_counter() - start)
       seconds.append(np.median(times) / batch_size)
       carry = results[0]
@@ -416,17 +417,17 @@ class AdaptiveClassifier:
     """
     sizes = self._batch_sizes
     if largest is not None:
-      sizes = [size for size in sizes if size <= self._batch_size(largest)]
+      sizes = [size for size in sizes if size in self._first_batches[: largest + 1]]
     carries = [np.zeros((size, *self.image.shape), self.image.dtype) for size in sizes]
     self.predict(carries[0])  # One image runs a program of its own.
-    for index, (step, weights) in enumerate(zip(self._steps, self.weights, strict=True)):
+    for index, step in enumerate(self._steps):
       if index:
         for carry in carries:
           for size in sizes:
             rows = np.zeros(size, np.int32)
             _fill(_select(carry, rows), carry, rows)
       carries = [
-        step(weights, carry, np.zeros(size, np.float32))[0]
+        step(carry, np.zeros(size, np.float32))[0]
         for size, carry in zip(sizes, carries, strict=True)
       ]
     jax.block_until_ready(carries)
@@ -478,20 +479,8 @@ class AdaptiveClassifier:
         index = next((index for index, queue in enumerate(queues) if queue.count), None)
         if index is None:
           return
-        size = self._batch_size(queues[index].count)
+        size = self._first_batches[queues[index].count]
       yield from self._run(index, size, queues)
-
-  def _batch_size(self, count: int) -> int:
-    """The size of the next batch where `count` images are left."""
-    for size in self._batch_sizes:
-      if size >= count:
-        fits = size
-        break
-    else:
-      return self._batch_sizes[-1]
-    if count >= self._fill * fits:
-      return fits
-    return max(size for size in self._batch_sizes if size <= count)
 
   def _run(self, index, size, queues):
     """Runs a stage on a batch; yields those who leave and queues the others."""
@@ -501,7 +490,7 @@ class AdaptiveClassifier:
     bounds[:count] = _lower(thresholds[:, index])
     if index + 1 == len(self.stages):
       bounds[:] = -np.inf
-    carry, probabilities, leaves = self._steps[index](self.weights[index], carry, bounds)
+    carry, probabilities, leaves = self._steps[index](carry, bounds)
     # NaN is not at least minus infinity, but the last exit takes all.
     leaves = np.asarray(leaves)[:count] | (index + 1 == len(self.stages))
     if leaves.any():
@@ -595,16 +584,26 @@ def _step(stage, weights, carry, thresholds):
   return (features, logits), probabilities, probabilities.max(axis=-1) >= thresholds
 
 
-def _one_image_program(stages, weights):
-  """`_one_image` of stages, compiled when first called with an image and thresholds."""
-  if sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) <= _MOST_CONSTANTS:
+def _program(function, weights):
+  """A function of (weights, …), compiled when first called with the rest."""
+  if sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) > _MOST_CONSTANTS:
+    return partial(jax.jit(function, compiler_options=compiler_options()), weights)
+
+  def with_constants(*rest):
     # Behind the barrier, for what XLA computes of constants differs from program to program.
-    return jax.jit(
-      lambda *rest: _one_image(stages, jax.lax.optimization_barrier(weights), *rest),
-      compiler_options=compiler_options(),
-    )
-  program = jax.jit(partial(_one_image, stages), compiler_options=compiler_options())
-  return partial(program, weights)
+    return function(jax.lax.optimization_barrier(weights), *rest)
+
+  return jax.jit(with_constants, compiler_options=compiler_options())
+
+
+def _first_batches(sizes, overhead):
+  """[count], the first of the batches that cost least together where `count` images are left."""
+  costs, first = [0], [0]
+  for count in range(1, sizes[-1] + 1):
+    cost, size = min((overhead + size + costs[max(0, count - size)], -size) for size in sizes)
+    costs.append(cost)
+    first.append(-size)
+  return first
 
 
 def _one_image(stages, weights, image, thresholds):
