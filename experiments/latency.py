@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import evaluate, networks
 from imta_jax import workdir as layout
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, Setting, compiler_options
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
@@ -281,7 +281,7 @@ def full_program(
   """One program from images, unsigned bytes, to the logits [exit, image, class] of all exits."""
   variables = jax.device_put(variables)
 
-  @jax.jit
+  @partial(jax.jit, compiler_options=compiler_options())
   def logits(variables, images):
     return model.apply(variables, normalize(images, dataset.mean, dataset.std))
 

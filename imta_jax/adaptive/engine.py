@@ -30,7 +30,7 @@ Tree = Any
 Carry = Any
 
 # The batch sizes that are compiled. Images left over make smaller batches.
-BATCH_SIZES = (1, 4, 16, 64, 256)
+BATCH_SIZES = (1, 4, 16, 32, 64, 128, 256)
 
 # What running a stage costs besides its images, in images: where a device's time grows with the
 # batch, empty places cost as much as images do; where it hardly does, further batches cost more.
@@ -484,21 +484,18 @@ class AdaptiveClassifier:
 
   def _run(self, index, size, queues):
     """Runs a stage on a batch; yields those who leave and queues the others."""
-    carry, indices, thresholds = queues[index].take(size)
-    count = len(indices)
+    carry, rows, indices, thresholds = queues[index].take(size)
     bounds = np.full(size, -np.inf, np.float32)
-    bounds[:count] = _lower(thresholds[:, index])
-    if index + 1 == len(self.stages):
-      bounds[:] = -np.inf
+    bounds[rows] = _lower(thresholds[:, index])
     carry, probabilities, leaves = self._steps[index](carry, bounds)
-    # NaN is not at least minus infinity, but the last exit takes all.
-    leaves = np.asarray(leaves)[:count] | (index + 1 == len(self.stages))
+    # The last exit takes all, whatever the threshold, and what is not a number.
+    leaves = np.asarray(leaves)[rows] | (index + 1 == len(self.stages))
     if leaves.any():
-      probabilities = np.asarray(probabilities)[:count][leaves]
+      probabilities = np.asarray(probabilities)[rows[leaves]]
       yield Answers(indices[leaves], probabilities, np.full(len(probabilities), index))
-    stay = np.flatnonzero(~leaves)
-    if len(stay):
-      queues[index + 1].put(carry, stay, indices[stay], thresholds[stay])
+    stay = ~leaves
+    if stay.any():
+      queues[index + 1].put(carry, rows[stay], indices[stay], thresholds[stay])
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Answers)]
@@ -516,11 +513,12 @@ class _Queue:
     self._parts.append((carry, rows, indices, thresholds))
     self.count += len(rows)
 
-  def take(self, size: int) -> tuple[Carry, np.ndarray, np.ndarray]:
+  def take(self, size: int) -> tuple[Carry, np.ndarray, np.ndarray, np.ndarray]:
     """Removes up to `size` rows.
 
     Returns:
-      A carry of exactly `size` rows, filled up with anything; numbers and thresholds of the rows.
+      A carry of exactly `size` rows, some of them anything; which rows are images, and their
+      numbers and thresholds.
     """
     taken, room = [], size
     while room and self._parts:
@@ -531,7 +529,8 @@ class _Queue:
       room -= len(taken[-1][1])
     self.count -= size - room
     carries, rows, indices, thresholds = zip(*taken, strict=True)
-    return self._join(carries, rows, size), np.concatenate(indices), np.concatenate(thresholds)
+    carry, rows = self._join(carries, rows, size)
+    return carry, rows, np.concatenate(indices), np.concatenate(thresholds)
 
 
 class _ImageQueue(_Queue):
@@ -539,7 +538,8 @@ class _ImageQueue(_Queue):
 
   def _join(self, carries, rows, size):
     images = np.concatenate([carry[part] for carry, part in zip(carries, rows, strict=True)])
-    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
+    empty = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
+    return np.concatenate([images, empty]), np.arange(len(images))
 
 
 class _CarryQueue(_Queue):
@@ -547,8 +547,8 @@ class _CarryQueue(_Queue):
 
   def _join(self, carries, rows, size):
     _, logits = carries[0]
-    if len(logits) == size and np.array_equal(rows[0], np.arange(size)):
-      return carries[0]  # All of a batch goes on.
+    if len(carries) == 1 and len(logits) == size:
+      return carries[0], rows[0]  # What has left makes no smaller batch, and nobody waits.
     joined, start = None, 0
     for carry, part in zip(carries, rows, strict=True):
       places = np.full(size, -1, np.int32)
@@ -557,7 +557,7 @@ class _CarryQueue(_Queue):
         _select(carry, np.maximum(places, 0)) if joined is None else _fill(joined, carry, places)
       )
       start += len(part)
-    return joined
+    return joined, np.arange(start)
 
 
 @jax.jit
