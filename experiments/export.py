@@ -17,7 +17,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,26 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
+  run(__doc__, write_export, arguments)
+
+
+def run(
+  description: str,
+  write: Callable[[AdaptiveClassifier, epath.Path, str], None],
+  arguments: Sequence[str] | None = None,
+) -> None:
+  """The command line of an export.
+
+  Args:
+    description: What it does.
+    write: What writes a classifier to a folder, with the name of where it came from.
+    arguments: Of the command line.
+
+  Raises:
+    UsageError: If there is no such network, nothing within a budget, or something in the folder.
+  """
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
   parser.add_argument('output', help='folder to write; must not exist, or be empty')
@@ -51,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     '--phase', type=int, default=0, help='number of the phase, from 1; default: the last'
   )
   options = parser.parse_args(arguments)
+  folder = epath.Path(options.output)
+  check_empty(folder)
   try:
     classifier = AdaptiveClassifier.from_workdir(
       options.workdir, options.budget, phase=options.phase - 1
     )
   except ValueError as error:
     raise UsageError(str(error)) from error
-  folder = epath.Path(options.output)
-  write_export(classifier, folder, source=options.workdir)
+  write(classifier, folder, options.workdir)
   size = sum(path.stat().length for path in folder.iterdir())
   print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
 
@@ -74,19 +93,48 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
   Raises:
     UsageError: If there is something in the folder already.
   """
-  if folder.exists() and any(folder.iterdir()):
-    raise UsageError(f'{folder} is not empty: name another folder')
+  check_empty(folder)
   weights = [jax.tree.leaves(stage) for stage in classifier.weights]
   contents = {f'stage_{k}.jax': content for k, content in enumerate(_stages(classifier), start=1)}
-  stages = list(contents)
-  contents['weights.npz'] = _npz(weights)
-  contents['engine.py'] = Path(engine.__file__).read_bytes()
-  manifest = {
+  fields = {
     'format': engine.FORMAT,
-    'source': source,
-    'stages': stages,
+    'stages': list(contents),
     'weights': 'weights.npz',
     'weights_per_stage': [len(leaves) for leaves in weights],
+    'platforms': list(PLATFORMS),
+  }
+  contents['weights.npz'] = _npz(weights)
+  contents['engine.py'] = Path(engine.__file__).read_bytes()
+  write_folder(classifier, folder, source, contents, fields, ('imta_jax', 'jax', 'jaxlib', 'numpy'))
+
+
+def check_empty(folder: epath.Path) -> None:
+  """Raises UsageError if there is something in a folder."""
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: name another folder')
+
+
+def write_folder(
+  classifier: AdaptiveClassifier,
+  folder: epath.Path,
+  source: str,
+  contents: Mapping[str, bytes],
+  fields: Mapping[str, Any],
+  packages: Sequence[str],
+) -> None:
+  """Writes files, and a manifest with their checksums and what the classifier is.
+
+  Args:
+    classifier: What is exported.
+    folder: Where to; made if need be.
+    source: Where the network came from, for people.
+    contents: By file name.
+    fields: What else the manifest tells.
+    packages: Whose versions it tells.
+  """
+  manifest = {
+    **fields,
+    'source': source,
     'image_shape': list(classifier.image.shape),
     'image_dtype': str(np.dtype(classifier.image.dtype)),
     'preprocessing': classifier.preprocessing,
@@ -102,17 +150,16 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
       }
       for setting in classifier.settings
     ],
-    'platforms': list(PLATFORMS),
-    'versions': {name: metadata.version(name) for name in ('imta_jax', 'jax', 'jaxlib', 'numpy')},
+    'versions': {name: metadata.version(name) for name in packages},
     'sha256': {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
   }
   # What JSON gives back is what is summed.
   manifest = json.loads(json.dumps(manifest))
   manifest['manifest_sha256'] = engine.manifest_checksum(manifest)
-  contents[engine.MANIFEST] = (json.dumps(manifest, indent=2) + '\n').encode()
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():  # The manifest last: without it there is no export.
     (folder / name).write_bytes(content)
+  (folder / engine.MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
 
 
 def _stages(classifier: AdaptiveClassifier) -> list[bytes]:

@@ -19,22 +19,18 @@ one image runs (for more, drop those that leave from the batch); it needs no JAX
         break
 """
 
-import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 from unittest import mock
 
+import export
 import jax
-import numpy as np
 from etils import epath
-from jax import export
+from jax.export import symbolic_shape
 from jax.extend.core import jaxpr_as_fun
 
-from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
 FORMAT = 'onnx-1'
@@ -42,31 +38,7 @@ FORMAT = 'onnx-1'
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
-  parser.add_argument('output', help='folder to write; must not exist, or be empty')
-  parser.add_argument(
-    '--budget',
-    type=float,
-    help='average multiply-adds an image that thresholds are set for; default: as accurate as the '
-    'last exit on validation images',
-  )
-  parser.add_argument(
-    '--phase', type=int, default=0, help='number of the phase, from 1; default: the last'
-  )
-  options = parser.parse_args(arguments)
-  try:
-    classifier = AdaptiveClassifier.from_workdir(
-      options.workdir, options.budget, phase=options.phase - 1
-    )
-  except ValueError as error:
-    raise UsageError(str(error)) from error
-  folder = epath.Path(options.output)
-  write_export(classifier, folder, source=options.workdir)
-  size = sum(path.stat().length for path in folder.iterdir())
-  print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
+  export.run(__doc__, write_export, arguments)
 
 
 def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> None:
@@ -80,12 +52,10 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
   Raises:
     UsageError: If there is something in the folder already, or jax2onnx is not installed.
   """
-  if folder.exists() and any(folder.iterdir()):
-    raise UsageError(f'{folder} is not empty: name another folder')
+  export.check_empty(folder)
   stages = {f'stage_{number}.onnx': stage for number, stage in enumerate(_convert(classifier), 1)}
-  manifest = {
+  fields = {
     'format': FORMAT,
-    'source': source,
     'stages': [
       {
         'file': name,
@@ -94,22 +64,10 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
       }
       for name, stage in stages.items()
     ],
-    'image_shape': list(classifier.image.shape),
-    'image_dtype': str(np.dtype(classifier.image.dtype)),
-    'preprocessing': classifier.preprocessing,
-    'class_names': list(classifier.class_names),
-    'madds': [int(madds) for madds in classifier.madds],
-    # JSON has no infinity: null where no image leaves, and at the last exit.
-    'thresholds': [
-      threshold if math.isfinite(threshold) else None
-      for threshold in classifier.thresholds.tolist()
-    ],
-    'versions': {name: metadata.version(name) for name in ('jax', 'jax2onnx', 'onnx')},
   }
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, stage in stages.items():  # The manifest last: without it there is no export.
-    (folder / name).write_bytes(stage.SerializeToString())
-  (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+  contents = {name: stage.SerializeToString() for name, stage in stages.items()}
+  packages = ('imta_jax', 'jax', 'jax2onnx', 'onnx')
+  export.write_folder(classifier, folder, source, contents, fields, packages)
 
 
 def _convert(classifier: AdaptiveClassifier) -> list[Any]:
@@ -118,7 +76,7 @@ def _convert(classifier: AdaptiveClassifier) -> list[Any]:
     from jax2onnx import to_onnx
   except ImportError as error:
     raise UsageError(f"{error}: pip install 'imta_jax[onnx]'") from error
-  (batch,) = export.symbolic_shape('batch')
+  (batch,) = symbolic_shape('batch')
   carry = jax.ShapeDtypeStruct((batch, *classifier.image.shape), classifier.image.dtype)
   names, converted = ['images'], []
   for number, (stage, weights) in enumerate(

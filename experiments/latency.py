@@ -507,6 +507,7 @@ def write_tables(rows: Sequence[Row], description: Mapping[str, Any], folder: ep
 def write_figure(rows: Sequence[Row], path: epath.Path, title: str) -> None:
   """Draws accuracy against multiply-adds, and against time for each batch size."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator, NullFormatter
 
   figure = Figure(figsize=(10, 4.4), layout='constrained')
   by_madds, by_time = figure.subplots(1, 2, sharey=True)
@@ -521,6 +522,9 @@ def write_figure(rows: Sequence[Row], path: epath.Path, title: str) -> None:
     by_madds.plot([], [], marker, color='black', fillstyle='none', label=name)
   by_madds.set(xlabel='average multiply-adds an image (million)', ylabel='test accuracy (%)')
   by_time.set(xlabel='average time an image (ms)', xscale='log')
+  by_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  by_time.xaxis.set_major_formatter('{x:g}')
+  by_time.xaxis.set_minor_formatter(NullFormatter())
   for axes in (by_madds, by_time):
     axes.grid(alpha=0.3)
     axes.legend()

@@ -27,14 +27,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import prometheus_client
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import Message, Receive
+
+try:
+  import prometheus_client
+  import uvicorn
+  from starlette.applications import Starlette
+  from starlette.exceptions import HTTPException
+  from starlette.requests import Request
+  from starlette.responses import JSONResponse, Response
+  from starlette.routing import Route
+  from starlette.types import Message, Receive
+except ModuleNotFoundError as missing:
+  sys.exit(f"error: {missing.name} is not installed: pip install 'imta_jax[serve]'")
 
 from imta_jax.adaptive.engine import BATCH_SIZES, AdaptiveClassifier
 from imta_jax.compilation_cache import set_up_compilation_cache

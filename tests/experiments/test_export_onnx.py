@@ -1,7 +1,9 @@
 """An ONNX export answers like the network it was made of."""
 
+import hashlib
 import importlib.util
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -23,9 +25,11 @@ PATH = Path(__file__).parents[2] / 'experiments' / 'export_onnx.py'
 
 @pytest.fixture(scope='module')
 def export_onnx():
+  sys.path.insert(0, str(PATH.parent))  # As where the script is run.
   spec = importlib.util.spec_from_file_location('export_onnx', PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  sys.path.remove(str(PATH.parent))
   return module
 
 
@@ -97,6 +101,15 @@ def test_what_the_docstring_shows_answers_alike(
     exec(textwrap.dedent(code), names)
     assert names['stage']['file'] == f'stage_{expected.exits[index] + 1}.onnx'
     np.testing.assert_allclose(names['probabilities'], expected.probabilities[index], atol=1e-5)
+
+
+def test_manifest_sums_what_is_there(exported):
+  manifest = json.loads((exported / 'manifest.json').read_text())
+  sums = {
+    path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in exported.glob('*.onnx')
+  }
+  assert len(sums) == 3
+  assert manifest['sha256'] == sums
 
 
 def test_a_folder_with_something_in_it_is_left_alone(export_onnx, classifier, exported):
