@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import io
 import socket
+import subprocess
+import sys
 import threading
 
 import jax
@@ -498,3 +500,10 @@ def test_a_server_that_is_told_to_stop_answers_first(network, gate):
 
     for number, response in enumerate(asyncio.run(scenario())):
       assert_answers(response, expected, number)
+
+
+def test_what_is_missing_is_told_in_a_line():
+  code = "import sys; sys.modules['uvicorn'] = None; import imta_jax.serve"
+  result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert result.returncode == 1
+  assert result.stderr == "error: uvicorn is not installed: pip install 'imta_jax[serve]'\n"
