@@ -10,6 +10,11 @@ from imta_jax.models.initial_values import initialize
 jax.config.update('jax_disable_most_optimizations', True)
 
 
+def pytest_collection_modifyitems(items):
+  """Puts the file that takes longest first, beside which the others run."""
+  items.sort(key=lambda item: item.path.name != 'test_train.py')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def cache(tmp_path_factory):
   """Keeps what the package stores between runs out of the user's folders."""

@@ -13,6 +13,9 @@ import numpy as np
 
 # A 3×3 convolution is narrow, and faster as a banded product, up to this many weights a tap.
 _NARROW = 128
+# Values of a row that such a product reads for a block of outputs, neighbours aside, and writes:
+# with fewer of them vector lanes are idle, with more most are multiplied by zero.
+_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 64, 16
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
@@ -38,8 +41,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve_3x3(stride, x, kernel):
   def on_cpu(x, kernel):
-    block = _block_width(x, kernel) if stride == 1 else None
-    return _banded(x, kernel, block) if block else _direct(x, kernel, stride)
+    block = _block_width(stride, x, kernel)
+    return _banded(x, kernel, stride, block) if block else _direct(x, kernel, stride)
 
   return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=partial(_direct, stride=stride))
 
@@ -60,7 +63,9 @@ def _backward(stride, residuals, gradient):
   def of_input_on_cpu(x, kernel, gradient):
     if stride == 1:  # The gradient, convolved with the kernel turned around.
       return _convolve_3x3(1, gradient, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    return jax.vjp(lambda x: _patches_product(x, kernel, stride), x)[1](gradient)[0]
+    block = _block_width(stride, x, kernel)
+    form = partial(_banded, block=block) if block else _patches_product
+    return jax.vjp(lambda x: form(x, kernel, stride), x)[1](gradient)[0]
 
   x_gradient = jax.lax.platform_dependent(
     x, kernel, gradient, cpu=of_input_on_cpu, default=of_input
@@ -81,34 +86,50 @@ def _direct(x, kernel, stride, padding=1):
   )
 
 
-def _block_width(x, kernel):
+def _output_size(size, stride):
+  return 1 + (size - 1) // stride
+
+
+def _block_width(stride, x, kernel):
   """How many neighbours in a row `_banded` computes together; None where it does not pay."""
-  if np.prod(kernel.shape[2:]) > _NARROW:
+  inputs, outputs = kernel.shape[2:]
+  if inputs * outputs > _NARROW:
     return None
-  return next((block for block in (4, 2) if x.shape[2] % block == 0), None)
+  width = _output_size(x.shape[2], stride)
+  for block in range(2, width + 1):
+    fits = _LEAST_INPUTS <= block * stride * inputs <= _MOST_INPUTS
+    if width % block == 0 and fits and block * outputs >= _LEAST_OUTPUTS:
+      return block
+  return None
 
 
-def _banded(x, kernel, block):
-  """Stride 1: outputs of `block` neighbours in a row are one product with a banded matrix.
+def _banded(x, kernel, stride, block):
+  """Outputs of `block` neighbours in a row are one product with a banded matrix.
 
   It multiplies some zeros, but reads whole vectors.
   """
   batch, height, width, inputs = x.shape
   outputs = kernel.shape[-1]
-  # [batch, height, blocks, (block + 2) × inputs]: each block with its two neighbours.
-  blocks = x.reshape(batch, height, width // block, block * inputs)
-  left = jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0)))
-  right = jnp.pad(blocks[:, :, 1:, :inputs], ((0, 0), (0, 0), (0, 1), (0, 0)))
-  rows = jnp.concatenate([left, blocks, right], axis=-1)
-  rows = jnp.pad(rows, ((0, 0), (1, 1), (0, 0), (0, 0)))
-  patches = jnp.concatenate([rows[:, i : i + height] for i in range(3)], axis=-1)
+  out_height, out_width = _output_size(height, stride), _output_size(width, stride)
+  missing = stride * out_width - width
+  if missing:
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
+  # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: each block's inputs and the
+  # neighbours that its outputs read besides.
+  blocks = x.reshape(batch, height, out_width // block, stride * block * inputs)
+  parts = [jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0))), blocks]
+  if stride == 1:
+    parts.append(jnp.pad(blocks[:, :, 1:, :inputs], ((0, 0), (0, 0), (0, 1), (0, 0))))
+  rows = jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (1, 1), (0, 0), (0, 0)))
+  last = stride * (out_height - 1) + 1
+  patches = jnp.concatenate([rows[:, i : i + last : stride] for i in range(3)], axis=-1)
   # places[p, j, b]: whether tap j of output b of a block reads its input p.
-  places = np.zeros((block + 2, 3, block), x.dtype)
+  places = np.zeros((stride * (block - 1) + 3, 3, block), x.dtype)
   for tap in range(3):
-    places[np.arange(block) + tap, tap, np.arange(block)] = 1
+    places[stride * np.arange(block) + tap, tap, np.arange(block)] = 1
   matrix = jnp.einsum('pjb,ijco->ipcbo', places, kernel)
   product = patches @ matrix.reshape(patches.shape[-1], block * outputs)
-  return product.reshape(batch, height, width, outputs)
+  return product.reshape(batch, out_height, out_width, outputs)
 
 
 def _patches_product(x, kernel, stride):
