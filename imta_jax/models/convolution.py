@@ -14,8 +14,9 @@ import numpy as np
 # A 3×3 convolution is narrow, and faster as a banded product, up to this many weights a tap.
 _NARROW = 128
 # Values of a row that such a product reads for a block of outputs, neighbours aside, and writes:
-# with fewer of them vector lanes are idle, with more most are multiplied by zero.
-_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 64, 16
+# with fewer of them vector lanes are idle, with more most are multiplied by zero, and compiling
+# takes longer.
+_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 48, 14
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
