@@ -30,12 +30,12 @@ Tree = Any
 Carry = Any
 
 # The batch sizes that are compiled. Images left over make smaller batches.
-BATCH_SIZES = (1, 4, 16, 32, 64, 128, 256)
+BATCH_SIZES = (1, 4, 16, 64, 256)
 
-# What running a stage costs besides its images, in images: where a device's time grows with the
-# batch, empty places cost as much as images do; where it hardly does, further batches cost more.
-_OVERHEAD = {'cpu': 4}
-_OVERHEAD_OF_ACCELERATORS = 256
+# What running a program costs besides its images, in multiply-adds that take as long: measured on
+# CPUs, estimated for accelerators, where it is the host's time against a far faster device's.
+_OVERHEAD = {'cpu': 2e7}
+_OVERHEAD_OF_ACCELERATORS = 1e9
 
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
 # programs, so thresholds are lowered by this part of what they lack of certainty.
@@ -113,8 +113,8 @@ class AdaptiveClassifier:
     thresholds: Sequence[float],
     image: jax.ShapeDtypeStruct,
     *,
+    madds: Sequence[float],
     settings: Sequence[Setting] = (),
-    madds: Sequence[float] = (),
     class_names: Sequence[str] = (),
     preprocessing: dict[str, Any] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -127,29 +127,38 @@ class AdaptiveClassifier:
       weights: What each stage gets as its weights.
       thresholds: [exit].
       image: See the class.
-      settings: See the class.
       madds: See the class.
+      settings: See the class.
       class_names: See the class.
       preprocessing: See the class.
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
 
     Raises:
-      ValueError: If there is not a threshold an exit.
+      ValueError: If thresholds or multiply-adds are not one an exit.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
     self.image, self.settings, self.class_names = image, tuple(settings), tuple(class_names)
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
     self.thresholds = np.asarray(thresholds, np.float32)
-    if self.thresholds.shape != (len(self.stages),):
-      raise ValueError(f'thresholds {thresholds} must be one for each of {len(self.stages)} exits')
+    for name, values in (('thresholds', thresholds), ('madds', madds)):
+      if np.shape(values) != (len(self.stages),):
+        raise ValueError(f'{name} {values} must be one for each of {len(self.stages)} exits')
     self._batch_sizes = tuple(sorted(batch_sizes))
-    overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_OF_ACCELERATORS)
-    self._first_batches = _first_batches(self._batch_sizes, overhead)
+    self._work = np.diff(self.madds, prepend=0)
+    self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_OF_ACCELERATORS)
+    self._costs, self._first_batches = zip(
+      *(_cheapest_batches(self._batch_sizes, work, self._overhead) for work in self._work),
+      strict=True,
+    )
+    self._reached = {
+      np.float32(setting.thresholds).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
+      for setting in self.settings
+    }
     self._steps = [
       _program(partial(_step, stage), weights)
       for stage, weights in zip(self.stages, self.weights, strict=True)
     ]
-    self._one_image = _program(partial(_one_image, self.stages), self.weights)
+    self._all_stages = _program(partial(_all_stages, self.stages), self.weights)
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
     self.num_classes = logits.shape[-1]
@@ -191,6 +200,7 @@ class AdaptiveClassifier:
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    madds: Sequence[float] | None = None,
     **fields: Any,
   ) -> 'AdaptiveClassifier':
     """A network at hand.
@@ -203,12 +213,17 @@ class AdaptiveClassifier:
       mean: [channels], of pixels between 0 and 1; if given, images are unsigned bytes and are
         normalised here, else they are normalised floats.
       std: [channels], likewise.
+      madds: See the class; counted if not given.
       **fields: Of the constructor.
 
     Returns:
       A classifier.
     """
+    from imta_jax.adaptive.cost import exit_costs
     from imta_jax.data.preprocess import normalize
+
+    if madds is None:
+      madds = [cost.madds for cost in exit_costs(model, image_shape, variables)]
 
     def run(index, weights, carry):
       if index:
@@ -229,7 +244,8 @@ class AdaptiveClassifier:
     image = jax.ShapeDtypeStruct(tuple(image_shape), np.float32 if mean is None else np.uint8)
     exits = range(model.num_exits)
     stages = [partial(run, index) for index in exits]
-    return cls(stages, [weights_of(index) for index in exits], thresholds, image, **fields)
+    weights = [weights_of(index) for index in exits]
+    return cls(stages, weights, thresholds, image, madds=madds, **fields)
 
   @classmethod
   def load(
@@ -352,8 +368,8 @@ class AdaptiveClassifier:
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
     if len(images) == 1:
-      probabilities, exit = map(np.asarray, self._one_image(images, _lower(rows[0])))
-      return Answers(np.zeros(1, np.int64), probabilities, exit[np.newaxis].astype(np.int64))
+      probabilities, exits = map(np.asarray, self._all_stages(images, _lower(rows)))
+      return Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
     nobody = np.zeros(0, np.int64)
     nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
     parts = [nothing, *self._decide(iter([(images, rows)]))]
@@ -383,28 +399,28 @@ class AdaptiveClassifier:
     yield from self._decide((images, self._rows(thresholds, len(images))) for images in checked)
 
   def measure_costs(self, batch_size: int = 1, repeats: int = 20) -> np.ndarray:
-    """Times the stages on this machine.
+    """Times classification on this machine.
 
     Args:
       batch_size: Images at once.
-      repeats: Runs of each stage, of which the median counts.
+      repeats: Runs to each exit, of which the median counts.
 
     Returns:
       [exit], seconds an image that leaves there.
     """
-    carry = np.zeros((batch_size, *self.image.shape), self.image.dtype)
-    thresholds = np.zeros(batch_size, np.float32)
-    seconds = []
-    for step in self._steps:
-      results = jax.block_until_ready(step(carry, thresholds))  # Compiles.
-      times = []
-      for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step(carry, thresholds))
-        times.append(time.perf_counter() - start)
-      seconds.append(np.median(times) / batch_size)
-      carry = results[0]
-    return np.cumsum(seconds)
+    images = np.zeros((batch_size, *self.image.shape), self.image.dtype)
+    num_exits = len(self.stages)
+    # An image leaves at exit i where row i alone is no bound.
+    rows = np.where(np.eye(num_exits, dtype=bool), np.float32(-np.inf), np.float32(np.inf))
+    thresholds = [np.broadcast_to(row, (batch_size, num_exits)) for row in rows]
+    jax.block_until_ready(self._all_stages(images, thresholds[0]))  # Compiles.
+    seconds = np.zeros((repeats, num_exits))
+    for repeat, exit in np.ndindex(seconds.shape):
+      start = time.perf_counter()
+      jax.block_until_ready(self._all_stages(images, thresholds[exit]))
+      seconds[repeat, exit] = time.perf_counter() - start
+    # Whoever goes on takes no less, whatever disturbed a clock.
+    return np.maximum.accumulate(np.median(seconds, axis=0)) / batch_size
 
   def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
     """Compiles ahead of use all that `predict` can need, whoever leaves where.
@@ -417,9 +433,11 @@ class AdaptiveClassifier:
     """
     sizes = self._batch_sizes
     if largest is not None:
-      sizes = [size for size in sizes if size in self._first_batches[: largest + 1]]
+      firsts = {first for batches in self._first_batches for first in batches[: largest + 1]}
+      sizes = [size for size in sizes if size in firsts]
     carries = [np.zeros((size, *self.image.shape), self.image.dtype) for size in sizes]
-    self.predict(carries[0])  # One image runs a program of its own.
+    for size, carry in zip(sizes, carries, strict=True):
+      self._all_stages(carry, np.zeros((size, len(self.stages)), np.float32))
     for index, step in enumerate(self._steps):
       if index:
         for carry in carries:
@@ -479,15 +497,19 @@ class AdaptiveClassifier:
         index = next((index for index, queue in enumerate(queues) if queue.count), None)
         if index is None:
           return
-        size = self._first_batches[queues[index].count]
+        size = self._first_batches[index][queues[index].count]
       yield from self._run(index, size, queues)
 
   def _run(self, index, size, queues):
     """Runs a stage on a batch; yields those who leave and queues the others."""
     carry, rows, indices, thresholds = queues[index].take(size)
-    bounds = np.full(size, -np.inf, np.float32)
-    bounds[rows] = _lower(thresholds[:, index])
-    carry, probabilities, leaves = self._steps[index](carry, bounds)
+    bounds = np.full((size, len(self.stages)), -np.inf, np.float32)
+    bounds[rows] = _lower(thresholds)
+    if index == 0 and self._is_faster_as_one(size, thresholds):
+      probabilities, exits = map(np.asarray, self._all_stages(carry, bounds))
+      yield Answers(indices, probabilities[rows], exits[rows].astype(np.int64))
+      return
+    carry, probabilities, leaves = self._steps[index](carry, bounds[:, index])
     # The last exit takes all, whatever the threshold, and what is not a number.
     leaves = np.asarray(leaves)[rows] | (index + 1 == len(self.stages))
     if leaves.any():
@@ -496,6 +518,38 @@ class AdaptiveClassifier:
     stay = ~leaves
     if stay.any():
       queues[index + 1].put(carry, rows[stay], indices[stay], thresholds[stay])
+
+  def _is_faster_as_one(self, size, thresholds):
+    """Whether a batch is likely to be done sooner by `_all_stages` than stage by stage.
+
+    Args:
+      size: Places of the batch.
+      thresholds: [image, exit], of the images in it.
+    """
+    count = len(thresholds)
+    if (thresholds == thresholds[0]).all():
+      reached = self._reached_stages(thresholds[0])
+    else:
+      reached = np.mean([self._reached_stages(row) for row in thresholds], axis=0)
+    # All places run a stage that any image reaches; alone, the images that reach it do.
+    as_one = self._overhead + size * np.dot(self._work, 1 - (1 - reached) ** count)
+    stages_alone = [
+      np.interp(count * fraction, np.arange(len(costs)), costs)
+      for fraction, costs in zip(reached[1:], self._costs[1:], strict=True)
+    ]
+    return as_one < self._overhead + size * self._work[0] + sum(stages_alone)
+
+  def _reached_stages(self, thresholds):
+    """[exit], the fraction of images that is likely to run each stage, with such thresholds.
+
+    It is known of settings. With others, as many images are taken to leave at each exit that is
+    left, unless all or none must.
+    """
+    if (reached := self._reached.get(thresholds.tobytes())) is not None:
+      return reached
+    even = 1 / np.arange(len(thresholds), 0, -1)
+    leaving = np.select([thresholds > 1, thresholds <= 0], [0, 1], even)
+    return np.cumprod((1, *(1 - leaving[:-1])))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Answers)]
@@ -596,27 +650,50 @@ def _program(function, weights):
   return jax.jit(with_constants, compiler_options=compiler_options())
 
 
-def _first_batches(sizes, overhead):
-  """[count], the first of the batches that cost least together where `count` images are left."""
+def _cheapest_batches(sizes, work, overhead):
+  """How batches of images that are left are cheapest to run.
+
+  Args:
+    sizes: The batch sizes that there are, ascending.
+    work: Multiply-adds an image.
+    overhead: Multiply-adds a batch.
+
+  Returns:
+    [count], the least cost of `count` images, and the first of the batches that have it.
+  """
   costs, first = [0], [0]
   for count in range(1, sizes[-1] + 1):
-    cost, size = min((overhead + size + costs[max(0, count - size)], -size) for size in sizes)
+    cost, size = min(
+      (overhead + size * work + costs[max(0, count - size)], -size) for size in sizes
+    )
     costs.append(cost)
     first.append(-size)
-  return first
+  return costs, first
 
 
-def _one_image(stages, weights, image, thresholds):
-  """Probabilities [1, class] and exit of one image; the device alone decides where it leaves."""
+def _all_stages(stages, weights, images, thresholds):
+  """Probabilities [image, class] and exits [image].
 
-  def run(index, carry):
-    carry, probabilities, leaves = _step(stages[index], weights[index], carry, thresholds[index])
-    here = (probabilities, jnp.asarray(index, jnp.int32))
-    if index + 1 == len(stages):
-      return here
-    return jax.lax.cond(leaves[0], lambda _: here, partial(run, index + 1), carry)
+  The device alone decides where images leave, and is done when all have.
+  """
 
-  return run(0, image)
+  def run(index, carry, answers):
+    probabilities, exits = answers
+    carry, here, leaves = _step(stages[index], weights[index], carry, thresholds[:, index])
+    is_last = index + 1 == len(stages)
+    stay = exits < 0
+    answers = (
+      jnp.where(stay[:, np.newaxis], here, probabilities),
+      jnp.where(stay & (leaves | is_last), index, exits),
+    )
+    if is_last:
+      return answers
+    everyone_left = (answers[1] >= 0).all()
+    return jax.lax.cond(
+      everyone_left, lambda _, answers: answers, partial(run, index + 1), carry, answers
+    )
+
+  return run(0, images, (jnp.zeros((len(images), 1)), jnp.full(len(images), -1, jnp.int32)))
 
 
 def _lower(thresholds):

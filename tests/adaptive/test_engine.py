@@ -15,6 +15,8 @@ from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_sh
 
 SHAPE = (16, 16, 3)
 SIZES = (1, 4, 16)
+# Of a network that is best run as one program, and of one that is best run stage by stage.
+SMALL, LARGE = (1.0, 2.0, 3.0), (1e9, 2e9, 3e9)
 
 
 @pytest.fixture(scope='module')
@@ -39,15 +41,14 @@ def network(random_variables):
 
 def classifier_of(network, thresholds, **fields):
   model, variables, _, _ = network
-  return AdaptiveClassifier.from_model(
-    model, variables, thresholds, SHAPE, batch_sizes=SIZES, **fields
-  )
+  fields = {'madds': LARGE, 'batch_sizes': SIZES} | fields
+  return AdaptiveClassifier.from_model(model, variables, thresholds, SHAPE, **fields)
 
 
-@pytest.fixture(scope='module')
-def classifier(network):
+@pytest.fixture(scope='module', params=[SMALL, LARGE], ids=['as one', 'by stages'])
+def classifier(network, request):
   thresholds = find_thresholds(network[3], geometric_shares(1.0, 3))
-  return classifier_of(network, thresholds)
+  return classifier_of(network, thresholds, madds=request.param)
 
 
 def assert_follows_policy(answers, probabilities, thresholds):
@@ -153,6 +154,7 @@ def test_stream_runs_later_stages_on_full_batches(network):
     plain.weights,
     plain.thresholds,
     plain.image,
+    madds=plain.madds,
     batch_sizes=SIZES,
   )
   images = network[2]
@@ -167,10 +169,41 @@ def test_stream_runs_later_stages_on_full_batches(network):
 
 def test_batches_cost_least():
   # 5 images: 4 + 1 cost (4 + 4) + (4 + 1), a batch of 16 costs 4 + 16; 9 images: 21 against 20.
-  first = engine._first_batches(SIZES, overhead=4)
+  costs, first = engine._cheapest_batches(SIZES, work=2, overhead=8)
   assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 4, 16, 16, 16]
-  first = engine._first_batches(SIZES, overhead=256)  # Never two where one will do.
+  assert [costs[count] for count in (0, 1, 2, 5, 9)] == [0, 2 * 5, 2 * 8, 2 * 13, 2 * 20]
+  _, first = engine._cheapest_batches(SIZES, work=1, overhead=256)  # Never two where one will do.
   assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
+
+
+@pytest.mark.parametrize(
+  ('leaving', 'overhead', 'expected'),
+  [
+    # Stage by stage 16 + 8 + 4 places and three programs more: 20 places are saved.
+    ((0.5, 0.25, 0.25), 6e9, False),
+    ((0.5, 0.25, 0.25), 7e9, True),
+    # Where all leave at once, what follows is not run either way.
+    ((1, 0, 0), 7e9, False),
+    ((0, 0, 1), 1e6, True),
+  ],
+)
+def test_one_program_or_several(network, monkeypatch, leaving, overhead, expected):
+  monkeypatch.setitem(engine._OVERHEAD, 'cpu', overhead)
+  thresholds = np.float32([0.9, 0.8, 0.7])
+  classifier = classifier_of(network, thresholds, settings=[Setting(thresholds, leaving, 0.5)])
+  assert classifier._is_faster_as_one(16, np.broadcast_to(thresholds, (16, 3))) == expected
+
+
+def test_other_thresholds_are_taken_to_spread_images_evenly(network):
+  classifier = classifier_of(network, [0.5] * 3, settings=[Setting((0.9, 0.8, 0.7), (1, 0, 0), 0)])
+  for thresholds, expected in (
+    ((0.9, 0.8, 0.7), (1, 0, 0)),
+    ((0.9, 0.8, 0.6), (1, 2 / 3, 1 / 3)),
+    ((np.inf, 0.8, 0.6), (1, 1, 1 / 2)),
+    ((0.5, -np.inf, 0.6), (1, 2 / 3, 0)),
+    ((np.inf, np.inf, np.inf), (1, 1, 1)),
+  ):
+    np.testing.assert_allclose(classifier._reached_stages(np.float32(thresholds)), expected)
 
 
 def test_stages_run_only_for_those_who_need_them(network):
@@ -186,6 +219,7 @@ def test_stages_run_only_for_those_who_need_them(network):
     plain.weights,
     plain.thresholds,
     plain.image,
+    madds=plain.madds,
     batch_sizes=SIZES,
   )
   classifier.predict(network[2][:20])
@@ -211,11 +245,13 @@ def test_images_that_do_not_fit(classifier, images):
     classifier.predict(images)
 
 
-def test_thresholds_that_do_not_fit(network, classifier):
+def test_thresholds_or_costs_that_do_not_fit(network, classifier):
   with pytest.raises(ValueError, match='must be'):
     classifier.predict(network[2][:4], np.zeros(2))
   with pytest.raises(ValueError, match='one for each of 3 exits'):
     classifier_of(network, [0.5, 0.5])
+  with pytest.raises(ValueError, match='madds .* one for each of 3 exits'):
+    classifier_of(network, [0.5] * 3, madds=[1.0])
 
 
 SETTINGS = [
@@ -247,7 +283,8 @@ def test_budget_that_cannot_be_met(network):
 def test_latency_is_measured_on_this_machine(network):
   classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS)
   costs = classifier.measure_costs(repeats=3)
-  assert (np.diff(costs, prepend=0) > 0).all()
+  assert costs[0] > 0
+  assert (np.diff(costs) >= 0).all()
   np.testing.assert_allclose(classifier.choose(latency=60.0).thresholds[0], 0.9)
   with pytest.raises(ValueError, match='too small'):
     classifier.choose(latency=1e-9)
@@ -278,4 +315,5 @@ def test_half_precision_answers_in_single(network):
   classifier = AdaptiveClassifier.from_model(
     half, variables, [0.5, 0.5, 0.5], SHAPE, batch_sizes=SIZES
   )
+  assert 0 < classifier.madds[0] < classifier.madds[-1]  # Counted.
   assert classifier.predict(images[:5]).probabilities.dtype == np.float32
