@@ -16,7 +16,7 @@ _NARROW = 128
 # Values of a row that such a product reads for a block of outputs, neighbours aside, and writes:
 # with fewer of them vector lanes are idle, with more most are multiplied by zero, and compiling
 # takes longer.
-_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 48, 14
+_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 56, 14
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
@@ -116,11 +116,13 @@ def _banded(x, kernel, stride, block):
   if missing:
     x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
   # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: each block's inputs and the
-  # neighbours that its outputs read besides.
-  blocks = x.reshape(batch, height, out_width // block, stride * block * inputs)
-  parts = [jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0))), blocks]
-  if stride == 1:
-    parts.append(jnp.pad(blocks[:, :, 1:, :inputs], ((0, 0), (0, 0), (0, 1), (0, 0))))
+  # neighbours that its outputs read besides; a block that is the whole row has none.
+  parts = [x.reshape(batch, height, out_width // block, stride * block * inputs)]
+  (blocks,) = parts
+  if block < out_width:
+    parts.insert(0, jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0))))
+    if stride == 1:
+      parts.append(jnp.pad(blocks[:, :, 1:, :inputs], ((0, 0), (0, 0), (0, 1), (0, 0))))
   rows = jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (1, 1), (0, 0), (0, 0)))
   last = stride * (out_height - 1) + 1
   patches = jnp.concatenate([rows[:, i : i + last : stride] for i in range(3)], axis=-1)
@@ -128,6 +130,8 @@ def _banded(x, kernel, stride, block):
   places = np.zeros((stride * (block - 1) + 3, 3, block), x.dtype)
   for tap in range(3):
     places[stride * np.arange(block) + tap, tap, np.arange(block)] = 1
+  if block == out_width:
+    places = places[1 : stride * block + 1]
   matrix = jnp.einsum('pjb,ijco->ipcbo', places, kernel)
   product = patches @ matrix.reshape(patches.shape[-1], block * outputs)
   return product.reshape(batch, out_height, out_width, outputs)
