@@ -32,9 +32,10 @@ Carry = Any
 # The batch sizes that are compiled. Images left over make smaller batches.
 BATCH_SIZES = (1, 4, 16, 64, 256)
 
-# What running a program costs besides its images, in multiply-adds that take as long: measured on
-# CPUs, estimated for accelerators, where it is the host's time against a far faster device's.
-_OVERHEAD = {'cpu': 2e7}
+# What running a program costs besides its images, in multiply-adds that take as long: 20 to 40
+# million on two CPU cores, where small batches fill no vectors; an estimate for accelerators, where
+# it is the host's time against a far faster device's.
+_OVERHEAD = {'cpu': 4e7}
 _OVERHEAD_OF_ACCELERATORS = 1e9
 
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
