@@ -313,7 +313,7 @@ class AdaptiveClassifier:
 
     Args:
       budget: Average multiply-adds an image.
-      latency: Average seconds an image, one at a time, on this machine; stages are timed for it.
+      latency: Average seconds an image, one at a time, on this machine, which is timed for it.
 
     Returns:
       This classifier. Without a budget its thresholds stay as they are.
