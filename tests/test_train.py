@@ -10,16 +10,14 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from imta_jax import evaluate, networks
+from imta_jax import evaluate
 from imta_jax import workdir as layout
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.adaptive.policy import choose_exits
@@ -271,28 +269,19 @@ def test_two_hosts_train_as_one_does_and_write_once(finished, environment, tmp_p
 
 
 def assert_trained_alike(workdir, other):
-  """Equal but for the order of sums, which training amplifies: closely at first, less later.
-
-  A ReLU whose input rounds to the other side of zero moves single parameters far, all of them
-  together a few per cent of the way that training has gone.
-  """
+  """Equal but for the order of sums, which training amplifies: closely at first, less later."""
   for tag in ('train/loss', 'train/gradient_norm', 'train/accuracy_exit_1'):
     first, first_of_other = (first_value(folder, tag) for folder in (workdir, other))
     np.testing.assert_allclose(first, first_of_other, rtol=1e-4)
 
-  config = layout.load_config(epath.Path(other))
+  def compare(array, array_of_other):
+    scale = np.abs(array_of_other).max() + 1e-3
+    np.testing.assert_allclose(array / scale, array_of_other / scale, atol=0.1)
+
   states, states_of_other = final_states(workdir), final_states(other)
-  for phase, name in zip(config.phases, LAST_STEPS, strict=True):
-    model = networks.create_model(config, phase, num_classes=10)
-    initial = networks.initial_variables(model, config.seed, (28, 28, 1))
-    for part, kind in (('trained', 'params'), ('batch_stats', 'batch_stats')):
-      values, values_of_other = states[name][part], states_of_other[name][part]
-      start = {module: initial[kind][module] for module in values_of_other}
-      assert distance(values, values_of_other) < 0.1 * distance(values_of_other, start)
-
-
-def distance(tree, other):
-  return optax.tree.norm(jax.tree.map(jnp.subtract, tree, other))
+  for phase in states:
+    for part in ('trained', 'batch_stats'):
+      jax.tree.map(compare, states[phase][part], states_of_other[phase][part])
 
 
 def first_value(workdir, tag):

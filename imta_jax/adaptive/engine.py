@@ -411,7 +411,7 @@ class AdaptiveClassifier:
     """
     images = np.zeros((batch_size, *self.image.shape), self.image.dtype)
     num_exits = len(self.stages)
-    # An image leaves at exit i where row i alone is no bound.
+    # With row i, no image leaves before exit i, and all leave there.
     rows = np.where(np.eye(num_exits, dtype=bool), np.float32(-np.inf), np.float32(np.inf))
     thresholds = [np.broadcast_to(row, (batch_size, num_exits)) for row in rows]
     jax.block_until_ready(self._all_stages(images, thresholds[0]))  # Compiles.
@@ -543,8 +543,8 @@ class AdaptiveClassifier:
   def _reached_stages(self, thresholds):
     """[exit], the fraction of images that is likely to run each stage, with such thresholds.
 
-    It is known of settings. With others, as many images are taken to leave at each exit that is
-    left, unless all or none must.
+    Settings tell. With other thresholds images are taken to leave in equal numbers at each exit
+    that is left, unless a threshold lets all leave, or none.
     """
     if (reached := self._reached.get(thresholds.tobytes())) is not None:
       return reached

@@ -117,8 +117,8 @@ def _banded(x, kernel, stride, block):
     x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
   # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: each block's inputs and the
   # neighbours that its outputs read besides; a block that is the whole row has none.
-  parts = [x.reshape(batch, height, out_width // block, stride * block * inputs)]
-  (blocks,) = parts
+  blocks = x.reshape(batch, height, out_width // block, stride * block * inputs)
+  parts = [blocks]
   if block < out_width:
     parts.insert(0, jnp.pad(blocks[:, :, :-1, -inputs:], ((0, 0), (0, 0), (1, 0), (0, 0))))
     if stride == 1:

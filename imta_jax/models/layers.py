@@ -165,8 +165,7 @@ def _batch_norm(relu, axis_name, x, scale, bias):
 
 def _batch_norm_forward(relu, axis_name, x, scale, bias):
   x32 = x.astype(jnp.float32)
-  axes = tuple(range(x.ndim - 1))
-  mean, square = _average(axis_name, x32.mean(axes), jnp.square(x32).mean(axes))
+  mean, square = _average(axis_name, _mean(x32), _mean(jnp.square(x32)))
   var = jnp.maximum(square - jnp.square(mean), 0)
   y = _scale_and_shift(x, mean, var, scale, bias, relu)
   return (y, mean, var), (x, mean, var, scale, bias)
@@ -174,20 +173,28 @@ def _batch_norm_forward(relu, axis_name, x, scale, bias):
 
 def _batch_norm_backward(relu, axis_name, residuals, gradients):
   x, mean, var, scale, bias = residuals
-  axes = tuple(range(x.ndim - 1))
   inverse = jax.lax.rsqrt(var + _EPSILON)
   normalized = (x.astype(jnp.float32) - mean) * inverse
   gradient = gradients[0].astype(jnp.float32)
   if relu:
     gradient = jnp.where(normalized * scale + bias > 0, gradient, 0)
-  scale_gradient, bias_gradient = (gradient * normalized).sum(axes), gradient.sum(axes)
-  count = x.size / x.shape[-1]
-  along, level = _average(axis_name, scale_gradient / count, bias_gradient / count)
+  scale_gradient, bias_gradient = _mean(gradient * normalized), _mean(gradient)
+  along, level = _average(axis_name, scale_gradient, bias_gradient)
   x_gradient = (gradient - level - normalized * along) * (scale * inverse)
-  return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
+  count = x.size / x.shape[-1]
+  return x_gradient.astype(x.dtype), count * scale_gradient, count * bias_gradient
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def _mean(x):
+  """Means [channels] of [batch, ..., channels], each image's first.
+
+  XLA's CPU programs add term by term, which loses digits in long sums: all pixels of a batch at
+  once cost two decimal places.
+  """
+  return x.mean(tuple(range(1, x.ndim - 1))).mean(0)
 
 
 def _average(axis_name, *values):

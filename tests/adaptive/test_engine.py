@@ -1,6 +1,7 @@
 """The engine against the policy on full logits."""
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def test_stream_runs_later_stages_on_full_batches(network):
   for _ in classifier.stream(images[start : start + 16] for start in range(0, 75, 16)):
     pass
   jax.effects_barrier()
-  assert sizes[0] == 16
+  assert sizes.count(16) == 1
   assert 25 <= sum(sizes) <= 25 + 16
 
 
@@ -281,10 +282,26 @@ def test_budget_that_cannot_be_met(network):
 
 
 def test_latency_is_measured_on_this_machine(network):
-  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS)
+  plain = classifier_of(network, [0.0] * 3)
+
+  def wait():
+    time.sleep(0.1)
+    return np.float32(0)
+
+  def slow(weights, carry):
+    features, logits = plain.stages[1](weights, carry)
+    return features, logits + jax.pure_callback(wait, jax.ShapeDtypeStruct((), np.float32))
+
+  classifier = AdaptiveClassifier(
+    [plain.stages[0], slow, plain.stages[2]],
+    plain.weights,
+    plain.thresholds,
+    plain.image,
+    madds=plain.madds,
+    settings=SETTINGS,
+  )
   costs = classifier.measure_costs(repeats=3)
-  assert costs[0] > 0
-  assert (np.diff(costs) >= 0).all()
+  assert 0 < costs[0] < 0.1 <= costs[1] <= costs[2] < costs[1] + 0.1
   np.testing.assert_allclose(classifier.choose(latency=60.0).thresholds[0], 0.9)
   with pytest.raises(ValueError, match='too small'):
     classifier.choose(latency=1e-9)
