@@ -146,7 +146,9 @@ class AdaptiveClassifier:
         raise ValueError(f'{name} {values} must be one for each of {len(self.stages)} exits')
     self._batch_sizes = tuple(sorted(batch_sizes))
     self._work = np.diff(self.madds, prepend=0)
-    self._overhead = _OVERHEAD.get(jax.default_backend(), _OVERHEAD_OF_ACCELERATORS)
+    platform = jax.default_backend()
+    self._overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
+    self._join = _join_on_host if platform == 'cpu' else _join_on_device
     self._costs, self._first_batches = zip(
       *(_cheapest_batches(self._batch_sizes, work, self._overhead) for work in self._work),
       strict=True,
@@ -440,7 +442,7 @@ class AdaptiveClassifier:
     for size, carry in zip(sizes, carries, strict=True):
       self._all_stages(carry, np.zeros((size, len(self.stages)), np.float32))
     for index, step in enumerate(self._steps):
-      if index:
+      if index and self._join is _join_on_device:
         for carry in carries:
           for size in sizes:
             rows = np.zeros(size, np.int32)
@@ -478,7 +480,7 @@ class AdaptiveClassifier:
     A full batch runs as soon as there is one, of the last stage that has one, so that little waits.
     When no more images come, the first stages empty themselves into the later ones.
     """
-    queues = [_ImageQueue()] + [_CarryQueue() for _ in self.stages[1:]]
+    queues = [_Queue(_join_on_host)] + [_Queue(self._join) for _ in self.stages[1:]]
     largest, first_index, open_source = self._batch_sizes[-1], 0, True
     while True:
       full = [index for index, queue in enumerate(queues) if queue.count >= largest]
@@ -557,11 +559,16 @@ _FIELDS = [field.name for field in dataclasses.fields(Answers)]
 
 
 class _Queue:
-  """Images that wait for a stage: rows of what the stage before gave."""
+  """Images that wait for a stage: rows of what the stage before gave.
 
-  def __init__(self):
+  Attributes:
+    join: Makes one carry of rows of several.
+    count: Images that wait.
+  """
+
+  def __init__(self, join: Callable[[Sequence[Carry], Sequence[np.ndarray], int], Carry]):
+    self.join, self.count = join, 0
     self._parts = collections.deque()
-    self.count = 0
 
   def put(self, carry: Carry, rows: np.ndarray, indices: np.ndarray, thresholds: np.ndarray):
     """Adds rows of a carry, with the images' numbers and thresholds [row, exit]."""
@@ -584,35 +591,36 @@ class _Queue:
       room -= len(taken[-1][1])
     self.count -= size - room
     carries, rows, indices, thresholds = zip(*taken, strict=True)
-    carry, rows = self._join(carries, rows, size)
+    if len(carries) == 1 and len(jax.tree.leaves(carries[0])[0]) == size:
+      # What has left makes no smaller batch, and nobody waits.
+      carry, rows = carries[0], rows[0]
+    else:
+      carry, rows = self.join(carries, rows, size), np.arange(size - room)
     return carry, rows, np.concatenate(indices), np.concatenate(thresholds)
 
 
-class _ImageQueue(_Queue):
-  """Images that wait for the first stage, on the host."""
+def _join_on_host(carries, rows, size):
+  """Rows of several carries, which may be on a device whose memory is the host's."""
 
-  def _join(self, carries, rows, size):
-    images = np.concatenate([carry[part] for carry, part in zip(carries, rows, strict=True)])
-    empty = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
-    return np.concatenate([images, empty]), np.arange(len(images))
+  def join(*arrays):
+    parts = [np.asarray(array)[part] for array, part in zip(arrays, rows, strict=True)]
+    missing = size - sum(map(len, parts))
+    return np.concatenate([*parts, np.zeros((missing, *parts[0].shape[1:]), parts[0].dtype)])
+
+  return jax.tree.map(join, *carries)
 
 
-class _CarryQueue(_Queue):
-  """Images that wait for a later stage, on the device."""
-
-  def _join(self, carries, rows, size):
-    _, logits = carries[0]
-    if len(carries) == 1 and len(logits) == size:
-      return carries[0], rows[0]  # What has left makes no smaller batch, and nobody waits.
-    joined, start = None, 0
-    for carry, part in zip(carries, rows, strict=True):
-      places = np.full(size, -1, np.int32)
-      places[start : start + len(part)] = part
-      joined = (
-        _select(carry, np.maximum(places, 0)) if joined is None else _fill(joined, carry, places)
-      )
-      start += len(part)
-    return joined, np.arange(start)
+def _join_on_device(carries, rows, size):
+  """Rows of several carries, which stay where they are."""
+  joined, start = None, 0
+  for carry, part in zip(carries, rows, strict=True):
+    places = np.full(size, -1, np.int32)
+    places[start : start + len(part)] = part
+    joined = (
+      _select(carry, np.maximum(places, 0)) if joined is None else _fill(joined, carry, places)
+    )
+    start += len(part)
+  return joined
 
 
 @jax.jit

@@ -46,10 +46,14 @@ def classifier_of(network, thresholds, **fields):
   return AdaptiveClassifier.from_model(model, variables, thresholds, SHAPE, **fields)
 
 
-@pytest.fixture(scope='module', params=[SMALL, LARGE], ids=['as one', 'by stages'])
+@pytest.fixture(scope='module', params=['as one', 'by stages', 'by stages on the device'])
 def classifier(network, request):
   thresholds = find_thresholds(network[3], geometric_shares(1.0, 3))
-  return classifier_of(network, thresholds, madds=request.param)
+  madds = SMALL if request.param == 'as one' else LARGE
+  classifier = classifier_of(network, thresholds, madds=madds)
+  if request.param == 'by stages on the device':  # As on accelerators.
+    classifier._join = engine._join_on_device
+  return classifier
 
 
 def assert_follows_policy(answers, probabilities, thresholds):
