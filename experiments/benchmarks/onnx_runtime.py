@@ -1,0 +1,110 @@
+"""ONNX Runtime against XLA: all stages of a trained network, in turns.
+
+    pip install 'imta_jax[onnx]'
+    python experiments/export_onnx.py runs/mnist5k exported_onnx
+    python experiments/benchmarks/onnx_runtime.py runs/mnist5k exported_onnx
+
+Both run every stage of every image, ONNX Runtime a session a stage, as an export is used, XLA one
+program; logits are compared first. Both have all cores.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+import jax
+import numpy as np
+
+from imta_jax.adaptive.engine import AdaptiveClassifier, compiler_options
+from imta_jax.errors import UsageError
+from imta_jax.predict import open_classifier, positive
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('network', help='workdir of a run, or an export')
+  parser.add_argument('onnx', help='what export_onnx.py wrote of it')
+  parser.add_argument('--batch_sizes', type=common.integers, default=[1, 16, 64, 256])
+  parser.add_argument('--repeats', type=positive(int), default=5, help='turns of each; default: 5')
+  parser.add_argument('--output', help='JSON file for all timings')
+  options = parser.parse_args()
+  common.set_up()
+  classifier = open_classifier(options.network)
+  xla, onnx = xla_runner(classifier), onnx_runner(Path(options.onnx))
+
+  random, rows, results = np.random.default_rng(0), [], {}
+  for batch_size in options.batch_sizes:
+    images = random.integers(0, 256, (batch_size, *classifier.image.shape), np.uint8)
+    logits, others = xla(images), onnx(images)
+    difference = np.abs(logits - others).max() / np.abs(logits).max()
+    if not difference < 1e-3:
+      raise UsageError(f'{options.onnx} is not of {options.network}: logits differ ({difference})')
+    contestants = {'XLA': repeated(xla, images), 'ONNX Runtime': repeated(onnx, images)}
+    timings = results[batch_size] = common.interleave(contestants, options.repeats)
+    rows.append(
+      (
+        batch_size,
+        *(common.spread([1000 * x for x in seconds], 2) for seconds in timings.values()),
+        common.spread([y / x for x, y in zip(*timings.values(), strict=True)], 2),
+      )
+    )
+  print(common.machine())
+  print()
+  print(common.table(('batch', 'XLA, ms', 'ONNX Runtime, ms', 'ONNX Runtime / XLA'), rows))
+  common.write_json(options.output, {'machine': common.machine(), 'seconds_a_batch': results})
+
+
+def xla_runner(classifier: AdaptiveClassifier) -> Callable[[np.ndarray], np.ndarray]:
+  """Images → logits of the last exit, by one program."""
+
+  @jax.jit(compiler_options=compiler_options())
+  def run(weights, carry):
+    for stage, weights_of_stage in zip(classifier.stages, weights, strict=True):
+      carry = stage(weights_of_stage, carry)
+    return carry[-1]
+
+  return lambda images: np.asarray(run(classifier.weights, images))
+
+
+def onnx_runner(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Images → logits of the last exit, by a session a stage.
+
+  Raises:
+    UsageError: If the folder is no export, or ONNX Runtime is not installed.
+  """
+  try:
+    import onnxruntime
+  except ModuleNotFoundError as error:
+    raise UsageError("ONNX Runtime is not installed: pip install 'imta_jax[onnx]'") from error
+  if not (folder / 'manifest.json').is_file():
+    raise UsageError(f'{folder} is no export: it has no manifest.json')
+  stages = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))['stages']
+  sessions = [onnxruntime.InferenceSession(str(folder / stage['file'])) for stage in stages]
+
+  def run(images):
+    values = {'images': images}
+    for session, stage in zip(sessions, stages, strict=True):
+      inputs = {name: values[name] for name in stage['inputs']}
+      values = dict(zip(stage['outputs'], session.run(stage['outputs'], inputs), strict=True))
+    return values[stages[-1]['outputs'][-1]]
+
+  return run
+
+
+def repeated(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Callable[[int], None]:
+  """A function that classifies the images a number of times."""
+
+  def times(count):
+    for _ in range(count):
+      run(images)
+
+  return times
+
+
+if __name__ == '__main__':
+  common.run(main)
