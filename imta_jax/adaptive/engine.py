@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,23 @@ Tree = Any
 Carry = Any
 
 # The batch sizes that are compiled. Images left over make smaller batches.
-BATCH_SIZES = (1, 4, 16, 64, 256)
+BATCH_SIZES = (1, 4, 16, 32, 64, 128, 256)
 
-# What running a program costs besides its images, in multiply-adds that take as long: 20 to 40
-# million on two CPU cores, where small batches fill no vectors; an estimate for accelerators, where
-# it is the host's time against a far faster device's.
+# What running a program is taken to cost besides its images until programs are timed, in
+# multiply-adds that take as long: 20 to 40 million on two CPU cores, where small batches fill no
+# vectors; an estimate for accelerators, where it is the host's time against a far faster device's.
 _OVERHEAD = {'cpu': 4e7}
 _OVERHEAD_OF_ACCELERATORS = 1e9
+
+# The part of a batch's multiply-adds that its programs must cost besides, for one program of the
+# whole network to be compiled for it as well.
+_LEAST_TO_SPARE = 0.25
+
+# How often `compile` times programs, in turns; the least time counts.
+_TIMINGS = 3
+
+# Seconds of a batch that one turn times well enough.
+_LONG_BATCH = 0.5
 
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
 # programs, so thresholds are lowered by this part of what they lack of certainty; confidences of
@@ -146,16 +157,15 @@ class AdaptiveClassifier:
       if np.shape(values) != (len(self.stages),):
         raise ValueError(f'{name} {values} must be one for each of {len(self.stages)} exits')
     self._batch_sizes = tuple(sorted(batch_sizes))
-    self._work = np.diff(self.madds, prepend=0)
     platform = jax.default_backend()
-    self._overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
     self._join = _join_on_host if platform == 'cpu' else _join_on_device
-    self._costs, self._first_batches = zip(
-      *(_cheapest_batches(self._batch_sizes, work, self._overhead) for work in self._work),
-      strict=True,
+    self._plan(
+      *_expected_costs(
+        self.madds, self._batch_sizes, _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
+      )
     )
     self._reached = {
-      np.float32(setting.thresholds).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
+      _lower(np.float32(setting.thresholds)).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
       for setting in self.settings
     }
     self._steps = [
@@ -163,8 +173,7 @@ class AdaptiveClassifier:
       for stage, weights in zip(self.stages, self.weights, strict=True)
     ]
     self._all_stages = _program(partial(_all_stages, self.stages), self.weights)
-    one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
-    _, logits = jax.eval_shape(self.stages[0], self.weights[0], one)
+    _, logits = jax.eval_shape(self.stages[0], self.weights[0], self._one_image())
     self.num_classes = logits.shape[-1]
 
   @classmethod
@@ -372,11 +381,11 @@ class AdaptiveClassifier:
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
     if len(images) == 1:
-      probabilities, exits = map(np.asarray, self._all_stages(images, _lower(rows)))
+      probabilities, exits = map(np.asarray, self._all_stages(images, rows))
       return Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
     nobody = np.zeros(0, np.int64)
     nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
-    parts = [nothing, *self._decide(iter([(images, rows)]))]
+    parts = [nothing, *self._decide(iter([(images, rows)]), len(images))]
     fields = [np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS]
     order = np.argsort(fields[0])
     return Answers(*(field[order] for field in fields))
@@ -400,7 +409,8 @@ class AdaptiveClassifier:
       ValueError: If images or thresholds do not fit.
     """
     checked = map(self._check, batches)
-    yield from self._decide((images, self._rows(thresholds, len(images))) for images in checked)
+    source = ((images, self._rows(thresholds, len(images))) for images in checked)
+    yield from self._decide(source, np.inf)
 
   def measure_costs(self, batch_size: int = 1, repeats: int = 20) -> np.ndarray:
     """Times classification on this machine.
@@ -427,33 +437,68 @@ class AdaptiveClassifier:
     return np.maximum.accumulate(np.median(seconds, axis=0)) / batch_size
 
   def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
-    """Compiles ahead of use all that `predict` can need, whoever leaves where.
+    """Compiles ahead of use all that `predict` and `stream` can need, and times it.
+
+    From then on images go in the batches that are quickest on this machine. Until then batches are
+    chosen by multiply-adds: alike everywhere, and with them the last bits of probabilities.
 
     Args:
-      largest: The most images at once to be ready for; any number by default.
+      largest: The most images at once to be ready for, more go in several batches; any number by
+        default.
 
     Returns:
       This classifier.
     """
-    sizes = self._batch_sizes
-    if largest is not None:
-      firsts = {first for batches in self._first_batches for first in batches[: largest + 1]}
-      sizes = [size for size in sizes if size in firsts]
-    carries = [np.zeros((size, *self.image.shape), self.image.dtype) for size in sizes]
-    for size, carry in zip(sizes, carries, strict=True):
-      self._all_stages(carry, np.zeros((size, len(self.stages)), np.float32))
-    for index, step in enumerate(self._steps):
-      if index and self._join is _join_on_device:
-        for carry in carries:
-          for size in sizes:
-            rows = np.zeros(size, np.int32)
-            _fill(_select(carry, rows), carry, rows)
-      carries = [
-        step(carry, np.zeros(size, np.float32))[0]
-        for size, carry in zip(sizes, carries, strict=True)
-      ]
-    jax.block_until_ready(carries)
+    sizes = [
+      size
+      for smaller, size in itertools.pairwise((0, *self._batch_sizes))
+      if largest is None or smaller < largest
+    ]
+    carries = [self._one_image()]
+    for step in self._steps[:-1]:
+      carry, _, _ = jax.eval_shape(step, carries[-1], np.zeros(1, np.float32))
+      carries.append(carry)
+    if self._join is _join_on_device:
+      for carry, before, size in itertools.product(carries[1:], sizes, sizes):
+        rows = np.zeros(size, np.int32)
+        _fill(_select(_zeros(carry, before), rows), _zeros(carry, before), rows)
+    programs = [
+      (partial(self._run_stage, index), carry, dict.fromkeys(sizes, np.inf))
+      for index, carry in enumerate(carries)
+    ]
+    as_one = {size: np.inf for size in sizes if size in self._as_one_costs}
+    programs.append((self._run_all_stages, carries[0], as_one))
+    for turn in range(1 + _TIMINGS):  # The first one compiles.
+      for run, carry, seconds in programs:
+        for size, least in seconds.items():
+          if turn < 2 or least < _LONG_BATCH:
+            seconds[size] = min(least, self._time(run, _zeros(carry, size)))
+    self._plan([seconds for _, _, seconds in programs[:-1]], as_one)
     return self
+
+  def _one_image(self):
+    return jax.ShapeDtypeStruct((1, *self.image.shape), self.image.dtype)
+
+  def _time(self, run, carry):
+    """Seconds of a batch of which no image leaves before the last exit."""
+    size = len(jax.tree.leaves(carry)[0])
+    thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
+    batch = _Batch(carry, np.arange(size), np.arange(size), thresholds)
+    start = time.perf_counter()
+    run(batch)()
+    return time.perf_counter() - start
+
+  def _plan(
+    self, stage_costs: Sequence[Mapping[int, float]], as_one_costs: Mapping[int, float]
+  ) -> None:
+    """Decides in which batches images are run.
+
+    Args:
+      stage_costs: [exit], a batch size → what a batch costs, in any unit.
+      as_one_costs: A batch size → what a batch costs as one program that runs all stages.
+    """
+    self._stage_costs, self._as_one_costs = stage_costs, as_one_costs
+    self._least_costs, self._first_batches = zip(*map(_cheapest_batches, stage_costs), strict=True)
 
   def _check(self, images):
     images = np.asarray(images)
@@ -465,83 +510,121 @@ class AdaptiveClassifier:
     return images
 
   def _rows(self, thresholds, count):
-    """Thresholds an image, [image, exit]."""
+    """Thresholds an image as they are compared, [image, exit]."""
     thresholds = np.asarray(self.thresholds if thresholds is None else thresholds, np.float32)
     try:
-      return np.broadcast_to(thresholds, (count, len(self.stages)))
+      return np.broadcast_to(_lower(thresholds), (count, len(self.stages)))
     except ValueError:
       raise ValueError(
         f'thresholds of shape {thresholds.shape} must be [{len(self.stages)}] or '
         f'[{count}, {len(self.stages)}]'
       ) from None
 
-  def _decide(self, source: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[Answers]:
-    """Runs stages until all images have left.
+  def _decide(
+    self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float
+  ) -> Iterator[Answers]:
+    """Runs stages until all images of a source have left; there are `total` of them.
 
     A full batch runs as soon as there is one, of the last stage that has one, so that little waits.
-    When no more images come, the first stages empty themselves into the later ones.
+    When no more images come, the first stages empty themselves into the later ones. The device
+    works on a batch while the host sorts the images of the one before.
     """
-    queues = [_Queue(_join_on_host)] + [_Queue(self._join) for _ in self.stages[1:]]
-    largest, first_index, open_source = self._batch_sizes[-1], 0, True
+    queues = [_Queue(_join_on_host), *(_Queue(self._join) for _ in self.stages)]
+    first_index, open_source, started = 0, True, collections.deque()
     while True:
-      full = [index for index, queue in enumerate(queues) if queue.count >= largest]
+      waiting = [index for index, queue in enumerate(queues) if queue.count]
+      full = [index for index in waiting if queues[index].count >= self._full_batch(index)]
       if full:
-        index, size = full[-1], largest
+        started.append(self._start(full[-1], queues, total))
       elif open_source:
-        more = next(source, None)
-        if more is None:
+        images, thresholds = next(source, (None, None))
+        if images is None:
           open_source = False
         else:
-          images, thresholds = more
           indices = np.arange(first_index, first_index + len(images))
-          queues[0].put(images, np.arange(len(images)), indices, thresholds)
+          queues[0].put(_Batch(images, np.arange(len(images)), indices, thresholds))
           first_index += len(images)
         continue
-      else:
-        index = next((index for index, queue in enumerate(queues) if queue.count), None)
-        if index is None:
-          return
-        size = self._first_batches[index][queues[index].count]
-      yield from self._run(index, size, queues)
+      elif waiting and not started:
+        started.append(self._start(waiting[0], queues, total))
+      elif not started:
+        return
+      if len(started) > bool(full):
+        next_queue, results = started.popleft()
+        answers, stayers = results()
+        next_queue.put(stayers)
+        if answers is not None:
+          yield answers
 
-  def _run(self, index, size, queues):
-    """Runs a stage on a batch; yields those who leave and queues the others."""
-    carry, rows, indices, thresholds = queues[index].take(size)
-    bounds = np.full((size, len(self.stages)), -np.inf, np.float32)
-    bounds[rows] = _lower(thresholds)
-    if index == 0 and self._is_faster_as_one(size, thresholds):
-      probabilities, exits = map(np.asarray, self._all_stages(carry, bounds))
-      yield Answers(indices, probabilities[rows], exits[rows].astype(np.int64))
-      return
-    carry, probabilities, leaves = self._steps[index](carry, bounds[:, index])
-    # The last exit takes all, whatever the threshold, and what is not a number.
-    leaves = np.asarray(leaves)[rows] | (index + 1 == len(self.stages))
-    if leaves.any():
-      probabilities = np.asarray(probabilities)[rows[leaves]]
-      yield Answers(indices[leaves], probabilities, np.full(len(probabilities), index))
-    stay = ~leaves
-    if stay.any():
-      queues[index + 1].put(carry, rows[stay], indices[stay], thresholds[stay])
+  def _full_batch(self, index):
+    """The batch size in which an image costs least."""
+    return len(self._first_batches[index]) - 1
 
-  def _is_faster_as_one(self, size, thresholds):
+  def _start(self, index, queues, total):
+    """Starts the next batch of a stage.
+
+    Args:
+      index: The stage's.
+      queues: Of all stages.
+      total: Images of which those that go on make batches together, these included.
+
+    Returns:
+      The queue of those who stay, and what waits for the results, see `_run_stage`.
+    """
+    count = min(queues[index].count, self._full_batch(index))
+    batch = queues[index].take(self._first_batches[index][count])
+    as_one = index == 0 and self._is_faster_as_one(batch, total)
+    run = self._run_all_stages if as_one else partial(self._run_stage, index)
+    return queues[index + 1], run(batch)
+
+  def _run_stage(self, index, batch):
+    """Starts a stage on a batch.
+
+    Returns:
+      What waits for the results: answers of those who leave, if any do, and of the others what
+      `_Queue.put` takes.
+    """
+    carry, probabilities, leaves = self._steps[index](batch.carry, batch.bounds()[:, index])
+
+    def results():
+      # The last exit takes all, whatever the threshold, and what is not a number.
+      leaving = np.asarray(leaves) | (index + 1 == len(self.stages))
+      return batch.divide(carry, probabilities, np.where(leaving, index, -1))
+
+    return results
+
+  def _run_all_stages(self, batch):
+    """Starts all stages on a batch of images; see `_run_stage`."""
+    probabilities, exits = self._all_stages(batch.carry, batch.bounds())
+    return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
+
+  def _is_faster_as_one(self, batch, total):
     """Whether a batch is likely to be done sooner by `_all_stages` than stage by stage.
 
     Args:
-      size: Places of the batch.
-      thresholds: [image, exit], of the images in it.
+      batch: Images.
+      total: See `_start`.
     """
-    count = len(thresholds)
+    thresholds, count = batch.thresholds, len(batch.thresholds)
+    size = len(batch.carry)
+    if size not in self._as_one_costs:
+      return False
     if (thresholds == thresholds[0]).all():
       reached = self._reached_stages(thresholds[0])
     else:
       reached = np.mean([self._reached_stages(row) for row in thresholds], axis=0)
-    # All places run a stage that any image reaches; alone, the images that reach it do.
-    as_one = self._overhead + size * np.dot(self._work, 1 - (1 - reached) ** count)
-    stages_alone = [
-      np.interp(count * fraction, np.arange(len(costs)), costs)
-      for fraction, costs in zip(reached[1:], self._costs[1:], strict=True)
-    ]
-    return as_one < self._overhead + size * self._work[0] + sum(stages_alone)
+    costs = np.array([costs[size] for costs in self._stage_costs])
+    # All places run a stage that any image reaches, each at what one program costs less than many.
+    runs = 1 - (1 - reached) ** count
+    spared = (costs.sum() - self._as_one_costs[size]) / max(1, len(costs) - 1)
+    as_one = costs[0] + np.dot(costs[1:] - spared, runs[1:])
+    # Alone, the images that reach a stage do.
+    by_stages = costs[0]
+    for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
+      if fraction:
+        together = min(total * fraction, len(least) - 1)
+        by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
+    return as_one < by_stages
 
   def _reached_stages(self, thresholds):
     """[exit], the fraction of images that is likely to run each stage, with such thresholds.
@@ -559,8 +642,53 @@ class AdaptiveClassifier:
 _FIELDS = [field.name for field in dataclasses.fields(Answers)]
 
 
+class _Batch(NamedTuple):
+  """Images that a stage runs at once.
+
+  Attributes:
+    carry: What the stage reads, of all places; some places are no image's.
+    rows: [image], its place.
+    indices: [image], its number.
+    thresholds: [image, exit].
+  """
+
+  carry: Carry
+  rows: np.ndarray
+  indices: np.ndarray
+  thresholds: np.ndarray
+
+  def bounds(self) -> np.ndarray:
+    """Thresholds [place, exit]; where there is no image, none stays."""
+    size = len(jax.tree.leaves(self.carry)[0])
+    bounds = np.full((size, self.thresholds.shape[-1]), -np.inf, np.float32)
+    bounds[self.rows] = self.thresholds
+    return bounds
+
+  def divide(
+    self, carry: Carry, probabilities: jax.Array, exits: np.ndarray
+  ) -> tuple[Answers | None, '_Batch']:
+    """Images that left, and images that stay.
+
+    Args:
+      carry: What the next stage reads.
+      probabilities: [place, class].
+      exits: [place], negative where the image stays.
+
+    Returns:
+      Answers, None if no image left, and those who stay, at their places in the carry.
+    """
+    exits = exits[self.rows]
+    left = exits >= 0
+    answers = None
+    if left.any():  # Else probabilities need not be fetched.
+      probabilities = np.asarray(probabilities)[self.rows[left]]
+      answers = Answers(self.indices[left], probabilities, exits[left])
+    stay = ~left
+    return answers, _Batch(carry, self.rows[stay], self.indices[stay], self.thresholds[stay])
+
+
 class _Queue:
-  """Images that wait for a stage: rows of what the stage before gave.
+  """Images that wait for a stage.
 
   Attributes:
     join: Makes one carry of rows of several.
@@ -571,25 +699,22 @@ class _Queue:
     self.join, self.count = join, 0
     self._parts = collections.deque()
 
-  def put(self, carry: Carry, rows: np.ndarray, indices: np.ndarray, thresholds: np.ndarray):
-    """Adds rows of a carry, with the images' numbers and thresholds [row, exit]."""
-    self._parts.append((carry, rows, indices, thresholds))
-    self.count += len(rows)
+  def put(self, part: _Batch) -> None:
+    """Adds images."""
+    if len(part.rows):
+      self._parts.append(part)
+      self.count += len(part.rows)
 
-  def take(self, size: int) -> tuple[Carry, np.ndarray, np.ndarray, np.ndarray]:
-    """Removes up to `size` rows.
-
-    Returns:
-      A carry of exactly `size` rows, some of them anything; which rows are images, and their
-      numbers and thresholds.
-    """
+  def take(self, size: int) -> _Batch:
+    """Removes up to `size` images, which get a carry of exactly `size` places."""
     taken, room = [], size
     while room and self._parts:
-      carry, rows, indices, thresholds = self._parts.popleft()
-      taken.append((carry, rows[:room], indices[:room], thresholds[:room]))
-      if len(rows) > room:
-        self._parts.appendleft((carry, rows[room:], indices[room:], thresholds[room:]))
-      room -= len(taken[-1][1])
+      carry, *fields = self._parts.popleft()
+      taken.append(_Batch(carry, *(field[:room] for field in fields)))
+      rest = _Batch(carry, *(field[room:] for field in fields))
+      if len(rest.rows):
+        self._parts.appendleft(rest)
+      room -= len(taken[-1].rows)
     self.count -= size - room
     carries, rows, indices, thresholds = zip(*taken, strict=True)
     if len(carries) == 1 and len(jax.tree.leaves(carries[0])[0]) == size:
@@ -597,16 +722,19 @@ class _Queue:
       carry, rows = carries[0], rows[0]
     else:
       carry, rows = self.join(carries, rows, size), np.arange(size - room)
-    return carry, rows, np.concatenate(indices), np.concatenate(thresholds)
+    return _Batch(carry, rows, np.concatenate(indices), np.concatenate(thresholds))
 
 
 def _join_on_host(carries, rows, size):
   """Rows of several carries, which may be on a device whose memory is the host's."""
 
   def join(*arrays):
-    parts = [np.asarray(array)[part] for array, part in zip(arrays, rows, strict=True)]
-    missing = size - sum(map(len, parts))
-    return np.concatenate([*parts, np.zeros((missing, *parts[0].shape[1:]), parts[0].dtype)])
+    joined, start = np.zeros((size, *arrays[0].shape[1:]), arrays[0].dtype), 0
+    for array, part in zip(arrays, rows, strict=True):
+      places = joined[start : start + len(part)]
+      np.take(np.asarray(array), part, axis=0, out=places, mode='clip')  # Other modes copy twice.
+      start += len(part)
+    return joined
 
   return jax.tree.map(join, *carries)
 
@@ -660,25 +788,41 @@ def _program(function, weights):
   return jax.jit(with_constants, compiler_options=compiler_options())
 
 
-def _cheapest_batches(sizes, work, overhead):
+def _expected_costs(madds, sizes, overhead):
+  """What `AdaptiveClassifier._plan` takes, by multiply-adds.
+
+  Args:
+    madds: [exit], of an image that leaves there.
+    sizes: The batch sizes that there are.
+    overhead: What a program costs besides.
+  """
+  stages = [{size: overhead + size * work for size in sizes} for work in np.diff(madds, prepend=0)]
+  spared = (len(madds) - 1) * overhead
+  as_one = {
+    size: overhead + size * madds[-1]
+    for size in sizes
+    if size == 1 or spared > _LEAST_TO_SPARE * size * madds[-1]
+  }
+  return stages, as_one
+
+
+def _cheapest_batches(costs):
   """How batches of images that are left are cheapest to run.
 
   Args:
-    sizes: The batch sizes that there are, ascending.
-    work: Multiply-adds an image.
-    overhead: Multiply-adds a batch.
+    costs: A batch size → what a batch costs.
 
   Returns:
-    [count], the least cost of `count` images, and the first of the batches that have it.
+    [count], the least cost of `count` images, and the size of the first of the batches that have
+    it, for as many images as the batch has in which an image costs least.
   """
-  costs, first = [0], [0]
-  for count in range(1, sizes[-1] + 1):
-    cost, size = min(
-      (overhead + size * work + costs[max(0, count - size)], -size) for size in sizes
-    )
-    costs.append(cost)
+  full = min(costs, key=lambda size: (costs[size] / size, -size))
+  least, first = [0], [0]
+  for count in range(1, full + 1):
+    cost, size = min((cost + least[max(0, count - size)], -size) for size, cost in costs.items())
+    least.append(cost)
     first.append(-size)
-  return costs, first
+  return least, first
 
 
 def _all_stages(stages, weights, images, thresholds):
@@ -704,6 +848,11 @@ def _all_stages(stages, weights, images, thresholds):
     )
 
   return run(0, images, (jnp.zeros((len(images), 1)), jnp.full(len(images), -1, jnp.int32)))
+
+
+def _zeros(one, size):
+  """A carry of `size` zeros on the device, shaped like the one of one image."""
+  return jax.device_put(jax.tree.map(lambda x: np.zeros((size, *x.shape[1:]), x.dtype), one))
 
 
 def _lower(thresholds):

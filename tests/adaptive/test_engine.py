@@ -173,30 +173,106 @@ def test_stream_runs_later_stages_on_full_batches(network):
 
 
 def test_batches_cost_least():
-  # 5 images: 4 + 1 cost (4 + 4) + (4 + 1), a batch of 16 costs 4 + 16; 9 images: 21 against 20.
-  costs, first = engine._cheapest_batches(SIZES, work=2, overhead=8)
-  assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 4, 16, 16, 16]
-  assert [costs[count] for count in (0, 1, 2, 5, 9)] == [0, 2 * 5, 2 * 8, 2 * 13, 2 * 20]
-  _, first = engine._cheapest_batches(SIZES, work=1, overhead=256)  # Never two where one will do.
+  # 5 images: 4 + 1 cost 12 + 9, a batch of 16 costs 24; 9 images: 33 against 24.
+  least, first = engine._cheapest_batches({size: 8 + size for size in SIZES})
+  assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 16, 16, 16, 16]
+  assert [least[count] for count in (0, 1, 2, 5, 9)] == [0, 9, 12, 21, 24]
+  # Never two where one will do.
+  _, first = engine._cheapest_batches({size: 256 + size for size in SIZES})
   assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
 
 
+def test_no_batch_is_larger_than_pays():
+  least, first = engine._cheapest_batches({1: 1.0, 4: 2.0, 16: 8.1})
+  assert first == [0, 1, 4, 4, 4]
+  assert least == [0, 1, 2, 2, 2]
+
+
 @pytest.mark.parametrize(
-  ('leaving', 'overhead', 'expected'),
+  ('leaving', 'total', 'overhead', 'expected'),
   [
-    # Stage by stage 16 + 8 + 4 places and three programs more: 20 places are saved.
-    ((0.5, 0.25, 0.25), 6e9, False),
-    ((0.5, 0.25, 0.25), 7e9, True),
+    # Stage by stage 16 + 8 + 4 places and two programs more: 20 places are saved.
+    ((0.5, 0.25, 0.25), 16, 6, False),
+    ((0.5, 0.25, 0.25), 16, 11, True),
+    # With images of other batches, those that go on make batches of 16.
+    ((0.5, 0.25, 0.25), 64, 26, False),
+    ((0.5, 0.25, 0.25), np.inf, 27, True),
     # Where all leave at once, what follows is not run either way.
-    ((1, 0, 0), 7e9, False),
-    ((0, 0, 1), 1e6, True),
+    ((1, 0, 0), 16, 11, False),
+    ((0, 0, 1), 16, 1e-3, True),
   ],
 )
-def test_one_program_or_several(network, monkeypatch, leaving, overhead, expected):
-  monkeypatch.setitem(engine._OVERHEAD, 'cpu', overhead)
+def test_one_program_or_several(network, leaving, total, overhead, expected):
   thresholds = np.float32([0.9, 0.8, 0.7])
   classifier = classifier_of(network, thresholds, settings=[Setting(thresholds, leaving, 0.5)])
-  assert classifier._is_faster_as_one(16, np.broadcast_to(thresholds, (16, 3))) == expected
+  stages = [{size: overhead + size for size in SIZES}] * 3
+  classifier._plan(stages, {size: overhead + 3 * size for size in SIZES})
+  batch = engine._Batch(
+    np.zeros((16, *SHAPE)), np.arange(16), np.arange(16), classifier._rows(thresholds, 16)
+  )
+  assert classifier._is_faster_as_one(batch, total) == expected
+
+
+def test_one_program_is_for_batches_in_which_programs_cost_much():
+  stages, as_one = engine._expected_costs([10, 30], [1, 4, 16], overhead=8)
+  assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
+  assert as_one == {1: 38}
+  _, as_one = engine._expected_costs([10, 30], [1, 4, 16], overhead=31)
+  assert list(as_one) == [1, 4]
+
+
+@pytest.fixture
+def compilations():
+  """Programs compiled since, as a list that grows."""
+  seen = []
+
+  def listen(event, seconds, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      seen.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seen
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize('join', [engine._join_on_host, engine._join_on_device])
+def test_nothing_is_left_to_compile(network, compilations, join):
+  _, _, images, probabilities = network
+  classifier = classifier_of(network, find_thresholds(probabilities, [1 / 3] * 3))
+  classifier._join = join
+  classifier.compile()
+  assert compilations
+  compilations.clear()
+  for count in (1, 2, 5, 16, 21, 75):
+    for thresholds in (classifier.thresholds, np.full(3, np.inf), np.full(3, -np.inf)):
+      classifier.predict(images[:count], thresholds)
+  for _ in classifier.stream(np.split(images, 5)):
+    pass
+  assert not compilations
+
+
+def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
+  _, _, images, probabilities = network
+  times = {1: 1.0, 4: 2.0, 16: 9.0}
+  monkeypatch.setattr(
+    AdaptiveClassifier, '_time', lambda self, run, carry: times[len(jax.tree.leaves(carry)[0])]
+  )
+  thresholds = find_thresholds(probabilities, [1 / 3] * 3)
+  classifier = classifier_of(network, thresholds).compile()
+  sizes = []
+  step = classifier._steps[0]
+  classifier._steps[0] = lambda carry, bounds: sizes.append(len(carry)) or step(carry, bounds)
+  assert_follows_policy(classifier.predict(images[:16]), probabilities[:, :16], thresholds)
+  assert sizes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+  ('largest', 'sizes'), [(1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (99, [1, 4, 16])]
+)
+def test_compiled_for_no_more_images_than_asked_for(network, monkeypatch, largest, sizes):
+  monkeypatch.setattr(AdaptiveClassifier, '_time', lambda self, run, carry: 1.0)
+  classifier = classifier_of(network, [0.5] * 3).compile(largest)
+  assert all(list(costs) == sizes for costs in classifier._stage_costs)
 
 
 def test_other_thresholds_are_taken_to_spread_images_evenly(network):
@@ -208,7 +284,9 @@ def test_other_thresholds_are_taken_to_spread_images_evenly(network):
     ((0.5, -np.inf, 0.6), (1, 2 / 3, 0)),
     ((np.inf, np.inf, np.inf), (1, 1, 1)),
   ):
-    np.testing.assert_allclose(classifier._reached_stages(np.float32(thresholds)), expected)
+    np.testing.assert_allclose(
+      classifier._reached_stages(classifier._rows(thresholds, 1)[0]), expected
+    )
 
 
 def test_stages_run_only_for_those_who_need_them(network):
