@@ -31,7 +31,7 @@ Tree = Any
 Carry = Any
 
 # The batch sizes that are compiled. Images left over make smaller batches.
-BATCH_SIZES = (1, 4, 16, 32, 64, 128, 256)
+BATCH_SIZES = (1, 4, 16, 64, 256)
 
 # What running a program is taken to cost besides its images until programs are timed, in
 # multiply-adds that take as long: 20 to 40 million on two CPU cores, where small batches fill no
@@ -39,12 +39,12 @@ BATCH_SIZES = (1, 4, 16, 32, 64, 128, 256)
 _OVERHEAD = {'cpu': 4e7}
 _OVERHEAD_OF_ACCELERATORS = 1e9
 
-# The part of a batch's multiply-adds that its programs must cost besides, for one program of the
-# whole network to be compiled for it as well.
-_LEAST_TO_SPARE = 0.25
+# One program of all stages is compiled for batch sizes at which it is expected to spare at least
+# this part of the cost of a batch.
+_LEAST_TO_SPARE = 0.1
 
 # How often `compile` times programs, in turns; the least time counts.
-_TIMINGS = 3
+_TIMINGS = 5
 
 # Seconds of a batch that one turn times well enough.
 _LONG_BATCH = 0.5
@@ -395,8 +395,8 @@ class AdaptiveClassifier:
   ) -> Iterator[Answers]:
     """Classifies images as they come; places that images leave are filled by those that wait.
 
-    Every stage works on full batches, however few images reach it, and at most a batch and a half
-    an exit waits.
+    Every stage works on full batches, however few images reach it, and at most two batches an exit
+    wait.
 
     Args:
       batches: [image, height, width, channels] each, of any size.
@@ -482,10 +482,12 @@ class AdaptiveClassifier:
   def _time(self, run, carry):
     """Seconds of a batch of which no image leaves before the last exit."""
     size = len(jax.tree.leaves(carry)[0])
+    rows = np.arange(size)
     thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
-    batch = _Batch(carry, np.arange(size), np.arange(size), thresholds)
     start = time.perf_counter()
-    run(batch)()
+    if isinstance(carry, tuple):  # Of a stage before.
+      carry = self._join([carry], [rows], size)
+    run(_Batch(carry, rows, rows, thresholds))()
     return time.perf_counter() - start
 
   def _plan(
@@ -498,7 +500,13 @@ class AdaptiveClassifier:
       as_one_costs: A batch size → what a batch costs as one program that runs all stages.
     """
     self._stage_costs, self._as_one_costs = stage_costs, as_one_costs
-    self._least_costs, self._first_batches = zip(*map(_cheapest_batches, stage_costs), strict=True)
+    # One for all stages, so that batches that nobody leaves go from stage to stage as they are.
+    self._full_batch = min(
+      stage_costs[0], key=lambda size: (sum(costs[size] for costs in stage_costs) / size, -size)
+    )
+    self._least_costs, self._first_batches = zip(
+      *(_cheapest_batches(costs, self._full_batch) for costs in stage_costs), strict=True
+    )
 
   def _check(self, images):
     images = np.asarray(images)
@@ -533,7 +541,7 @@ class AdaptiveClassifier:
     first_index, open_source, started = 0, True, collections.deque()
     while True:
       waiting = [index for index, queue in enumerate(queues) if queue.count]
-      full = [index for index in waiting if queues[index].count >= self._full_batch(index)]
+      full = [index for index in waiting if queues[index].count >= self._full_batch]
       if full:
         started.append(self._start(full[-1], queues, total))
       elif open_source:
@@ -549,16 +557,12 @@ class AdaptiveClassifier:
         started.append(self._start(waiting[0], queues, total))
       elif not started:
         return
-      if len(started) > bool(full):
+      if not full or len(started) > 1:
         next_queue, results = started.popleft()
         answers, stayers = results()
         next_queue.put(stayers)
         if answers is not None:
           yield answers
-
-  def _full_batch(self, index):
-    """The batch size in which an image costs least."""
-    return len(self._first_batches[index]) - 1
 
   def _start(self, index, queues, total):
     """Starts the next batch of a stage.
@@ -571,7 +575,7 @@ class AdaptiveClassifier:
     Returns:
       The queue of those who stay, and what waits for the results, see `_run_stage`.
     """
-    count = min(queues[index].count, self._full_batch(index))
+    count = min(queues[index].count, self._full_batch)
     batch = queues[index].take(self._first_batches[index][count])
     as_one = index == 0 and self._is_faster_as_one(batch, total)
     run = self._run_all_stages if as_one else partial(self._run_stage, index)
@@ -622,7 +626,7 @@ class AdaptiveClassifier:
     by_stages = costs[0]
     for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
       if fraction:
-        together = min(total * fraction, len(least) - 1)
+        together = min(total * fraction, self._full_batch)
         by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
     return as_one < by_stages
 
@@ -806,23 +810,24 @@ def _expected_costs(madds, sizes, overhead):
   return stages, as_one
 
 
-def _cheapest_batches(costs):
+def _cheapest_batches(costs, most):
   """How batches of images that are left are cheapest to run.
 
   Args:
     costs: A batch size → what a batch costs.
+    most: The largest batch size to use.
 
   Returns:
-    [count], the least cost of `count` images, and the size of the first of the batches that have
-    it, for as many images as the batch has in which an image costs least.
+    [count], the least cost of `count` images, up to `most`, and the size of the first of the
+    batches that have it.
   """
-  full = min(costs, key=lambda size: (costs[size] / size, -size))
+  costs = {size: cost for size, cost in costs.items() if size <= most}
   least, first = [0], [0]
-  for count in range(1, full + 1):
+  for count in range(1, most + 1):
     cost, size = min((cost + least[max(0, count - size)], -size) for size, cost in costs.items())
     least.append(cost)
     first.append(-size)
-  return least, first
+  return np.array(least), first
 
 
 def _all_stages(stages, weights, images, thresholds):

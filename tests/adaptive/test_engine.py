@@ -174,18 +174,20 @@ def test_stream_runs_later_stages_on_full_batches(network):
 
 def test_batches_cost_least():
   # 5 images: 4 + 1 cost 12 + 9, a batch of 16 costs 24; 9 images: 33 against 24.
-  least, first = engine._cheapest_batches({size: 8 + size for size in SIZES})
+  least, first = engine._cheapest_batches({size: 8 + size for size in SIZES}, most=16)
   assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 16, 16, 16, 16]
   assert [least[count] for count in (0, 1, 2, 5, 9)] == [0, 9, 12, 21, 24]
   # Never two where one will do.
-  _, first = engine._cheapest_batches({size: 256 + size for size in SIZES})
+  _, first = engine._cheapest_batches({size: 256 + size for size in SIZES}, most=16)
   assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
 
 
-def test_no_batch_is_larger_than_pays():
-  least, first = engine._cheapest_batches({1: 1.0, 4: 2.0, 16: 8.1})
-  assert first == [0, 1, 4, 4, 4]
-  assert least == [0, 1, 2, 2, 2]
+def test_no_batch_is_larger_than_pays(network):
+  classifier = classifier_of(network, [0.5] * 3)
+  # 1.7 an image of a full batch of 4, 1.9 of one of 16, though the last stage gains by it.
+  classifier._plan([{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}], {})
+  assert classifier._first_batches == ([0, 1, 4, 4, 4],) * 2 + ([0, 4, 4, 4, 4],)
+  np.testing.assert_allclose(classifier._least_costs[0], [0, 2, 3, 3, 3])
 
 
 @pytest.mark.parametrize(
