@@ -165,7 +165,7 @@ class AdaptiveClassifier:
       )
     )
     self._reached = {
-      _lower(np.float32(setting.thresholds)).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
+      np.float32(setting.thresholds).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
       for setting in self.settings
     }
     self._steps = [
@@ -507,6 +507,8 @@ class AdaptiveClassifier:
     self._least_costs, self._first_batches = zip(
       *(_cheapest_batches(costs, self._full_batch) for costs in stage_costs), strict=True
     )
+    # The same thresholds come again and again, and this takes as long as some of a small stage.
+    self._is_faster_as_one = functools.lru_cache(maxsize=256)(self._expect_faster_as_one)
 
   def _check(self, images):
     images = np.asarray(images)
@@ -518,15 +520,17 @@ class AdaptiveClassifier:
     return images
 
   def _rows(self, thresholds, count):
-    """Thresholds an image as they are compared, [image, exit]."""
-    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds, np.float32)
+    """Thresholds an image, [image, exit]."""
+    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds)
+    rows = np.empty((count, len(self.stages)), np.float32)
     try:
-      return np.broadcast_to(_lower(thresholds), (count, len(self.stages)))
+      rows[:] = thresholds
     except ValueError:
       raise ValueError(
         f'thresholds of shape {thresholds.shape} must be [{len(self.stages)}] or '
         f'[{count}, {len(self.stages)}]'
       ) from None
+    return rows
 
   def _decide(
     self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float
@@ -577,7 +581,9 @@ class AdaptiveClassifier:
     """
     count = min(queues[index].count, self._full_batch)
     batch = queues[index].take(self._first_batches[index][count])
-    as_one = index == 0 and self._is_faster_as_one(batch, total)
+    as_one = index == 0 and self._is_faster_as_one(
+      len(batch.carry), batch.thresholds.tobytes(), total
+    )
     run = self._run_all_stages if as_one else partial(self._run_stage, index)
     return queues[index + 1], run(batch)
 
@@ -588,7 +594,7 @@ class AdaptiveClassifier:
       What waits for the results: answers of those who leave, if any do, and of the others what
       `_Queue.put` takes.
     """
-    carry, probabilities, leaves = self._steps[index](batch.carry, batch.bounds()[:, index])
+    carry, probabilities, leaves = self._steps[index](batch.carry, batch.bounds(index))
 
     def results():
       # The last exit takes all, whatever the threshold, and what is not a number.
@@ -602,17 +608,18 @@ class AdaptiveClassifier:
     probabilities, exits = self._all_stages(batch.carry, batch.bounds())
     return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
 
-  def _is_faster_as_one(self, batch, total):
+  def _expect_faster_as_one(self, size, thresholds, total):
     """Whether a batch is likely to be done sooner by `_all_stages` than stage by stage.
 
     Args:
-      batch: Images.
+      size: Places of the batch.
+      thresholds: [image, exit], of the images in it, as bytes.
       total: See `_start`.
     """
-    thresholds, count = batch.thresholds, len(batch.thresholds)
-    size = len(batch.carry)
     if size not in self._as_one_costs:
       return False
+    thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, len(self.stages))
+    count = len(thresholds)
     if (thresholds == thresholds[0]).all():
       reached = self._reached_stages(thresholds[0])
     else:
@@ -661,11 +668,12 @@ class _Batch(NamedTuple):
   indices: np.ndarray
   thresholds: np.ndarray
 
-  def bounds(self) -> np.ndarray:
-    """Thresholds [place, exit]; where there is no image, none stays."""
+  def bounds(self, exits: int | slice = slice(None)) -> np.ndarray:
+    """Thresholds [place, exit] or [place] of one exit; where there is no image, none stays."""
+    thresholds = self.thresholds[:, exits]
     size = len(jax.tree.leaves(self.carry)[0])
-    bounds = np.full((size, self.thresholds.shape[-1]), -np.inf, np.float32)
-    bounds[self.rows] = self.thresholds
+    bounds = np.full((size, *thresholds.shape[1:]), -np.inf, np.float32)
+    bounds[self.rows] = thresholds
     return bounds
 
   def divide(
@@ -777,7 +785,8 @@ def _step(stage, weights, carry, thresholds):
   """A stage, and who is sure enough after it."""
   features, logits = stage(weights, carry)
   probabilities = jax.nn.softmax(logits.astype(jnp.float32))
-  return (features, logits), probabilities, probabilities.max(axis=-1) >= thresholds
+  lowered = thresholds - _SLACK * jnp.maximum(0, 1 - thresholds)
+  return (features, logits), probabilities, probabilities.max(axis=-1) >= lowered
 
 
 def _program(function, weights):
@@ -858,13 +867,6 @@ def _all_stages(stages, weights, images, thresholds):
 def _zeros(one, size):
   """A carry of `size` zeros on the device, shaped like the one of one image."""
   return jax.device_put(jax.tree.map(lambda x: np.zeros((size, *x.shape[1:]), x.dtype), one))
-
-
-def _lower(thresholds):
-  """Thresholds as they are compared, see _SLACK; infinite ones stay."""
-  with np.errstate(invalid='ignore'):
-    lowered = thresholds - np.float32(_SLACK) * np.maximum(0, 1 - thresholds)
-  return np.where(np.isfinite(thresholds), lowered, thresholds).astype(np.float32)
 
 
 @functools.cache

@@ -209,10 +209,8 @@ def test_one_program_or_several(network, leaving, total, overhead, expected):
   classifier = classifier_of(network, thresholds, settings=[Setting(thresholds, leaving, 0.5)])
   stages = [{size: overhead + size for size in SIZES}] * 3
   classifier._plan(stages, {size: overhead + 3 * size for size in SIZES})
-  batch = engine._Batch(
-    np.zeros((16, *SHAPE)), np.arange(16), np.arange(16), classifier._rows(thresholds, 16)
-  )
-  assert classifier._is_faster_as_one(batch, total) == expected
+  rows = classifier._rows(thresholds, 16)
+  assert classifier._is_faster_as_one(16, rows.tobytes(), total) == expected
 
 
 def test_one_program_is_for_batches_in_which_programs_cost_much():
