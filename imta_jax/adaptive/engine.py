@@ -49,6 +49,9 @@ _TIMINGS = 5
 # Seconds of a batch that one turn times well enough.
 _LONG_BATCH = 0.5
 
+# Of batch sizes at which an image costs alike, but for this part, the largest is used.
+_TIE = 0.1
+
 # A threshold is the confidence of a validation image, which shall leave. Rounding differs between
 # programs, so thresholds are lowered by this part of what they lack of certainty; confidences of
 # trained networks were seen to differ by up to 7e-6 of it.
@@ -159,11 +162,10 @@ class AdaptiveClassifier:
     self._batch_sizes = tuple(sorted(batch_sizes))
     platform = jax.default_backend()
     self._join = _join_on_host if platform == 'cpu' else _join_on_device
-    self._plan(
-      *_expected_costs(
-        self.madds, self._batch_sizes, _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
-      )
-    )
+    overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
+    stage_costs, as_one_costs = _expected_costs(self.madds, self._batch_sizes, overhead)
+    self._as_one_sizes = tuple(as_one_costs)
+    self._plan(stage_costs, as_one_costs)
     self._reached = {
       np.float32(setting.thresholds).tobytes(): 1 - np.cumsum((0, *setting.shares[:-1]))
       for setting in self.settings
@@ -466,7 +468,7 @@ class AdaptiveClassifier:
       (partial(self._run_stage, index), carry, dict.fromkeys(sizes, np.inf))
       for index, carry in enumerate(carries)
     ]
-    as_one = {size: np.inf for size in sizes if size in self._as_one_costs}
+    as_one = {size: np.inf for size in sizes if size in self._as_one_sizes}
     programs.append((self._run_all_stages, carries[0], as_one))
     for turn in range(1 + _TIMINGS):  # The first one compiles.
       for run, carry, seconds in programs:
@@ -500,10 +502,12 @@ class AdaptiveClassifier:
       as_one_costs: A batch size → what a batch costs as one program that runs all stages.
     """
     self._stage_costs, self._as_one_costs = stage_costs, as_one_costs
-    # One for all stages, so that batches that nobody leaves go from stage to stage as they are.
-    self._full_batch = min(
-      stage_costs[0], key=lambda size: (sum(costs[size] for costs in stage_costs) / size, -size)
-    )
+    image_costs = {
+      size: sum(costs[size] for costs in stage_costs) / size for size in stage_costs[0]
+    }
+    most = (1 + _TIE) * min(image_costs.values())
+    # One size for all stages, so that a batch that nobody leaves goes from stage to stage as it is.
+    self._full_batch = max(size for size, cost in image_costs.items() if cost <= most)
     self._least_costs, self._first_batches = zip(
       *(_cheapest_batches(costs, self._full_batch) for costs in stage_costs), strict=True
     )

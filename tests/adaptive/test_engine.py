@@ -185,9 +185,19 @@ def test_batches_cost_least():
 def test_no_batch_is_larger_than_pays(network):
   classifier = classifier_of(network, [0.5] * 3)
   # 1.7 an image of a full batch of 4, 1.9 of one of 16, though the last stage gains by it.
-  classifier._plan([{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}], {})
+  stages = [{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}]
+  classifier._plan(stages, {})
   assert classifier._first_batches == ([0, 1, 4, 4, 4],) * 2 + ([0, 4, 4, 4, 4],)
   np.testing.assert_allclose(classifier._least_costs[0], [0, 2, 3, 3, 3])
+  stages[0][16] = 15  # 1.84: nearly as cheap, and fewer batches.
+  classifier._plan(stages, {})
+  assert [len(first) for first in classifier._first_batches] == [17] * 3
+
+
+def test_compiling_again_for_more_images(network, monkeypatch):
+  monkeypatch.setattr(AdaptiveClassifier, '_time', lambda self, run, carry: 1.0)
+  classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1).compile()
+  assert list(classifier._as_one_costs) == list(SIZES)
 
 
 @pytest.mark.parametrize(
