@@ -207,13 +207,13 @@ class Batcher:
       images, thresholds, futures, _ = zip(*batch, strict=True)
       self._observe(len(images))
       try:
-        answers = self._classifier.predict(np.stack(images), np.stack(thresholds))
+        for part in self._classifier.predict_as_decided(np.stack(images), np.stack(thresholds)):
+          for index, *answer in zip(part.indices, part.probabilities, part.exits, strict=True):
+            futures[index].set_result(tuple(answer))
       except Exception as error:
         for future in futures:
-          future.set_exception(error)
-      else:
-        for answer in zip(futures, answers.probabilities, answers.exits, strict=True):
-          answer[0].set_result(answer[1:])
+          if not future.done():
+            future.set_exception(error)
 
   def _take(self):
     """The next batch; an empty one at the end."""

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, Setting
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
@@ -60,7 +60,7 @@ def network(new_network):
 
 
 class Gate:
-  """Stands before the network's `predict`; notes what goes in, and can be shut."""
+  """Stands before the network's `predict_as_decided`; notes what goes in, and can be shut."""
 
   def __init__(self, predict):
     self._predict, self._open = predict, threading.Event()
@@ -86,8 +86,8 @@ class Gate:
 
 @pytest.fixture
 def gate(network, monkeypatch):
-  gate = Gate(network.predict)
-  monkeypatch.setattr(network, 'predict', gate)
+  gate = Gate(network.predict_as_decided)
+  monkeypatch.setattr(network, 'predict_as_decided', gate)
   return gate
 
 
@@ -149,6 +149,36 @@ def test_an_image_is_answered(client_of, network):
         assert_answers(await post(client, number), expected, number)
       octets = {'Content-Type': 'application/octet-stream'}
       assert_answers(await post(client, 1, headers=octets), expected, 1)
+
+  asyncio.run(scenario())
+
+
+@pytest.mark.parametrize('late_status', [200, 500])
+def test_who_leaves_early_is_answered_early(client_of, network, monkeypatch, late_status):
+  expected = network.predict(IMAGES[:2])
+  go_on = threading.Event()
+
+  def one_by_one(images, thresholds):
+    assert len(images) == 2
+    for index in (1, 0):
+      rows = np.array([index])
+      yield Answers(rows, expected.probabilities[rows], expected.exits[rows])
+      assert go_on.wait(30)
+      if late_status == 500:
+        raise RuntimeError('broken')
+
+  monkeypatch.setattr(network, 'predict_as_decided', one_by_one)
+
+  async def scenario():
+    async with client_of(max_batch=2, max_delay_ms=10000) as client:
+      late, early = (asyncio.create_task(post(client, number)) for number in (0, 1))
+      assert_answers(await asyncio.wait_for(early, 30), expected, 1)
+      assert not late.done()
+      go_on.set()
+      response = await late
+      assert response.status_code == late_status
+      if late_status == 200:
+        assert_answers(response, expected, 0)
 
   asyncio.run(scenario())
 

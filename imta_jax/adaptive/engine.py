@@ -380,17 +380,39 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If images or thresholds do not fit.
     """
+    parts = list(self.predict_as_decided(images, thresholds))
+    if len(parts) == 1:
+      return parts[0]
+    nobody = np.zeros(0, np.int64)
+    nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
+    fields = [
+      np.concatenate([getattr(part, name) for part in [nothing, *parts]]) for name in _FIELDS
+    ]
+    order = np.argsort(fields[0])
+    return Answers(*(field[order] for field in fields))
+
+  def predict_as_decided(
+    self, images: np.ndarray, thresholds: np.ndarray | None = None
+  ) -> Iterator[Answers]:
+    """Classifies images; who leaves early is answered early.
+
+    Args:
+      images: See `predict`.
+      thresholds: See `predict`.
+
+    Yields:
+      Answers as they are decided, not in the images' order: see `Answers.indices`.
+
+    Raises:
+      ValueError: If images or thresholds do not fit.
+    """
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
     if len(images) == 1:
       probabilities, exits = map(np.asarray, self._all_stages(images, rows))
-      return Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
-    nobody = np.zeros(0, np.int64)
-    nothing = Answers(nobody, np.zeros((0, self.num_classes), np.float32), nobody)
-    parts = [nothing, *self._decide(iter([(images, rows)]), len(images))]
-    fields = [np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS]
-    order = np.argsort(fields[0])
-    return Answers(*(field[order] for field in fields))
+      yield Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
+    else:
+      yield from self._decide(iter([(images, rows)]), len(images))
 
   def stream(
     self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None

@@ -116,6 +116,26 @@ def test_image_that_is_no_number_reaches_the_last_exit(network, classifier):
   assert classifier.predict(images[2:3], np.full(3, -np.inf)).exits[0] == 2
 
 
+def test_who_leaves_early_is_answered_before_others_go_on(network):
+  _, _, images, probabilities = network
+  thresholds = find_thresholds(probabilities, [1 / 3] * 3)
+  classifier = classifier_of(network, thresholds)
+  stages = []
+  for index, step in enumerate(classifier._steps):
+    classifier._steps[index] = lambda carry, bounds, index=index, step=step: (
+      stages.append(index) or step(carry, bounds)
+    )
+  parts = []
+  for answers in classifier.predict_as_decided(images[:16]):
+    parts.append(answers)
+    assert set(stages) <= set(range(answers.exits.max() + 1))
+  assert {int(part.exits[0]) for part in parts} == {0, 1, 2}
+  indices = np.concatenate([part.indices for part in parts])
+  np.testing.assert_array_equal(np.sort(indices), np.arange(16))
+  exits = np.concatenate([part.exits for part in parts])
+  np.testing.assert_array_equal(exits, classifier.predict(images[:16]).exits[indices])
+
+
 def test_no_images(classifier):
   answers = classifier.predict(np.zeros((0, *SHAPE), np.float32))
   assert answers.labels.shape == answers.confidences.shape == answers.exits.shape == (0,)
