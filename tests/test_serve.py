@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import socket
 import subprocess
@@ -151,6 +152,15 @@ def test_an_image_is_answered(client_of, network):
       assert_answers(await post(client, 1, headers=octets), expected, 1)
 
   asyncio.run(scenario())
+
+
+def test_garbage_collection_leaves_out_what_was_there_at_the_start(client_of):
+  async def scenario():
+    async with client_of():
+      return gc.get_freeze_count()
+
+  assert asyncio.run(scenario()) > 100_000
+  assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize('late_status', [200, 500])
