@@ -4,7 +4,7 @@
     python experiments/export.py runs/cifar100 exported --budget=40e6
 
 The folder holds each stage as StableHLO (jax.export; any batch size; for CPUs, GPUs and TPUs), the
-weights, thresholds for 40 budgets, and engine.py, which needs JAX and NumPy alone:
+weights, thresholds for 40 budgets, and engine/, which needs JAX and NumPy alone:
 
     import sys; sys.path.insert(0, 'exported')
     from engine import AdaptiveClassifier
@@ -41,14 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(
   description: str,
-  write: Callable[[AdaptiveClassifier, epath.Path, str], None],
+  write: Callable[[AdaptiveClassifier, epath.Path, str], int],
   arguments: Sequence[str] | None = None,
 ) -> None:
   """The command line of an export.
 
   Args:
     description: What it does.
-    write: What writes a classifier to a folder, with the name of where it came from.
+    write: What writes a classifier to a folder, with the name of where it came from; it tells how
+      many bytes.
     arguments: Of the command line.
 
   Raises:
@@ -77,18 +78,20 @@ def run(
     )
   except ValueError as error:
     raise UsageError(str(error)) from error
-  write(classifier, folder, options.workdir)
-  size = sum(path.stat().length for path in folder.iterdir())
+  size = write(classifier, folder, options.workdir)
   print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
 
 
-def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> None:
+def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:
   """Writes a classifier.
 
   Args:
     classifier: What to write.
     folder: Where to; made if need be.
     source: Where the network came from, for people.
+
+  Returns:
+    Bytes written.
 
   Raises:
     UsageError: If there is something in the folder already.
@@ -104,8 +107,12 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
     'platforms': list(PLATFORMS),
   }
   contents['weights.npz'] = _npz(weights)
-  contents['engine.py'] = Path(engine.__file__).read_bytes()
-  write_folder(classifier, folder, source, contents, fields, ('imta_jax', 'jax', 'jaxlib', 'numpy'))
+  contents |= {
+    f'engine/{path.name}': path.read_bytes()
+    for path in sorted(Path(engine.__file__).parent.glob('*.py'))
+  }
+  packages = ('imta_jax', 'jax', 'jaxlib', 'numpy')
+  return write_folder(classifier, folder, source, contents, fields, packages)
 
 
 def check_empty(folder: epath.Path) -> None:
@@ -121,7 +128,7 @@ def write_folder(
   contents: Mapping[str, bytes],
   fields: Mapping[str, Any],
   packages: Sequence[str],
-) -> None:
+) -> int:
   """Writes files, and a manifest with their checksums and what the classifier is.
 
   Args:
@@ -131,6 +138,9 @@ def write_folder(
     contents: By file name.
     fields: What else the manifest tells.
     packages: Whose versions it tells.
+
+  Returns:
+    Bytes written.
   """
   manifest = {
     **fields,
@@ -156,10 +166,12 @@ def write_folder(
   # What JSON gives back is what is summed.
   manifest = json.loads(json.dumps(manifest))
   manifest['manifest_sha256'] = engine.manifest_checksum(manifest)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, content in contents.items():  # The manifest last: without it there is no export.
+  # The manifest last: without it there is no export.
+  contents = {**contents, engine.MANIFEST: f'{json.dumps(manifest, indent=2)}\n'.encode()}
+  for name, content in contents.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
-  (folder / engine.MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+  return sum(map(len, contents.values()))
 
 
 def _stages(classifier: AdaptiveClassifier) -> list[bytes]:

@@ -41,13 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
   export.run(__doc__, write_export, arguments)
 
 
-def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> None:
+def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:
   """Writes a classifier.
 
   Args:
     classifier: What to write.
     folder: Where to; made if need be.
     source: Where the network came from, for people.
+
+  Returns:
+    Bytes written.
 
   Raises:
     UsageError: If there is something in the folder already, or jax2onnx is not installed.
@@ -67,7 +70,7 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
   }
   contents = {name: stage.SerializeToString() for name, stage in stages.items()}
   packages = ('imta_jax', 'jax', 'jax2onnx', 'onnx')
-  export.write_folder(classifier, folder, source, contents, fields, packages)
+  return export.write_folder(classifier, folder, source, contents, fields, packages)
 
 
 def _convert(classifier: AdaptiveClassifier) -> list[Any]:

@@ -10,8 +10,9 @@ import pytest
 import scipy.special
 
 from imta_jax import models
-from imta_jax.adaptive import engine
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, Setting, programs
+from imta_jax.adaptive.engine.batches import join_on_device, join_on_host, places
+from imta_jax.adaptive.engine.runner import Runner
 from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_shares
 
 SHAPE = (16, 16, 3)
@@ -52,7 +53,7 @@ def classifier(network, request):
   madds = SMALL if request.param == 'as one' else LARGE
   classifier = classifier_of(network, thresholds, madds=madds)
   if request.param == 'by stages on the device':  # As on accelerators.
-    classifier._join = engine._join_on_device
+    classifier._runner.join = join_on_device
   return classifier
 
 
@@ -85,7 +86,7 @@ def test_one_at_a_time_is_as_together(network, classifier):
 
 
 def test_weights_too_large_for_constants_are_handed_over(network, classifier, monkeypatch):
-  monkeypatch.setattr(engine, '_MOST_CONSTANTS', 0)
+  monkeypatch.setattr(programs, '_MOST_CONSTANTS', 0)
   image = network[2][:1]
   other = classifier_of(network, classifier.thresholds).predict(image)
   answer = classifier.predict(image)
@@ -121,9 +122,9 @@ def test_who_leaves_early_is_answered_before_others_go_on(network):
   thresholds = find_thresholds(probabilities, [1 / 3] * 3)
   classifier = classifier_of(network, thresholds)
   stages = []
-  for index, step in enumerate(classifier._steps):
-    classifier._steps[index] = lambda carry, bounds, index=index, step=step: (
-      stages.append(index) or step(carry, bounds)
+  for index, run in enumerate(classifier._runner.stages):
+    classifier._runner.stages[index] = lambda carry, bounds, index=index, run=run: (
+      stages.append(index) or run(carry, bounds)
     )
   parts = []
   for answers in classifier.predict_as_decided(images[:16]):
@@ -192,63 +193,12 @@ def test_stream_runs_later_stages_on_full_batches(network):
   assert 25 <= sum(sizes) <= 25 + 16
 
 
-def test_batches_cost_least():
-  # 5 images: 4 + 1 cost 12 + 9, a batch of 16 costs 24; 9 images: 33 against 24.
-  least, first = engine._cheapest_batches({size: 8 + size for size in SIZES}, most=16)
-  assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 16, 16, 16, 16]
-  assert [least[count] for count in (0, 1, 2, 5, 9)] == [0, 9, 12, 21, 24]
-  # Never two where one will do.
-  _, first = engine._cheapest_batches({size: 256 + size for size in SIZES}, most=16)
-  assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
-
-
-def test_no_batch_is_larger_than_pays(network):
-  classifier = classifier_of(network, [0.5] * 3)
-  # 1.7 an image of a full batch of 4, 1.9 of one of 16, though the last stage gains by it.
-  stages = [{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}]
-  classifier._plan(stages, {})
-  assert classifier._first_batches == ([0, 1, 4, 4, 4],) * 2 + ([0, 4, 4, 4, 4],)
-  np.testing.assert_allclose(classifier._least_costs[0], [0, 2, 3, 3, 3])
-  stages[0][16] = 15  # 1.84: nearly as cheap, and fewer batches.
-  classifier._plan(stages, {})
-  assert [len(first) for first in classifier._first_batches] == [17] * 3
-
-
 def test_compiling_again_for_more_images(network, monkeypatch):
-  monkeypatch.setattr(AdaptiveClassifier, '_time', lambda self, run, carry: 1.0)
-  classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1).compile()
-  assert list(classifier._as_one_costs) == list(SIZES)
-
-
-@pytest.mark.parametrize(
-  ('leaving', 'total', 'overhead', 'expected'),
-  [
-    # Stage by stage 16 + 8 + 4 places and two programs more: 20 places are saved.
-    ((0.5, 0.25, 0.25), 16, 6, False),
-    ((0.5, 0.25, 0.25), 16, 11, True),
-    # With images of other batches, those that go on make batches of 16.
-    ((0.5, 0.25, 0.25), 64, 26, False),
-    ((0.5, 0.25, 0.25), np.inf, 27, True),
-    # Where all leave at once, what follows is not run either way.
-    ((1, 0, 0), 16, 11, False),
-    ((0, 0, 1), 16, 1e-3, True),
-  ],
-)
-def test_one_program_or_several(network, leaving, total, overhead, expected):
-  thresholds = np.float32([0.9, 0.8, 0.7])
-  classifier = classifier_of(network, thresholds, settings=[Setting(thresholds, leaving, 0.5)])
-  stages = [{size: overhead + size for size in SIZES}] * 3
-  classifier._plan(stages, {size: overhead + 3 * size for size in SIZES})
-  rows = classifier._rows(thresholds, 16)
-  assert classifier._is_faster_as_one(16, rows.tobytes(), total) == expected
-
-
-def test_one_program_is_for_batches_in_which_programs_cost_much():
-  stages, as_one = engine._expected_costs([10, 30], [1, 4, 16], overhead=8)
-  assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
-  assert as_one == {1: 38}
-  _, as_one = engine._expected_costs([10, 30], [1, 4, 16], overhead=31)
-  assert list(as_one) == [1, 4]
+  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: 1.0)
+  classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1)
+  thresholds = np.full((16, 3), np.inf, np.float32)
+  assert not classifier._runner.plan.is_faster_as_one(16, thresholds, 16)
+  assert classifier.compile()._runner.plan.is_faster_as_one(16, thresholds, 16)
 
 
 @pytest.fixture
@@ -265,11 +215,11 @@ def compilations():
   jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize('join', [engine._join_on_host, engine._join_on_device])
+@pytest.mark.parametrize('join', [join_on_host, join_on_device])
 def test_nothing_is_left_to_compile(network, compilations, join):
   _, _, images, probabilities = network
   classifier = classifier_of(network, find_thresholds(probabilities, [1 / 3] * 3))
-  classifier._join = join
+  classifier._runner.join = join
   classifier.compile()
   assert compilations
   compilations.clear()
@@ -284,14 +234,13 @@ def test_nothing_is_left_to_compile(network, compilations, join):
 def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   _, _, images, probabilities = network
   times = {1: 1.0, 4: 2.0, 16: 9.0}
-  monkeypatch.setattr(
-    AdaptiveClassifier, '_time', lambda self, run, carry: times[len(jax.tree.leaves(carry)[0])]
-  )
+  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: times[places(carry)])
   thresholds = find_thresholds(probabilities, [1 / 3] * 3)
   classifier = classifier_of(network, thresholds).compile()
   sizes = []
-  step = classifier._steps[0]
-  classifier._steps[0] = lambda carry, bounds: sizes.append(len(carry)) or step(carry, bounds)
+  stages = classifier._runner.stages
+  first = stages[0]
+  stages[0] = lambda carry, bounds: sizes.append(len(carry)) or first(carry, bounds)
   assert_follows_policy(classifier.predict(images[:16]), probabilities[:, :16], thresholds)
   assert sizes == [4, 4, 4, 4]
 
@@ -300,23 +249,10 @@ def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   ('largest', 'sizes'), [(1, [1]), (4, [1, 4]), (5, [1, 4, 16]), (99, [1, 4, 16])]
 )
 def test_compiled_for_no_more_images_than_asked_for(network, monkeypatch, largest, sizes):
-  monkeypatch.setattr(AdaptiveClassifier, '_time', lambda self, run, carry: 1.0)
-  classifier = classifier_of(network, [0.5] * 3).compile(largest)
-  assert all(list(costs) == sizes for costs in classifier._stage_costs)
-
-
-def test_other_thresholds_are_taken_to_spread_images_evenly(network):
-  classifier = classifier_of(network, [0.5] * 3, settings=[Setting((0.9, 0.8, 0.7), (1, 0, 0), 0)])
-  for thresholds, expected in (
-    ((0.9, 0.8, 0.7), (1, 0, 0)),
-    ((0.9, 0.8, 0.6), (1, 2 / 3, 1 / 3)),
-    ((np.inf, 0.8, 0.6), (1, 1, 1 / 2)),
-    ((0.5, -np.inf, 0.6), (1, 2 / 3, 0)),
-    ((np.inf, np.inf, np.inf), (1, 1, 1)),
-  ):
-    np.testing.assert_allclose(
-      classifier._reached_stages(classifier._rows(thresholds, 1)[0]), expected
-    )
+  seen = set()
+  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: seen.add(places(carry)) or 1.0)
+  classifier_of(network, [0.5] * 3).compile(largest)
+  assert seen == set(sizes)
 
 
 def test_stages_run_only_for_those_who_need_them(network):

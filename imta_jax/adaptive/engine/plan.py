@@ -1,0 +1,160 @@
+"""In which batches images are run, by what batches cost."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# A batch size → what a batch costs, in any unit.
+Costs = Mapping[int, float]
+
+# What running a program is taken to cost besides its images until programs are timed, in
+# multiply-adds that take as long: 20 to 40 million on two CPU cores, where small batches fill no
+# vectors; an estimate for accelerators, where it is the host's time against a far faster device's.
+_OVERHEAD = {'cpu': 4e7}
+_OVERHEAD_OF_ACCELERATORS = 1e9
+
+# One program of all stages is compiled for batch sizes at which it is expected to spare at least
+# this part of the cost of a batch.
+_LEAST_TO_SPARE = 0.1
+
+# Of batch sizes at which an image costs alike, but for this part, the largest is used.
+_TIE = 0.1
+
+
+class BatchPlan:
+  """In which batches images are run, and which of these as one program that runs all stages.
+
+  Attributes:
+    full_batch: The size of a batch where images suffice. One size for all stages, so that a batch
+      that nobody leaves goes from stage to stage as it is.
+  """
+
+  def __init__(
+    self,
+    stage_costs: Sequence[Costs],
+    as_one_costs: Costs,
+    known_shares: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+  ):
+    """Makes the plan.
+
+    Args:
+      stage_costs: [stage], of a batch.
+      as_one_costs: Of a batch as one program, of which no image leaves before the last exit.
+      known_shares: Pairs (thresholds [exit], the fraction [exit] of images that leave there).
+    """
+    self._stage_costs, self._as_one_costs = tuple(stage_costs), as_one_costs
+    image_costs = {
+      size: sum(costs[size] for costs in stage_costs) / size for size in stage_costs[0]
+    }
+    most = (1 + _TIE) * min(image_costs.values())
+    self.full_batch = max(size for size, cost in image_costs.items() if cost <= most)
+    self._least_costs, self._first_batches = zip(
+      *(cheapest_batches(costs, self.full_batch) for costs in stage_costs), strict=True
+    )
+    self._reached = {
+      np.float32(thresholds).tobytes(): 1 - np.cumsum((0, *shares[:-1]))
+      for thresholds, shares in known_shares
+    }
+    # The same thresholds come again and again, and this takes as long as some of a small stage.
+    self._expect_faster_as_one = functools.lru_cache(maxsize=256)(self._expect_faster_as_one)
+
+  def first_batch(self, stage: int, count: int) -> int:
+    """The size of the batch to run next.
+
+    Args:
+      stage: Counted from 0.
+      count: Images that wait for it; more than a full batch make a full batch.
+    """
+    return self._first_batches[stage][min(count, self.full_batch)]
+
+  def is_faster_as_one(self, size: int, thresholds: np.ndarray, total: float) -> bool:
+    """Whether a batch is likely to be done sooner by one program than stage by stage.
+
+    Args:
+      size: Places of the batch.
+      thresholds: [image, exit], float32, of the images in it.
+      total: Images of which those that go on make batches together, these included.
+    """
+    return self._expect_faster_as_one(size, thresholds.tobytes(), total)
+
+  def _expect_faster_as_one(self, size, thresholds, total):
+    if size not in self._as_one_costs:
+      return False
+    thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, len(self._stage_costs))
+    count = len(thresholds)
+    if (thresholds == thresholds[0]).all():
+      reached = self.reached_stages(thresholds[0])
+    else:
+      reached = np.mean([self.reached_stages(row) for row in thresholds], axis=0)
+    costs = np.array([costs[size] for costs in self._stage_costs])
+    # All places run a stage that any image reaches, each at what one program costs less than many.
+    runs = 1 - (1 - reached) ** count
+    spared = (costs.sum() - self._as_one_costs[size]) / max(1, len(costs) - 1)
+    as_one = costs[0] + np.dot(costs[1:] - spared, runs[1:])
+    # Alone, the images that reach a stage do.
+    by_stages = costs[0]
+    for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
+      if fraction:
+        together = min(total * fraction, self.full_batch)
+        by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
+    return bool(as_one < by_stages)
+
+  def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:
+    """[stage], the fraction of images that is likely to run each.
+
+    Where no shares are known, images are taken to leave in equal numbers at each exit that is left,
+    unless a threshold lets all leave, or none.
+
+    Args:
+      thresholds: [exit], float32.
+    """
+    if (reached := self._reached.get(thresholds.tobytes())) is not None:
+      return reached
+    even = 1 / np.arange(len(thresholds), 0, -1)
+    leaving = np.select([thresholds > 1, thresholds <= 0], [0, 1], even)
+    return np.cumprod((1, *(1 - leaving[:-1])))
+
+
+def expected_costs(
+  madds: Sequence[float], sizes: Sequence[int], platform: str
+) -> tuple[list[Costs], Costs]:
+  """What batches are taken to cost until they are timed, in multiply-adds.
+
+  Args:
+    madds: [exit], of an image that leaves there.
+    sizes: The batch sizes that there are.
+    platform: That of JAX: cpu, gpu or tpu.
+
+  Returns:
+    Costs of each stage, and of one program of all stages at the sizes where it is worth compiling.
+  """
+  overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
+  stages = [{size: overhead + size * work for size in sizes} for work in np.diff(madds, prepend=0)]
+  spared = (len(madds) - 1) * overhead
+  as_one = {
+    size: overhead + size * madds[-1]
+    for size in sizes
+    if size == 1 or spared > _LEAST_TO_SPARE * size * madds[-1]
+  }
+  return stages, as_one
+
+
+def cheapest_batches(costs: Costs, most: int) -> tuple[np.ndarray, list[int]]:
+  """How batches of images that are left are cheapest to run.
+
+  Args:
+    costs: Of a batch.
+    most: The largest batch size to use.
+
+  Returns:
+    [count], the least cost of `count` images, up to `most`, and the size of the first of the
+    batches that have it.
+  """
+  costs = {size: cost for size, cost in costs.items() if size <= most}
+  least, first = [0], [0]
+  for count in range(1, most + 1):
+    cost, size = min((cost + least[max(0, count - size)], -size) for size, cost in costs.items())
+    least.append(cost)
+    first.append(-size)
+  return np.array(least), first

@@ -1,0 +1,211 @@
+"""Runs stages for the images that need them."""
+
+import collections
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from .batches import (
+  Answers,
+  Batch,
+  Carry,
+  Queue,
+  compile_join_on_device,
+  join_on_device,
+  join_on_host,
+  places,
+  zeros,
+)
+from .plan import BatchPlan, expected_costs
+from .programs import Stage, Tree, all_stages_program, stage_program
+
+# The batch sizes that are compiled. Images left over make smaller batches.
+BATCH_SIZES = (1, 4, 16, 64, 256)
+
+# How often `Runner.compile` times programs, in turns; the least time counts.
+_TIMINGS = 5
+
+# Seconds of a batch that one turn times well enough.
+_LONG_BATCH = 0.5
+
+
+class Runner:
+  """Runs stages for the images that need them.
+
+  Attributes:
+    stages: What runs one stage, see `stage_program`.
+    all_stages: What runs all, see `all_stages_program`.
+    join: Makes one carry of rows of several.
+    plan: In which batches images are run.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Stage],
+    weights: Sequence[Tree],
+    image: jax.ShapeDtypeStruct,
+    madds: Sequence[float],
+    known_shares: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+  ):
+    """Prepares programs, which are compiled when first run.
+
+    Args:
+      stages: Functions (weights, carry) → carry. The first reads images, the others
+        (features, logits [batch, class]), which all of them give.
+      weights: Of each stage.
+      image: Shape (height, width, channels) and type of an image.
+      madds: [exit], multiply-adds of an image that leaves there.
+      known_shares: See `BatchPlan`.
+      batch_sizes: The batch sizes that may be compiled; 1 must be among them.
+    """
+    platform = jax.default_backend()
+    self.stages = list(map(stage_program, stages, weights))
+    self.all_stages = all_stages_program(stages, weights)
+    self.join = join_on_host if platform == 'cpu' else join_on_device
+    self._batch_sizes, self._known_shares = tuple(sorted(batch_sizes)), known_shares
+    stage_costs, as_one_costs = expected_costs(madds, self._batch_sizes, platform)
+    self._as_one_sizes = tuple(as_one_costs)
+    self.plan = BatchPlan(stage_costs, as_one_costs, known_shares)
+    # [stage], of one image.
+    self._carries = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
+    for stage, of_stage in zip(stages, weights, strict=True):
+      self._carries.append(jax.eval_shape(stage, of_stage, self._carries[-1]))
+
+  @property
+  def num_classes(self) -> int:
+    """Classes, by the logits."""
+    _, logits = self._carries[-1]
+    return logits.shape[-1]
+
+  def run_one(self, images: np.ndarray, thresholds: np.ndarray) -> Answers:
+    """Runs a single image without the host in between.
+
+    Args:
+      images: [1, height, width, channels].
+      thresholds: [1, exit].
+    """
+    probabilities, exits = map(np.asarray, self.all_stages(images, thresholds))
+    return Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
+
+  def run(self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float) -> Iterator[Answers]:
+    """Runs stages until all images of a source have left.
+
+    A full batch runs as soon as there is one, of the last stage that has one, so that little waits.
+    When no more images come, the first stages empty themselves into the later ones. The device
+    works on a batch while the host sorts the images of the one before.
+
+    Args:
+      source: Images [image, height, width, channels] with thresholds [image, exit].
+      total: How many images there are.
+
+    Yields:
+      Answers as they are decided; images are counted through the source.
+    """
+    queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
+    first_index, open_source, started = 0, True, collections.deque()
+    while True:
+      waiting = [index for index, queue in enumerate(queues) if queue.count]
+      full = [index for index in waiting if queues[index].count >= self.plan.full_batch]
+      if full:
+        started.append(self._start(full[-1], queues, total))
+      elif open_source:
+        images, thresholds = next(source, (None, None))
+        if images is None:
+          open_source = False
+        else:
+          indices = np.arange(first_index, first_index + len(images))
+          queues[0].put(Batch(images, np.arange(len(images)), indices, thresholds))
+          first_index += len(images)
+        continue
+      elif waiting and not started:
+        started.append(self._start(waiting[0], queues, total))
+      elif not started:
+        return
+      if not full or len(started) > 1:
+        next_queue, results = started.popleft()
+        answers, stayers = results()
+        next_queue.put(stayers)
+        if answers is not None:
+          yield answers
+
+  def compile(self, largest: int | None = None) -> None:
+    """Compiles all that `run` can need, times it, and plans by these times.
+
+    Args:
+      largest: The most images at once to be ready for; any number by default.
+    """
+    sizes = [
+      size
+      for smaller, size in itertools.pairwise((0, *self._batch_sizes))
+      if largest is None or smaller < largest
+    ]
+    carries = self._carries[: len(self.stages)]
+    if self.join is join_on_device:
+      for carry in carries[1:]:
+        compile_join_on_device(carry, sizes)
+    programs = [
+      (partial(self._run_stage, index), carry, dict.fromkeys(sizes, np.inf))
+      for index, carry in enumerate(carries)
+    ]
+    as_one = {size: np.inf for size in sizes if size in self._as_one_sizes}
+    programs.append((self._run_all_stages, carries[0], as_one))
+    for turn in range(1 + _TIMINGS):  # The first one compiles.
+      for run, carry, seconds in programs:
+        for size, least in seconds.items():
+          if turn < 2 or least < _LONG_BATCH:
+            seconds[size] = min(least, self._time(run, zeros(carry, size)))
+    stage_costs = [seconds for _, _, seconds in programs[:-1]]
+    self.plan = BatchPlan(stage_costs, as_one, self._known_shares)
+
+  def _time(self, run, carry: Carry) -> float:
+    """Seconds of a batch of which no image leaves before the last exit."""
+    size = places(carry)
+    rows = np.arange(size)
+    thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
+    start = time.perf_counter()
+    if isinstance(carry, tuple):  # Of a stage before.
+      carry = self.join([carry], [rows], size)
+    run(Batch(carry, rows, rows, thresholds))()
+    return time.perf_counter() - start
+
+  def _start(self, index, queues, total):
+    """Starts the next batch of a stage.
+
+    Args:
+      index: The stage's.
+      queues: Of all stages.
+      total: Images of which those that go on make batches together, these included.
+
+    Returns:
+      The queue of those who stay, and what waits for the results, see `_run_stage`.
+    """
+    batch = queues[index].take(self.plan.first_batch(index, queues[index].count))
+    as_one = index == 0 and self.plan.is_faster_as_one(places(batch.carry), batch.thresholds, total)
+    run = self._run_all_stages if as_one else partial(self._run_stage, index)
+    return queues[index + 1], run(batch)
+
+  def _run_stage(self, index, batch):
+    """Starts a stage on a batch.
+
+    Returns:
+      What waits for the results: answers of those who leave, if any do, and of the others what
+      `Queue.put` takes.
+    """
+    carry, probabilities, leaves = self.stages[index](batch.carry, batch.bounds(index))
+
+    def results():
+      # The last exit takes all, whatever the threshold, and what is not a number.
+      leaving = np.asarray(leaves) | (index + 1 == len(self.stages))
+      return batch.divide(carry, probabilities, np.where(leaving, index, -1))
+
+    return results
+
+  def _run_all_stages(self, batch):
+    """Starts all stages on a batch of images; see `_run_stage`."""
+    probabilities, exits = self.all_stages(batch.carry, batch.bounds())
+    return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))

@@ -1,0 +1,92 @@
+"""Batches against costs added up by hand."""
+
+import numpy as np
+import pytest
+
+from imta_jax.adaptive.engine.plan import BatchPlan, cheapest_batches, expected_costs
+
+SIZES = (1, 4, 16)
+
+
+def test_batches_cost_least():
+  # 5 images: 4 + 1 cost 12 + 9, a batch of 16 costs 24; 9 images: 33 against 24.
+  least, first = cheapest_batches({size: 8 + size for size in SIZES}, most=16)
+  assert [first[count] for count in (1, 2, 4, 5, 8, 9, 15, 16)] == [1, 4, 4, 4, 16, 16, 16, 16]
+  assert [least[count] for count in (0, 1, 2, 5, 9)] == [0, 9, 12, 21, 24]
+  # Never two where one will do.
+  _, first = cheapest_batches({size: 256 + size for size in SIZES}, most=16)
+  assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
+
+
+def test_no_batch_is_larger_than_pays():
+  # 1.7 an image of a full batch of 4, 1.9 of one of 16, though the last stage gains by it.
+  stages = [{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}]
+  plan = BatchPlan(stages, {})
+  assert plan.full_batch == 4
+  assert [plan.first_batch(0, count) for count in (1, 2, 4, 99)] == [1, 4, 4, 4]
+  assert plan.first_batch(2, 1) == 4
+  stages[0][16] = 15  # 1.84: nearly as cheap, and fewer batches.
+  assert BatchPlan(stages, {}).full_batch == 16
+
+
+@pytest.mark.parametrize(
+  ('leaving', 'total', 'overhead', 'expected'),
+  [
+    # Stage by stage 16 + 8 + 4 places and two programs more: 20 places are saved.
+    ((0.5, 0.25, 0.25), 16, 6, False),
+    ((0.5, 0.25, 0.25), 16, 11, True),
+    # With images of other batches, those that go on make batches of 16.
+    ((0.5, 0.25, 0.25), 64, 26, False),
+    ((0.5, 0.25, 0.25), np.inf, 27, True),
+    # Where all leave at once, what follows is not run either way.
+    ((1, 0, 0), 16, 11, False),
+    ((0, 0, 1), 16, 1e-3, True),
+  ],
+)
+def test_one_program_or_several(leaving, total, overhead, expected):
+  thresholds = np.float32([0.9, 0.8, 0.7])
+  stages = [{size: overhead + size for size in SIZES}] * 3
+  as_one = {size: overhead + 3 * size for size in SIZES}
+  plan = BatchPlan(stages, as_one, [(thresholds, leaving)])
+  assert plan.is_faster_as_one(16, np.tile(thresholds, (16, 1)), total) == expected
+
+
+def test_one_program_is_only_for_sizes_that_have_one():
+  stages = [{size: 99 + size for size in SIZES}] * 2
+  thresholds = np.full((4, 2), np.inf, np.float32)
+  plan = BatchPlan(stages, {4: 1.0})
+  assert plan.is_faster_as_one(4, thresholds, 4)
+  assert not plan.is_faster_as_one(16, thresholds, 4)
+
+
+def test_images_of_several_thresholds_share_a_batch():
+  # Half of the images go to the end: one program runs 16 + 16 places, two programs 16 + 8.
+  stages, as_one = [{size: 5 + size for size in (1, 8, 16)}] * 2, {16: 5 + 32}
+  thresholds = np.repeat(np.float32([[-np.inf, 0], [np.inf, 0]]), 8, axis=0)
+  plan = BatchPlan(stages, as_one)
+  assert not plan.is_faster_as_one(16, thresholds, 16)  # 37 against 21 + 13.
+  assert plan.is_faster_as_one(16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
+
+
+def test_one_program_is_for_batches_in_which_programs_cost_much(monkeypatch):
+  monkeypatch.setattr('imta_jax.adaptive.engine.plan._OVERHEAD', {'cpu': 8, 'gpu': 31})
+  stages, as_one = expected_costs([10, 30], SIZES, 'cpu')
+  assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
+  assert as_one == {1: 38}
+  _, as_one = expected_costs([10, 30], SIZES, 'gpu')
+  assert list(as_one) == [1, 4]
+
+
+@pytest.mark.parametrize(
+  ('thresholds', 'expected'),
+  [
+    ((0.9, 0.8, 0.7), (1, 0, 0)),  # Known.
+    ((0.9, 0.8, 0.6), (1, 2 / 3, 1 / 3)),
+    ((np.inf, 0.8, 0.6), (1, 1, 1 / 2)),
+    ((0.5, -np.inf, 0.6), (1, 2 / 3, 0)),
+    ((np.inf, np.inf, np.inf), (1, 1, 1)),
+  ],
+)
+def test_other_thresholds_are_taken_to_spread_images_evenly(thresholds, expected):
+  plan = BatchPlan([{1: 1.0}] * 3, {}, [((0.9, 0.8, 0.7), (1, 0, 0))])
+  np.testing.assert_allclose(plan.reached_stages(np.float32(thresholds)), expected)
