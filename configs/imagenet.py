@@ -43,5 +43,5 @@ def get_config(argument=''):
   )
   for phase in config.phases:
     # alpha and T are those of the published ImageNet script; the paper gives none.
-    phase.update(epochs=90.0, drops=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
+    phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
   return config

@@ -8,17 +8,15 @@ them, and computed from its checkpoints otherwise; the data set must then be the
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from imta_jax import evaluate
+from imta_jax import command_line, evaluate
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS
-from imta_jax.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,7 +103,4 @@ def networks(
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+  command_line.run(main)

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 from etils import epath
 from jax import export
 
+from imta_jax import command_line
 from imta_jax.adaptive import engine
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
@@ -151,14 +151,14 @@ def write_folder(
     'class_names': list(classifier.class_names),
     'madds': [int(madds) for madds in classifier.madds],
     'thresholds': _finite(classifier.thresholds.tolist()),
-    'settings': [
+    'operating_points': [
       {
-        'budget': float(np.dot(setting.shares, classifier.madds)),
-        'thresholds': _finite(setting.thresholds),
-        'shares': list(setting.shares),
-        'accuracy': setting.accuracy,
+        'budget': float(np.dot(point.exit_fractions, classifier.madds)),
+        'thresholds': _finite(point.thresholds),
+        'exit_fractions': list(point.exit_fractions),
+        'accuracy': point.accuracy,
       }
-      for setting in classifier.settings
+      for point in classifier.operating_points
     ],
     'versions': {name: metadata.version(name) for name in packages},
     'sha256': {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
@@ -215,7 +215,4 @@ def _finite(thresholds: Sequence[float]) -> list[float | None]:
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+  command_line.run(main)

@@ -19,7 +19,6 @@ one image runs (for more, drop those that leave from the batch); it needs no JAX
         break
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -30,6 +29,7 @@ from etils import epath
 from jax.export import symbolic_shape
 from jax.extend.core import jaxpr_as_fun
 
+from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
@@ -115,7 +115,4 @@ def _default(*args, default, **_):
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+  command_line.run(main)

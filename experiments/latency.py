@@ -29,15 +29,16 @@ from benchmarks import common
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax import evaluate, networks
+from imta_jax import command_line, evaluate, networks
 from imta_jax import workdir as layout
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting, compiler_options
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
+from imta_jax.adaptive.engine.compiler import compiler_options
+from imta_jax.command_line import list_of, positive
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.data.preprocess import normalize
 from imta_jax.errors import UsageError
-from imta_jax.predict import positive
 from imta_jax.workdir import write_whole
 
 FULL, AS_ACCURATE, NEARLY_AS_ACCURATE = 'full network', 'as accurate', 'within 0.5 points'
@@ -119,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('workdir', help='workdir of a run')
   parser.add_argument(
-    '--batch_sizes', type=_list_of(int), default=(1, 16, 256), help='default: 1,16,256'
+    '--batch_sizes', type=list_of(positive(int)), default=(1, 16, 256), help='default: 1,16,256'
   )
   parser.add_argument(
     '--budgets',
-    type=_list_of(float),
+    type=list_of(positive(float)),
     help="average multiply-adds; default: a quarter, half and three quarters of the last exit's",
   )
   parser.add_argument('--repeats', type=positive(int), default=5, help='default: 5')
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   name = layout.phase_name(len(config.phases) - 1)
   validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
   contestants = choose_contestants(
-    classifier.settings, classifier.madds, validation.accuracy()[-1], options.budgets
+    classifier.operating_points, classifier.madds, validation.accuracy()[-1], options.budgets
   )
   network = networks.restore_network(
     config, workdir, len(config.phases) - 1, classifier.num_classes, classifier.image.shape
@@ -186,16 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
   print(f'tables and figure in {output}')
 
 
-def _list_of(kind):
-  """A reader of '1,16,256', for argparse."""
-  read = positive(kind)
-
-  def read_list(text):
-    return tuple(read(part) for part in text.split(','))
-
-  return read_list
-
-
 def test_images(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
   """The first test images of a data set in memory.
 
@@ -218,27 +209,29 @@ def test_images(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]
   return stored.images['test'][:count], stored.labels['test'][:count]
 
 
-def average_madds(setting: Setting, madds: Sequence[float]) -> float:
+def average_madds(point: OperatingPoint, madds: Sequence[float]) -> float:
   """The multiply-adds of a validation image."""
-  return float(np.dot(setting.shares, madds))
+  return float(np.dot(point.exit_fractions, madds))
 
 
 def cheapest(
-  settings: Sequence[Setting], madds: Sequence[float], accuracy: float
-) -> Setting | None:
+  operating_points: Sequence[OperatingPoint], madds: Sequence[float], accuracy: float
+) -> OperatingPoint | None:
   """The setting of the fewest multiply-adds that is so accurate on validation images, if any is."""
-  accurate = [setting for setting in settings if setting.accuracy >= accuracy]
-  return min(accurate, key=lambda setting: average_madds(setting, madds), default=None)
+  accurate = [point for point in operating_points if point.accuracy >= accuracy]
+  return min(accurate, key=lambda point: average_madds(point, madds), default=None)
 
 
-def dearest(settings: Sequence[Setting], madds: Sequence[float], budget: float) -> Setting | None:
+def dearest(
+  operating_points: Sequence[OperatingPoint], madds: Sequence[float], budget: float
+) -> OperatingPoint | None:
   """The setting of the most multiply-adds within a budget, if any is."""
-  within = [setting for setting in settings if average_madds(setting, madds) <= budget]
-  return max(within, key=lambda setting: average_madds(setting, madds), default=None)
+  within = [point for point in operating_points if average_madds(point, madds) <= budget]
+  return max(within, key=lambda point: average_madds(point, madds), default=None)
 
 
 def choose_contestants(
-  settings: Sequence[Setting],
+  operating_points: Sequence[OperatingPoint],
   madds: Sequence[float],
   last_accuracy: float,
   budgets: Sequence[float] | None = None,
@@ -246,13 +239,13 @@ def choose_contestants(
   """Who is measured.
 
   Args:
-    settings: A classifier's.
+    operating_points: A classifier's.
     madds: [exit].
     last_accuracy: Of the last exit, on validation images.
     budgets: Average multiply-adds, or None for some that are spread.
 
   Returns:
-    The full network, the engine at each exit, and the settings that there are: the cheapest as
+    The full network, the engine at each exit, and the operating points that exist: the cheapest as
     accurate as the last exit, the cheapest half a point below it, the dearest within each budget.
   """
   num_exits = len(madds)
@@ -263,14 +256,14 @@ def choose_contestants(
   if budgets is None:
     budgets = [part * madds[-1] for part in _BUDGETS]
   chosen = {
-    AS_ACCURATE: cheapest(settings, madds, last_accuracy),
-    NEARLY_AS_ACCURATE: cheapest(settings, madds, last_accuracy - _POINTS_LOST),
-    **{f'budget {budget:,.0f}': dearest(settings, madds, budget) for budget in budgets},
+    AS_ACCURATE: cheapest(operating_points, madds, last_accuracy),
+    NEARLY_AS_ACCURATE: cheapest(operating_points, madds, last_accuracy - _POINTS_LOST),
+    **{f'budget {budget:,.0f}': dearest(operating_points, madds, budget) for budget in budgets},
   }
   contestants += [
-    Contestant(name, tuple(setting.thresholds), is_adaptive=True)
-    for name, setting in chosen.items()
-    if setting is not None
+    Contestant(name, tuple(point.thresholds), is_adaptive=True)
+    for name, point in chosen.items()
+    if point is not None
   ]
   return contestants
 
@@ -551,7 +544,4 @@ def _draw(axes, rows, cost, color, label):
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+  command_line.run(main)

@@ -6,7 +6,7 @@ Starts servers on this machine and compares what they answer with what the netwo
 image without a server. Needs the extra `serve`. Three lines are of budgets, the fourth of all three
 in turn. Then come a server that may let fewer images wait than there are clients, where who is
 refused comes again until answered, and one with the dearest budget and the cheapest as its
-`--crowded_budget`, which so many clients make it fall back on.
+`--overload_budget`, which so many clients make it fall back on.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
+from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier, Answers
+from imta_jax.command_line import open_classifier, positive
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import find_images, read_image
 from imta_jax.errors import UsageError
-from imta_jax.predict import open_classifier, positive
 
 _SECONDS_TO_START, _SECONDS_TO_STOP = 300, 60
 _SECONDS_TO_COME_AGAIN = 0.05
@@ -82,14 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   roomy, narrow = 2 * options.clients, max(1, options.clients // 4)
   crowded = options.clients + narrow
   cheapest, *_, dearest = budgets
-  fall_back = (f'--budget={dearest!r}', f'--crowded_budget={cheapest!r}')
+  fall_back = (f'--budget={dearest!r}', f'--overload_budget={cheapest!r}')
   lines = [
     (f'{budget:,.0f}', {query: each[query]}) for budget, query in zip(budgets, each, strict=True)
   ]
   for max_queue, server_options, loads in (
     (roomy, (), [*lines, ('mixed', each)]),
     (narrow, (), [('mixed', each)]),
-    (crowded, fall_back, [('crowded', {'': [expected[dearest], expected[cheapest]]})]),
+    (crowded, fall_back, [('overload', {'': [expected[dearest], expected[cheapest]]})]),
   ):
     with serving(options.network, f'--max_queue={max_queue}', *server_options) as port:
       for name, queries in loads:
@@ -99,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def budgets_of(classifier: AdaptiveClassifier) -> list[float]:
-  """The averages of multiply-adds of a cheap, a middle and a dear setting."""
-  averages = sorted(float(np.dot(s.shares, classifier.madds)) for s in classifier.settings)
+  """The averages of multiply-adds of a cheap, a middle and a dear point."""
+  averages = sorted(
+    float(np.dot(p.exit_fractions, classifier.madds)) for p in classifier.operating_points
+  )
   return [averages[index] for index in (0, len(averages) // 2, -1)]
 
 
@@ -227,7 +230,4 @@ class Load:
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+  command_line.run(main)

@@ -23,7 +23,10 @@ _LATEST_KEPT = 2
 
 
 class Checkpoints:
-  """The checkpoints in a folder: the latest two, and the best by validation accuracy."""
+  """The checkpoints in a folder: the latest two, and the best by validation accuracy.
+
+  A context manager; leaving it waits until everything saved is on disk.
+  """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
     """Opens a folder, making it where it may write."""
@@ -108,8 +111,14 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and frees what the manager holds."""
+    """Waits until everything saved is on disk, and frees what the manager holds."""
     self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def _read(self, step: int, like: Any) -> Any:
     stored = _structure(self._manager.item_metadata(step)['state'])

@@ -64,8 +64,8 @@ def phase_one() -> ConfigDict:
       'steps': config_dict.placeholder(int),  # If given, in place of epochs.
       'learning_rate': 0.1,
       'reference_batch_size': config_dict.placeholder(int),  # Scales the rate by batch / this.
-      'schedule': 'multistep',  # ÷10 after each of `drops`; or 'cosine'.
-      'drops': (0.5, 0.75),  # Fractions of the phase.
+      'schedule': 'multistep',  # ÷10 after each of `milestones`; or 'cosine'.
+      'milestones': (0.5, 0.75),  # Fractions of the phase.
       'warmup_epochs': 0.0,
       'momentum': 0.9,
       'nesterov': True,

@@ -104,7 +104,8 @@ class Reporter:
       yield PhaseProgress(bar, task, first_step, num_steps, steps_per_epoch, batch_size)
 
   def _table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify='left')
+    self.say(title)
+    table = Table()
     for heading in headings:
       table.add_column(heading, justify='right', no_wrap=True)
     for number, row in enumerate(rows, start=1):

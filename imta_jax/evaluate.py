@@ -17,7 +17,7 @@ from etils import epath
 
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
-from imta_jax.data.pipeline import Batch
+from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.workdir import write_whole
 
@@ -65,7 +65,7 @@ def predict(
   """Runs a network over a split.
 
   Args:
-    step: From `steps.predict_step`.
+    step: From `steps.make_predict_step`.
     variables: The network's, replicated.
     batches: The split's, from `Dataset.evaluation_batches`.
 
@@ -166,7 +166,7 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
   content = json.dumps({'exits': exits, 'budget': finite}, indent=2) + '\n'
   write_whole(folder / 'evaluation.json', content.encode())
   for row in budgets:
-    for field in ('thresholds', 'validation_shares', 'test_shares'):
+    for field in ('thresholds', 'validation_exit_fractions', 'test_exit_fractions'):
       row[field] = ' '.join(f'{value:.6g}' for value in row[field])
   for rows, name in ((exits, 'exits.csv'), (budgets, 'budget.csv')):
     table = io.StringIO()

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from imta_jax.data.pipeline import import_tensorflow
+from imta_jax.import_tensorflow import import_tensorflow
 
 
 class Metrics:
   """Writes metrics on the first host, nothing on the others.
 
   The writer is made when it is first needed: importing it takes seconds, which a run's first step
-  does not wait for.
+  does not wait for. A context manager; leaving it waits until everything is on disk.
   """
 
   def __init__(self, folder: epath.Path):
@@ -38,7 +38,9 @@ class Metrics:
         scalars[f'{prefix}{name}'] = float(value)
     self._writer.write_scalars(step, scalars)
 
-  def close(self) -> None:
-    """Waits until everything is written."""
+  def __enter__(self) -> 'Metrics':
+    return self
+
+  def __exit__(self, *_) -> None:
     if self._writer is not None:
       self._writer.close()

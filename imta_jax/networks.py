@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from imta_jax import checkpoint, devices, evaluate, models, steps
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost, exit_costs
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 from imta_jax.adaptive.policy import cheapest_as_accurate
-from imta_jax.data.pipeline import Dataset
+from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import initialize
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -28,7 +28,7 @@ class TrainedNetwork:
     name: The phase's name.
     model: The network.
     variables: Its variables, on the host.
-    predict: Its evaluation step, see steps.predict_step.
+    predict: Its evaluation step, see steps.make_predict_step.
     costs: [exit].
   """
 
@@ -102,10 +102,12 @@ def restore_network(
   variables = initial_variables(model, config.seed, image_shape)
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.0))  # For its structure.
   like = steps.create_state(variables, phase.trained, optimizer)
-  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name), read_only=True)
-  chosen = chosen_state(checkpoints, like, phase, name, workdir)
+  folder = layout.checkpoint_folder(workdir, name)
+  with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+    chosen = chosen_state(checkpoints, like, phase, name, workdir)
   costs = exit_costs(model, image_shape, variables)
-  return TrainedNetwork(name, model, chosen.variables, steps.predict_step(model), costs)
+  predict = steps.on_devices(steps.make_predict_step(model), num_replicated=1)
+  return TrainedNetwork(name, model, chosen.variables, predict, costs)
 
 
 def chosen_state(
@@ -115,13 +117,12 @@ def chosen_state(
   name: str,
   workdir: epath.Path,
 ) -> steps.TrainState:
-  """Reads the state that stands for a phase, and closes its checkpoints.
+  """Reads the state that stands for a phase.
 
   Raises:
     UsageError: If there is no whole checkpoint.
   """
   chosen = checkpoints.restore(like, phase.chosen_state)
-  checkpoints.close()
   if chosen is None:
     raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the training command again')
   return chosen
@@ -147,7 +148,7 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
     phase: The phase, an index.
 
   Returns:
-    A classifier of images of unsigned bytes, whose settings are the run's operating points.
+    A classifier of images of unsigned bytes, whose operating_points are the run's operating points.
 
   Raises:
     UsageError: If the folder is no run's, or the run is not through its evaluation.
@@ -173,7 +174,10 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
     image_shape,
     mean=dataset.mean,
     std=dataset.std,
-    settings=[Setting(p.thresholds, p.validation_shares, p.validation_accuracy) for p in points],
+    operating_points=[
+      OperatingPoint(p.thresholds, p.validation_exit_fractions, p.validation_accuracy)
+      for p in points
+    ],
     madds=[cost.madds for cost in network.costs],
     class_names=class_names,
     preprocessing={'crop': 'none' if dataset.in_memory else 'center'},

@@ -20,15 +20,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
-from absl import logging
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax import command_line
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.command_line import add_network_arguments, describe, open_classifier, positive
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import EXTENSIONS, ImageError, find_images, read_image
 from imta_jax.errors import UsageError
@@ -76,61 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 1 if num_unreadable else 0
 
 
-def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the arguments of `open_classifier`."""
-  parser.add_argument('network', help='workdir of a run, or an export')
-  parser.add_argument('--phase', type=positive(int), help="of a workdir's; default: the last")
-  limits = parser.add_mutually_exclusive_group()
-  limits.add_argument('--budget', type=positive(float), help='average multiply-adds an image')
-  limits.add_argument(
-    '--latency',
-    type=positive(float),
-    help='average seconds an image, one at a time; the network is timed for it',
-  )
-
-
-def positive(number: type) -> Any:
-  """A type of argparse arguments: numbers above 0."""
-
-  def parse(text):
-    value = number(text)
-    if not value > 0:
-      raise ValueError
-    return value
-
-  parse.__name__ = f'positive {number.__name__}'  # So argparse calls it.
-  return parse
-
-
-def open_classifier(
-  network: str,
-  budget: float | None = None,
-  latency: float | None = None,
-  phase: int | None = None,
-) -> AdaptiveClassifier:
-  """Reads a network, as `add_network_arguments` names it.
-
-  Args:
-    network: A workdir or an export.
-    budget: Average multiply-adds an image.
-    latency: Average seconds an image.
-    phase: Of a workdir's, counted from 1; the last one by default.
-
-  Raises:
-    UsageError: If there is none, or nothing within the budget.
-  """
-  try:
-    if os.path.exists(os.path.join(network, MANIFEST)):
-      if phase is not None:
-        raise UsageError(f'{network} is an export, of one phase: leave out --phase')
-      return AdaptiveClassifier.load(network, budget, latency=latency)
-    logging.set_verbosity(logging.ERROR)  # Checkpoints are announced to be opened for reading.
-    index = -1 if phase is None else phase - 1
-    return AdaptiveClassifier.from_workdir(network, budget, latency=latency, phase=index)
-  except ValueError as error:
-    raise UsageError(str(error)) from error
-
-
 def classify_files(
   classifier: AdaptiveClassifier, paths: Iterable[str], batch_size: int
 ) -> Iterator[tuple[str, tuple[np.ndarray, int] | ImageError]]:
@@ -156,36 +101,6 @@ def classify_files(
         answered = zip(answers.probabilities, answers.exits, strict=True)
       for path, outcome in batch:
         yield path, outcome if isinstance(outcome, ImageError) else next(answered)
-
-
-def describe(
-  probabilities: np.ndarray, exit: int, class_names: Sequence[str], top: int
-) -> dict[str, Any]:
-  """What is said about an image, ready for JSON.
-
-  Args:
-    probabilities: [class].
-    exit: Counted from 0.
-    class_names: [class].
-    top: How many of the most probable classes to name.
-  """
-  best = [
-    {
-      'label': int(label),
-      'class': class_names[label],
-      # JSON has no NaN.
-      'probability': round(float(p), 6) if np.isfinite(p := probabilities[label]) else None,
-    }
-    for label in np.argsort(-probabilities, kind='stable')[:top]
-  ]
-  first = best[0]
-  return {
-    'label': first['label'],
-    'class': first['class'],
-    'confidence': first['probability'],
-    'exit': int(exit) + 1,
-    'top': best,
-  }
 
 
 def _read_ahead(read, paths, count):
@@ -255,11 +170,7 @@ def run() -> None:
   """The program."""
   if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has had enough, as `head`.
-  try:
-    sys.exit(main())
-  except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  command_line.run(main)
 
 
 if __name__ == '__main__':

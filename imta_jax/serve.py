@@ -41,11 +41,12 @@ try:
 except ModuleNotFoundError as missing:
   sys.exit(f"error: {missing.name} is not installed: pip install 'imta_jax[serve]'")
 
+from imta_jax import command_line
 from imta_jax.adaptive.engine import BATCH_SIZES, AdaptiveClassifier
+from imta_jax.command_line import add_network_arguments, describe, open_classifier, positive
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import ImageError, read_image
 from imta_jax.errors import UsageError
-from imta_jax.predict import add_network_arguments, describe, open_classifier, positive
 
 # The most probable classes that an answer names.
 _TOP = 5
@@ -64,7 +65,7 @@ class Limits:
     max_queue: Images that are there unanswered.
     max_body_mb: Size of a request.
     max_megapixels: Size of an image.
-    crowded_budget: While more than half of max_queue is taken: average multiply-adds of images
+    overload_budget: While more than half of max_queue is taken: average multiply-adds of images
       whose request names no budget. None lets budgets alone.
   """
 
@@ -73,7 +74,7 @@ class Limits:
   max_queue: int = 256
   max_body_mb: float = 16.0
   max_megapixels: float = 32.0
-  crowded_budget: float | None = None
+  overload_budget: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       f'--{name}', type=positive(number), default=default, help=f'{text}; default: {default:g}'
     )
   parser.add_argument(
-    '--crowded_budget',
+    '--overload_budget',
     type=positive(float),
     help='average multiply-adds of images whose request names no budget, while more than half of '
     '--max_queue is taken; default: no other budget',
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   try:
     app = create_app(classifier, limits)
   except ValueError as error:
-    raise UsageError(f'--crowded_budget: {error}') from error
+    raise UsageError(f'--overload_budget: {error}') from error
   uvicorn.run(
     app,
     host=options.host,
@@ -236,8 +237,8 @@ class _Service:
     self._classifier, self._limits = classifier, limits
     self._unanswered = 0  # Images; only the event loop's thread counts them.
     self._thresholds = functools.lru_cache(maxsize=256)(self._find_thresholds)
-    if limits.crowded_budget is not None:
-      self._thresholds('budget', limits.crowded_budget)
+    if limits.overload_budget is not None:
+      self._thresholds('budget', limits.overload_budget)
 
     self._registry = registry = prometheus_client.CollectorRegistry()
     self._requests = prometheus_client.Counter(
@@ -352,9 +353,9 @@ class _Service:
     return self._classifier.thresholds_within(limit, 1000 * self._costs)
 
   def _default_thresholds(self):
-    crowded_budget = self._limits.crowded_budget
-    if crowded_budget is not None and self._unanswered > self._limits.max_queue / 2:
-      return self._thresholds('budget', crowded_budget)
+    overload_budget = self._limits.overload_budget
+    if overload_budget is not None and self._unanswered > self._limits.max_queue / 2:
+      return self._thresholds('budget', overload_budget)
     return self._classifier.thresholds
 
   def _check_room(self, count):
@@ -426,8 +427,4 @@ async def _refusal(request, error):
 
 
 if __name__ == '__main__':
-  try:
-    main()
-  except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  command_line.run(main)

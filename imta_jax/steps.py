@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from imta_jax.adaptive.engine import compiler_options
-from imta_jax.data.pipeline import Batch
+from imta_jax.adaptive.engine.compiler import compiler_options
+from imta_jax.data.dataset import Batch
 from imta_jax.devices import AXIS
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.techniques.one_for_all import one_for_all_loss
@@ -102,7 +102,7 @@ def create_schedule(
   if phase.schedule == 'cosine':
     main = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
   else:
-    drops = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.drops}
+    drops = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.milestones}
     main = optax.piecewise_constant_schedule(rate, drops)
   return optax.join_schedules([optax.linear_schedule(0, rate, max(1, warmup)), main], [warmup])
 
@@ -122,13 +122,13 @@ def create_optimizer(phase: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
   )
 
 
-def train_step(
+def make_train_step(
   model: MultiExitNetwork,
   teacher_model: MultiExitNetwork | None,
   phase: ConfigDict,
   optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, Tree, Batch], TrainState]:
-  """Makes the pmapped training step.
+  """Makes the training step.
 
   Args:
     model: The network of this phase.
@@ -137,11 +137,10 @@ def train_step(
     optimizer: Its optimizer.
 
   Returns:
-    (state, the teacher's variables, batch) → state. The batch has a leading axis over local
-    devices; state and teacher have none and stay replicated.
+    (state, the teacher's variables, batch) → state, for `on_devices`: it averages over the mapped
+    axis, and its batch is one device's.
   """
-  step = partial(_train_step, model, teacher_model, phase, optimizer)
-  return _compiled(jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None))
+  return partial(_train_step, model, teacher_model, phase, optimizer)
 
 
 def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
@@ -217,17 +216,17 @@ def _loss(phase, logits, labels, teacher_logits):
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1).sum()
 
 
-def predict_step(
+def make_predict_step(
   model: MultiExitNetwork,
 ) -> Callable[[dict[str, Tree], Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-  """Makes the pmapped evaluation step.
+  """Makes the evaluation step.
 
   Args:
     model: The network.
 
   Returns:
-    (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask [image] of
-    the batch of all devices and hosts, on every one of them.
+    (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask [image],
+    for `on_devices`: its batch is one device's, its results are those of all devices and hosts.
   """
 
   def step(variables, batch):
@@ -236,14 +235,23 @@ def predict_step(
     labels, mask = jax.lax.all_gather((batch['label'], batch['mask']), AXIS, tiled=True)
     return logits, labels, mask
 
-  return _compiled(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None))
+  return step
 
 
-def _compiled(step):
-  """A pmapped function of (…, batch), with compiler options, which pmap itself does not take.
+def on_devices(step: Callable, num_replicated: int) -> Callable:
+  """Maps a step over the devices of all hosts.
 
-  What is compiled ahead takes no arrays of one host of several, so these do without.
+  Args:
+    step: A function (…, batch) → results that are the same on every device.
+    num_replicated: The number of its arguments before the batch.
+
+  Returns:
+    The pmapped function. Its batch has a leading axis over local devices; its other arguments and
+    its results have none and are replicated.
   """
+  step = jax.pmap(step, axis_name=AXIS, in_axes=(*(None,) * num_replicated, 0), out_axes=None)
+  # pmap itself takes no compiler options, and what is compiled ahead takes no arrays of one host of
+  # several, so these do without.
   options = compiler_options()
   if not options or jax.process_count() > 1:
     return step

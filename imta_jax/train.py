@@ -16,11 +16,12 @@ from imta_jax import config as config_lib
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.console import Reporter
-from imta_jax.data.pipeline import Dataset, open_dataset
+from imta_jax.data.dataset import Dataset
+from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 from imta_jax.metrics import Metrics
-from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 
 # Steps given to the devices ahead of those done: enough to keep them busy, few enough that their
@@ -60,7 +61,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   trained = []
   with StopRequest() as stop:
     for index in range(len(config.phases)):
-      trained.append(_train_phase(config, workdir, index, dataset, trained, reporter, stop))
+      predecessor = (trained[-1].model, trained[-1].variables) if trained else None
+      trained.append(_train_phase(config, workdir, index, dataset, predecessor, reporter, stop))
 
   evaluations = []
   for network in trained:
@@ -83,117 +85,92 @@ def _train_phase(
   workdir: epath.Path,
   index: int,
   dataset: Dataset,
-  predecessors: list[networks.TrainedNetwork],
+  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None,
   reporter: Reporter,
   stop: StopRequest,
 ) -> networks.TrainedNetwork:
   """Trains a phase to its end, from where it stands, and chooses its state."""
   start = time.monotonic()
-  phase, name = config.phases[index], layout.phase_name(index)
-  predecessor = predecessors[-1] if predecessors else None
-
-  # The network, its optimizer, and the state to go on from.
-  model = networks.create_model(config, phase, len(dataset.class_names))
-  variables = networks.initial_variables(model, config.seed, dataset.image_shape)
-  if predecessor is not None:
-    variables = transplant(predecessor.variables, variables)
-  costs = exit_costs(model, dataset.image_shape, variables)
-  num_steps, schedule = _length_and_schedule(config, phase, dataset)
-  optimizer = steps.create_optimizer(phase, schedule)
-  state = steps.create_state(variables, phase.trained, optimizer)
-  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name))
-  restored = checkpoints.restore(state)
-  state = devices.replicate(state if restored is None else restored)
-  step = int(state.step)
-
-  # What runs on the devices.
-  teacher_model, teacher = _teacher(phase, predecessor)
-  train = steps.train_step(model, teacher_model, phase, optimizer)
-  predict = steps.predict_step(model)
-  empty_totals = devices.replicate(steps.empty_totals(model.num_exits))
-
-  reporter.overview(f'{name}: {phase.loss}, trains {phase.trained}, {num_steps:,} steps', costs)
-  if step:
-    reporter.say(f'{name} goes on from step {step:,}.')
-  metrics = Metrics(layout.metrics_folder(workdir, name))
-  batches = dataset.train_batches(step)
-  num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
-  epoch_totals, in_flight = None, collections.deque()
-  with reporter.progress(
-    name, step, num_steps, dataset.steps_per_epoch, config.batch_size
-  ) as progress:
-    while step < num_steps:
-      with progress.waiting_for_data():
-        batch = next(batches)
-      state = train(state, teacher, batch)
-      step += 1
-      if not in_flight:
-        state.step.block_until_ready()
-        reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
-        progress.start_interval(step)
-      in_flight.append(state.step)
-      if len(in_flight) > _STEPS_IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
-      ends_epoch = step % dataset.steps_per_epoch == 0 or step == num_steps
-
-      if ends_epoch or step % config.log_every_steps == 0:
-        totals = jax.device_get(state.totals)
-        state = state.replace(totals=empty_totals)
-        means = _means(totals)
-        _check_finite(means, step, name, checkpoints)
-        rates = progress.update(step, means['loss'])
-        learning_rate = {'learning_rate': float(schedule(step - 1))}
-        metrics.write(step, means | learning_rate, 'train/')
-        metrics.write(step, rates)
-        epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
-
-      if ends_epoch:
-        epoch = math.ceil(step / dataset.steps_per_epoch)
-        accuracy = None
-        if epoch % config.checkpoint_every_epochs == 0 or step == num_steps:
-          batches_of_split = dataset.evaluation_batches('validation')
-          validation = evaluate.predict(predict, state.variables, batches_of_split)
-          accuracy = validation.accuracy()
-          figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
-          metrics.write(step, figures, 'validation/')
-          checkpoints.save(step, state, float(accuracy.mean()))
-        reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
-        epoch_totals = None
-        progress.start_interval(step)
-
-      if stop.requested(step) and step < num_steps:
-        checkpoints.save(step, state, None)
-        checkpoints.close()
-        metrics.close()
-        stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
-  metrics.close()
-
-  chosen = networks.chosen_state(checkpoints, state, phase, name, workdir)
-  reporter.say(f'{name} gives its {phase.chosen_state} state, of step {int(chosen.step):,}.')
-  return networks.TrainedNetwork(name, model, chosen.variables, predict, costs)
-
-
-def _length_and_schedule(config, phase, dataset):
-  """Steps of a phase, and its learning rate at each of them."""
-  num_steps = phase.steps or max(1, round(phase.epochs * dataset.steps_per_epoch))
-  return num_steps, steps.create_schedule(
-    phase, num_steps, dataset.steps_per_epoch, config.batch_size
+  phase = set_up_phase(
+    config,
+    index,
+    predecessor,
+    num_classes=len(dataset.class_names),
+    image_shape=dataset.image_shape,
+    steps_per_epoch=dataset.steps_per_epoch,
   )
+  name, num_steps = phase.name, phase.num_steps
+  costs = exit_costs(phase.model, dataset.image_shape, phase.state.variables)
+  reporter.overview(
+    f'{name}: {phase.config.loss}, trains {phase.config.trained}, {num_steps:,} steps', costs
+  )
+  train = steps.on_devices(phase.train_step, num_replicated=2)
+  predict = steps.on_devices(phase.predict_step, num_replicated=1)
+  empty_totals = devices.replicate(steps.empty_totals(phase.model.num_exits))
+  teacher = devices.replicate(phase.teacher)
 
+  with (
+    checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name)) as checkpoints,
+    Metrics(layout.metrics_folder(workdir, name)) as metrics,
+  ):
+    restored = checkpoints.restore(phase.state)
+    state = devices.replicate(phase.state if restored is None else restored)
+    step = int(state.step)
+    if step:
+      reporter.say(f'{name} goes on from step {step:,}.')
+    batches = dataset.train_batches(step)
+    num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
+    epoch_totals, in_flight = None, collections.deque()
+    with reporter.progress(
+      name, step, num_steps, dataset.steps_per_epoch, config.batch_size
+    ) as progress:
+      while step < num_steps:
+        with progress.waiting_for_data():
+          batch = next(batches)
+        state = train(state, teacher, batch)
+        step += 1
+        if not in_flight:
+          state.step.block_until_ready()
+          reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
+          progress.start_interval(step)
+        in_flight.append(state.step)
+        if len(in_flight) > _STEPS_IN_FLIGHT:
+          in_flight.popleft().block_until_ready()
+        ends_epoch = step % dataset.steps_per_epoch == 0 or step == num_steps
 
-def _teacher(
-  phase: ConfigDict, predecessor: networks.TrainedNetwork | None
-) -> tuple[MultiExitNetwork | None, Any]:
-  """The teacher's network and replicated variables, where it is the phase before's."""
-  if phase.loss != 'one_for_all' or phase.teacher != 'frozen':
-    return None, {}
-  variables = predecessor.variables
-  if phase.trained == 'last_layers':  # The backbone is the student's own.
-    variables = {
-      kind: {name: tree for name, tree in trees.items() if name.startswith('classifiers_')}
-      for kind, trees in variables.items()
-    }
-  return predecessor.model, devices.replicate(variables)
+        if ends_epoch or step % config.log_every_steps == 0:
+          totals = jax.device_get(state.totals)
+          state = state.replace(totals=empty_totals)
+          means = _means(totals)
+          _check_finite(means, step, name, checkpoints)
+          rates = progress.update(step, means['loss'])
+          learning_rate = {'learning_rate': float(phase.schedule(step - 1))}
+          metrics.write(step, means | learning_rate, 'train/')
+          metrics.write(step, rates)
+          epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
+
+        if ends_epoch:
+          epoch = math.ceil(step / dataset.steps_per_epoch)
+          accuracy = None
+          if epoch % config.checkpoint_every_epochs == 0 or step == num_steps:
+            batches_of_split = dataset.evaluation_batches('validation')
+            validation = evaluate.predict(predict, state.variables, batches_of_split)
+            accuracy = validation.accuracy()
+            figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
+            metrics.write(step, figures, 'validation/')
+            checkpoints.save(step, state, float(accuracy.mean()))
+          reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
+          epoch_totals = None
+          progress.start_interval(step)
+
+        if stop.requested(step) and step < num_steps:
+          checkpoints.save(step, state, None)
+          checkpoints.wait()
+          stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
+
+    chosen = networks.chosen_state(checkpoints, state, phase.config, name, workdir)
+  reporter.say(f'{name} gives its {phase.config.chosen_state} state, of step {int(chosen.step):,}.')
+  return networks.TrainedNetwork(name, phase.model, chosen.variables, predict, costs)
 
 
 def _means(totals: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +192,6 @@ def _check_finite(means, step, name, checkpoints):
   if all(np.isfinite(mean).all() for mean in means.values()):
     return
   kept = checkpoints.steps('last')
-  checkpoints.close()
   raise UsageError(
     f'{name}: the loss is not finite at step {step:,}: lower the learning rate, warm up, or mend '
     'the data; '

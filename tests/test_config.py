@@ -1,4 +1,4 @@
-"""Configs: the paper's settings, the files in configs/, and what is refused."""
+"""Configs: the paper's operating_points, the files in configs/, and what is refused."""
 
 import importlib.util
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_default_holds_the_papers_settings_for_cifar_100():
   for phase in config.phases:
     assert (phase.learning_rate, phase.momentum, phase.nesterov) == (0.1, 0.9, True)
     assert (phase.weight_decay, phase.decayed) == (1e-4, 'everything')
-    assert (phase.schedule, tuple(phase.drops), phase.warmup_epochs) == (
+    assert (phase.schedule, tuple(phase.milestones), phase.warmup_epochs) == (
       'multistep',
       (0.5, 0.75),
       0,
@@ -114,7 +114,7 @@ def test_imagenet_follows_the_protocol():
   assert not config.dataset.in_memory
   for phase in config.phases:
     assert phase.epochs == 90
-    assert [round(drop * phase.epochs) for drop in phase.drops] == [30, 60]
+    assert [round(drop * phase.epochs) for drop in phase.milestones] == [30, 60]
   assert (config.model.channels, config.model.growth_rate) == (32, 16)
   assert tuple(config.model.scale_factors) == (1, 2, 4, 4)
 

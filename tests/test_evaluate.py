@@ -172,7 +172,7 @@ def test_budget_table_holds_the_operating_points(tables, evaluation):
   for row, point in zip(rows, [*evaluation.points, evaluation.points[0]], strict=True):
     for field in ('parameter', *fields):
       assert float(row[field]) == pytest.approx(getattr(point, field), rel=1e-9)
-    for field in ('thresholds', 'test_shares'):
+    for field in ('thresholds', 'test_exit_fractions'):
       values = [float(value) for value in row[field].split()]
       assert values == pytest.approx(list(getattr(point, field)), rel=1e-5)
     assert float(row['thresholds'].split()[-1]) == -np.inf
@@ -193,7 +193,7 @@ def test_json_holds_the_same_and_is_valid(tables, evaluation):
   for row, point in zip(content['budget'], evaluation.points, strict=False):
     assert row['test_accuracy'] == pytest.approx(point.test_accuracy)
     assert row['test_madds'] == pytest.approx(point.test_madds)
-    assert row['test_shares'] == pytest.approx(point.test_shares)
+    assert row['test_exit_fractions'] == pytest.approx(point.test_exit_fractions)
     assert row['thresholds'] == [t if np.isfinite(t) else None for t in point.thresholds]
     assert row['thresholds'][-1] is None
 

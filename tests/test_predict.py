@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imta_jax import models, predict
+from imta_jax import command_line, models, predict
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
@@ -134,7 +134,7 @@ def test_folders_without_images_are_a_usage_error(run, tmp_path):
 
 
 def test_probabilities_that_are_no_numbers_are_null():
-  answer = predict.describe(np.full(5, np.nan, np.float32), 1, NAMES, 2)
+  answer = command_line.describe(np.full(5, np.nan, np.float32), 1, NAMES, 2)
   assert answer['confidence'] is None
   assert answer['exit'] == 2
   json.dumps(answer, allow_nan=False)
@@ -178,12 +178,12 @@ def test_wrong_arguments_have_status_2(arguments, expected, capsys):
 
 def test_what_is_no_network_is_refused_in_a_line(tmp_path):
   with pytest.raises(UsageError, match=f'{tmp_path} is no workdir'):
-    predict.open_classifier(str(tmp_path))
+    command_line.open_classifier(str(tmp_path))
   (tmp_path / 'manifest.json').write_text('{}')
   with pytest.raises(UsageError, match='manifest.json is damaged'):
-    predict.open_classifier(str(tmp_path))
+    command_line.open_classifier(str(tmp_path))
   with pytest.raises(UsageError, match='leave out --phase'):
-    predict.open_classifier(str(tmp_path), phase=1)
+    command_line.open_classifier(str(tmp_path), phase=1)
 
 
 def test_the_program_is_light_and_tells_by_its_status(tmp_path):

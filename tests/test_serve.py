@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, OperatingPoint
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
@@ -41,9 +41,9 @@ def new_network(random_variables):
     SHAPE,
     mean=(0.5,),
     std=(0.25,),
-    settings=[
-      Setting((-np.inf, -np.inf), (1.0, 0.0), 0.5),
-      Setting((np.inf, -np.inf), (0.0, 1.0), 0.9),
+    operating_points=[
+      OperatingPoint((-np.inf, -np.inf), (1.0, 0.0), 0.5),
+      OperatingPoint((np.inf, -np.inf), (0.0, 1.0), 0.9),
     ],
     madds=(CHEAP, DEAR),
     class_names=NAMES,
@@ -386,7 +386,7 @@ async def until_unanswered(client, count):
 
 def test_where_it_is_crowded_the_budget_falls_of_requests_that_name_none(client_of, gate):
   async def scenario():
-    async with client_of(max_queue=8, crowded_budget=CHEAP) as client:
+    async with client_of(max_queue=8, overload_budget=CHEAP) as client:
       dear = f'?budget={DEAR}'
       gate.shut()
       waiting = []
@@ -406,9 +406,9 @@ def test_where_it_is_crowded_the_budget_falls_of_requests_that_name_none(client_
   asyncio.run(scenario())
 
 
-def test_a_crowded_budget_that_nothing_meets_is_refused_at_once(network):
+def test_a_overload_budget_that_nothing_meets_is_refused_at_once(network):
   with pytest.raises(ValueError, match='too small'):
-    serve.create_app(network, serve.Limits(crowded_budget=3.0))
+    serve.create_app(network, serve.Limits(overload_budget=3.0))
 
 
 def test_stopping_answers_what_waits(client_of, network, gate):

@@ -74,7 +74,7 @@ def assert_same(one, other):
 
 
 def test_multistep_divides_the_rate_by_ten_after_each_drop():
-  phase = make_phase(learning_rate=0.1, drops=(0.5, 0.75))
+  phase = make_phase(learning_rate=0.1, milestones=(0.5, 0.75))
   schedule = steps.create_schedule(phase, num_steps=200, steps_per_epoch=10, batch_size=64)
   at = [0, 1, 99, 100, 149, 150, 199]
   np.testing.assert_allclose(
@@ -187,7 +187,7 @@ def phase_one_steps():
   """Phase I's states before, after one and after two steps."""
   model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
-  step = steps.train_step(model, None, phase, optimizer)
+  step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), num_replicated=2)
   state = steps.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
   states = [devices.replicate(state)]
   for seed in range(2):
@@ -260,7 +260,9 @@ def phase_two_step(request):
     'params': {n: t for n, t in teacher['params'].items() if n.startswith('classifiers_')}
   }
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
-  step = steps.train_step(model, teacher_model, phase, optimizer)
+  step = steps.on_devices(
+    steps.make_train_step(model, teacher_model, phase, optimizer), num_replicated=2
+  )
   before = devices.replicate(steps.create_state(variables, 'last_layers', optimizer))
   batch = make_batch()
   after = jax.device_get(step(before, devices.replicate(teacher), batch))
@@ -326,7 +328,8 @@ def test_predictions_are_the_models_in_the_order_of_the_images():
   variables = initialize(model, 0, SHAPE)
   batch = make_batch()
   batch['mask'] = np.arange(batch['label'].size).reshape(batch['label'].shape) % 3 != 0
-  logits, labels, mask = steps.predict_step(model)(devices.replicate(variables), batch)
+  predict = steps.on_devices(steps.make_predict_step(model), num_replicated=1)
+  logits, labels, mask = predict(devices.replicate(variables), batch)
   expected = jax.jit(model.apply)(variables, flat(batch)['image'])
   assert logits.shape == (NUM_EXITS, batch['label'].size, NUM_CLASSES)
   assert logits.dtype == np.float32

@@ -198,7 +198,7 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
     )
     last_madds = classifier.madds[-1]
     classifier.choose(budget=last_madds)
-    assert len(classifier.settings) == 40
+    assert len(classifier.operating_points) == 40
   with pytest.raises(UsageError, match='phase 4 does not exist: .* has 1 to 2'):
     AdaptiveClassifier.from_workdir(workdir, phase=3)
 

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
-from imta_jax import devices, networks, steps
+from imta_jax import devices, phases, steps
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
-from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 # Training images before any are held out, and classes.
@@ -41,48 +39,33 @@ _STEPS_IN_FLIGHT = 4
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A phase's network and data, as training has them when it starts.
+  """A phase as training sets it up, and noise to train on.
 
   Attributes:
-    phase: The phase's config.
-    model: Its network.
-    variables: Its variables, on the host; none of them special, as initial zeros are.
-    previous: Network and variables of the phase before, or None.
-    images: [batch, height, width, channels], float32, on the host: noise.
+    phase: The phase; none of its state's values is special, as initial zeros are.
+    predecessor: Network and variables of the previous phase, or None.
+    images: [batch, height, width, channels], float32, on the host.
     labels: [batch], int32.
   """
 
-  phase: ConfigDict
-  model: MultiExitNetwork
-  variables: Mapping[str, Any]
-  previous: tuple[MultiExitNetwork, Mapping[str, Any]] | None
+  phase: phases.Phase
+  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
   images: np.ndarray
   labels: np.ndarray
 
   @property
   def batch(self) -> dict[str, jax.Array]:
-    """Images and labels on the devices, [local devices, batch a device, …]."""
-    shares = {
+    """Images and labels on the devices, [local devices, batch per device, …]."""
+    parts = {
       name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
       for name, array in (('image', self.images), ('label', self.labels))
     }
-    return jax.pmap(lambda batch: batch)(shares)
+    return jax.pmap(lambda batch: batch)(parts)
 
   def train_step(self) -> tuple[Callable, steps.TrainState, Any]:
-    """The training step, its state, and the teacher's variables."""
-    phase = self.phase
-    optimizer = steps.create_optimizer(phase, steps.create_schedule(phase, 1000, 100, 64))
-    state = devices.replicate(steps.create_state(self.variables, phase.trained, optimizer))
-    teacher_model, teacher = None, {}
-    if phase.loss == 'one_for_all' and phase.teacher == 'frozen':
-      teacher_model, teacher = self.previous
-      if phase.trained == 'last_layers':
-        teacher = {
-          kind: {name: tree for name, tree in trees.items() if name.startswith('classifiers_')}
-          for kind, trees in teacher.items()
-        }
-      teacher = devices.replicate(teacher)
-    return steps.train_step(self.model, teacher_model, phase, optimizer), state, teacher
+    """The mapped training step, with the state and the teacher's variables on the devices."""
+    step = steps.on_devices(self.phase.train_step, num_replicated=2)
+    return step, *devices.replicate((self.phase.state, self.phase.teacher))
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
@@ -90,33 +73,46 @@ def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
 
   Args:
     config: A whole config.
-    index: The phase, from 0.
-    batch_size: Images a step, over all devices.
+    index: The phase, counted from 0.
+    batch_size: Images per step, over all devices.
 
   Raises:
-    UsageError: If the config, the phase or the batch size cannot be.
+    UsageError: If the config, the phase or the batch size is wrong.
   """
   if not 0 <= index < len(config.phases):
     raise UsageError(f'phase {index + 1} does not exist: the config has {len(config.phases)}')
   if batch_size < 1 or batch_size % jax.device_count():
     raise UsageError(f'batch size {batch_size} must be a multiple of {jax.device_count()} devices')
-  _, num_classes = _dataset(config)
+  config = config.copy_and_resolve_references()
+  config.batch_size = batch_size
+  num_images, num_classes = _dataset(config)
   shape = (config.dataset.image_size, config.dataset.image_size, len(config.dataset.mean))
   random = np.random.default_rng(config.seed)
-  model, variables, previous = None, None, None
-  for phase in config.phases[: index + 1]:
-    previous = None if model is None else (model, variables)
-    model = networks.create_model(config, phase, num_classes)
-    fresh = networks.initial_variables(model, config.seed, shape)
-    fresh = fresh if variables is None else transplant(variables, fresh)
-    variables = jax.tree.map(functools.partial(_disturb, random), fresh)
+  phase, predecessor = None, None
+  for number in range(index + 1):
+    if phase is not None:
+      predecessor = phase.model, phase.state.variables
+    phase = phases.set_up_phase(
+      config,
+      number,
+      predecessor,
+      num_classes=num_classes,
+      image_shape=shape,
+      steps_per_epoch=(num_images - config.dataset.validation_size) // batch_size,
+    )
+    disturb = functools.partial(_disturb, random)
+    values = {
+      name: jax.tree.map(disturb, getattr(phase.state, name))
+      for name in ('trained', 'frozen', 'batch_stats')
+    }
+    phase = dataclasses.replace(phase, state=phase.state.replace(**values))
   images = random.standard_normal((batch_size, *shape), np.float32)
   labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
-  return Task(config.phases[index], model, variables, previous, images, labels)
+  return Task(phase, predecessor, images, labels)
 
 
 def _disturb(random, leaf):
-  """A variable a little off, by less than would change the size of what a network computes."""
+  """A variable a little off, by less than would change the scale of what a network computes."""
   fan_in = leaf.size // leaf.shape[-1]
   return leaf + random.uniform(-0.1, 0.1, leaf.shape).astype(np.float32) / np.sqrt(fan_in)
 
@@ -129,14 +125,6 @@ def _dataset(config):
       f'config.dataset.name is {config.dataset.name!r}, whose size the benchmarks do not know: '
       f'they know {", ".join(DATASETS)}'
     ) from None
-
-
-def num_steps(config: ConfigDict, index: int, batch_size: int) -> int:
-  """Steps of a whole phase at a batch size."""
-  phase = config.phases[index]
-  num_images, _ = _dataset(config)
-  steps_per_epoch = (num_images - config.dataset.validation_size) // batch_size
-  return phase.steps or round(phase.epochs * steps_per_epoch)
 
 
 def ours(task: Task) -> Callable[[int], None]:
@@ -170,19 +158,19 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
   """
   import torch_peer
 
-  phase, fields = task.phase, {**config.model}
+  phase, fields = task.phase.config, {**config.model}
   del fields['dtype']
   if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
     raise UsageError('the peer knows MSDNets, without collaboration or with the network: --peers=')
   if jax.device_count() > 1:
     raise UsageError(f'the peer runs on one device and there are {jax.device_count()}: --peers=')
   fields.pop('remat', None)
-  num_classes, image_channels = task.model.num_classes, task.images.shape[-1]
+  num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
   network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
-  state = to_state_dict(task.variables, task.model)
+  state = to_state_dict(task.phase.state.variables, task.phase.model)
   if phase.collaboration == 'network':
     network = torch_peer.PhaseTwoNetwork(network, phase.stop_collaboration_gradient)
-    model, variables = task.previous
+    model, variables = task.predecessor
     teacher = to_state_dict(variables, model)
     state = {f'net.{name}': value for name, value in teacher.items()} | state
   torch_peer.load(network, state)
@@ -222,7 +210,7 @@ def check_peer(config: ConfigDict, index: int) -> float:
   config.model.dtype = 'float32'
   task = make_task(config, index, 4)
   with jax.default_matmul_precision('highest'):
-    logits = np.asarray(jax.jit(task.model.apply)(task.variables, task.images))
+    logits = np.asarray(jax.jit(task.phase.model.apply)(task.phase.state.variables, task.images))
   allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
   torch.backends.cudnn.allow_tf32 = False
   torch.set_float32_matmul_precision('highest')
@@ -290,11 +278,6 @@ def load_config(argument: str) -> ConfigDict:
   return config
 
 
-def integers(text: str) -> list[int]:
-  """Reads '64,512', for argparse."""
-  return [int(part) for part in text.split(',')]
-
-
 def set_up() -> None:
   """Lets JAX and PyTorch share the device, and keeps compiled programs between runs.
 
@@ -338,11 +321,3 @@ def write_json(path: str | None, content: Any) -> None:
   """Writes results, where a path is given."""
   if path:
     Path(path).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-
-
-def run(main: Callable[[], None]) -> None:
-  """The program: bad input ends it with one line and status 1."""
-  try:
-    main()
-  except UsageError as error:
-    sys.exit(f'error: {error}')

@@ -18,7 +18,7 @@ import common
 import jax
 import numpy as np
 
-from imta_jax import devices, evaluate, steps
+from imta_jax import command_line, devices, evaluate, steps
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep
 from imta_jax.errors import UsageError
 
@@ -85,7 +85,8 @@ def main() -> None:
 
 def ours(task: common.Task) -> Callable[[int], None]:
   """A function that predicts a number of batches."""
-  predict, variables = steps.predict_step(task.model), devices.replicate(task.variables)
+  predict = steps.on_devices(task.phase.predict_step, num_replicated=1)
+  variables = devices.replicate(task.phase.state.variables)
   mask = np.ones((jax.local_device_count(), len(task.images) // jax.device_count()), bool)
   batch = {**task.batch, 'mask': mask}
   return lambda count: evaluate.predict(predict, variables, itertools.repeat(batch, count))
@@ -123,4 +124,4 @@ def sweep_seconds(num_classes: int, repeats: int) -> list[float]:
 
 
 if __name__ == '__main__':
-  common.run(main)
+  command_line.run(main)

@@ -232,6 +232,6 @@ def _random_box(width, height):
 
 
 if __name__ == '__main__':
-  import common
+  from imta_jax import command_line
 
-  common.run(main)
+  command_line.run(main)

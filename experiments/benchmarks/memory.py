@@ -17,6 +17,8 @@ from typing import Any
 import common
 import jax
 
+from imta_jax import command_line
+from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 
 
@@ -26,8 +28,8 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
-  parser.add_argument('--batch_sizes', type=common.integers, help="default: the config's")
-  parser.add_argument('--phases', type=common.integers, default=[1], help='default: 1')
+  parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
+  parser.add_argument('--phases', type=list_of(positive(int)), default=[1], help='default: 1')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument(
     '--remat', default='off', help="'off', 'on' or 'off,on': whether activations are recomputed"
@@ -155,4 +157,4 @@ def measure(
 
 
 if __name__ == '__main__':
-  common.run(main)
+  command_line.run(main)

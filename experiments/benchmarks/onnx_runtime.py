@@ -17,9 +17,11 @@ import common
 import jax
 import numpy as np
 
-from imta_jax.adaptive.engine import AdaptiveClassifier, compiler_options
+from imta_jax import command_line
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.adaptive.engine.compiler import compiler_options
+from imta_jax.command_line import list_of, open_classifier, positive
 from imta_jax.errors import UsageError
-from imta_jax.predict import open_classifier, positive
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
   )
   parser.add_argument('network', help='workdir of a run, or an export')
   parser.add_argument('onnx', help='what export_onnx.py wrote of it')
-  parser.add_argument('--batch_sizes', type=common.integers, default=[1, 16, 64, 256])
+  parser.add_argument('--batch_sizes', type=list_of(positive(int)), default=[1, 16, 64, 256])
   parser.add_argument('--repeats', type=positive(int), default=5, help='turns of each; default: 5')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
@@ -107,4 +109,4 @@ def repeated(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Cal
 
 
 if __name__ == '__main__':
-  common.run(main)
+  command_line.run(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import common
 
+from imta_jax import command_line
 from imta_jax.errors import UsageError
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -103,4 +104,4 @@ def seconds_to_first_step(flags: Sequence[str], cache: str) -> float:
 
 
 if __name__ == '__main__':
-  common.run(main)
+  command_line.run(main)

@@ -21,6 +21,8 @@ import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from imta_jax import command_line
+from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 from imta_jax.models.convolution import convolve
 
@@ -31,8 +33,8 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
-  parser.add_argument('--batch_sizes', type=common.integers, help="default: the config's")
-  parser.add_argument('--phases', type=common.integers, default=[1, 2], help='default: 1,2')
+  parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
+  parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
   parser.add_argument('--repeats', type=int, default=7, help='turns of each; default: 7')
@@ -95,7 +97,7 @@ def measure(
   return {
     'phase': index + 1,
     'batch_size': batch_size,
-    'steps': common.num_steps(config, index, batch_size),
+    'steps': task.phase.num_steps,
     'seconds_a_step': timings,
     'limit': {'seconds_a_step': limits[by], 'by': by},
     'work_a_step': amounts,
@@ -112,7 +114,7 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
   import torch
   import torch_peer
 
-  phase = task.phase
+  phase = task.phase.config
   kind = (phase.trained, phase.loss)
   if kind == ('everything', 'cross_entropy'):
     loss_of = torch_peer.loss_of_phase_one
@@ -200,12 +202,12 @@ def work(task: common.Task) -> dict[str, float]:
   images = jax.ShapeDtypeStruct((share, *task.images.shape[1:]), jnp.float32)
   products = matrix_products(task, images)
   forward = sum(madds for _, madds, _ in products)
-  activations = sum(size for _, _, size in products) * task.model.dtype.itemsize
+  activations = sum(size for _, _, size in products) * task.phase.model.dtype.itemsize
   sizes = {
     name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for name, tree in task.variables['params'].items()
+    for name, tree in task.phase.state.variables['params'].items()
   }
-  if task.phase.trained == 'everything':
+  if task.phase.config.trained == 'everything':
     (_, first, _), *_ = products
     operations = 2 * (3 * forward - first)
     traffic = 4 * activations + 4 * 4 * sum(sizes.values())
@@ -240,7 +242,7 @@ def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tup
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
           walk(inner)
 
-  walk(jax.make_jaxpr(task.model.apply)(task.variables, images).jaxpr)
+  walk(jax.make_jaxpr(task.phase.model.apply)(task.phase.state.variables, images).jaxpr)
   return products
 
 
@@ -295,4 +297,4 @@ def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[
 
 
 if __name__ == '__main__':
-  common.run(main)
+  command_line.run(main)

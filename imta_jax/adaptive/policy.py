@@ -23,20 +23,20 @@ class OperatingPoint:
     thresholds: Confidence from which an image leaves, an exit.
     validation_accuracy: Fraction of validation images classified correctly.
     validation_madds: Average multiply-adds a validation image.
-    validation_shares: Fraction of the validation images that leave at each exit.
+    validation_exit_fractions: Fraction of the validation images that leave at each exit.
     test_accuracy: Fraction of test images classified correctly.
     test_madds: Average multiply-adds a test image.
-    test_shares: Fraction of the test images that leave at each exit.
+    test_exit_fractions: Fraction of the test images that leave at each exit.
   """
 
   parameter: float
   thresholds: tuple[float, ...]
   validation_accuracy: float
   validation_madds: float
-  validation_shares: tuple[float, ...]
+  validation_exit_fractions: tuple[float, ...]
   test_accuracy: float
   test_madds: float
-  test_shares: tuple[float, ...]
+  test_exit_fractions: tuple[float, ...]
 
 
 def geometric_shares(p: float, num_exits: int) -> np.ndarray:
@@ -124,18 +124,18 @@ def budget_sweep(
   points = []
   for p in parameters:
     thresholds = _thresholds(validation[0], order, geometric_shares(p, len(madds)))
-    validation_accuracy, validation_shares = _operate(*validation, thresholds)
-    test_accuracy, test_shares = _operate(*test, thresholds)
+    validation_accuracy, validation_exit_fractions = _operate(*validation, thresholds)
+    test_accuracy, test_exit_fractions = _operate(*test, thresholds)
     points.append(
       OperatingPoint(
         parameter=float(p),
         thresholds=tuple(thresholds.tolist()),
         validation_accuracy=validation_accuracy,
-        validation_madds=float(validation_shares @ madds),
-        validation_shares=tuple(validation_shares.tolist()),
+        validation_madds=float(validation_exit_fractions @ madds),
+        validation_exit_fractions=tuple(validation_exit_fractions.tolist()),
         test_accuracy=test_accuracy,
-        test_madds=float(test_shares @ madds),
-        test_shares=tuple(test_shares.tolist()),
+        test_madds=float(test_exit_fractions @ madds),
+        test_exit_fractions=tuple(test_exit_fractions.tolist()),
       )
     )
   return points

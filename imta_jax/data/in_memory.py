@@ -10,8 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax import devices
-from imta_jax.data import pipeline, preprocess
+from imta_jax.data import preprocess
 from imta_jax.data.arrays import Arrays
+from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
 
 
@@ -38,7 +39,7 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
     )
 
 
-class InMemoryDataset(pipeline.Dataset):
+class InMemoryDataset(Dataset):
   """A data set whose images, all of one shape, fit a device's memory."""
 
   def __init__(self, arrays: Arrays, config: ConfigDict):
@@ -59,12 +60,12 @@ class InMemoryDataset(pipeline.Dataset):
       static_broadcasted_argnums=3,
     )
 
-  def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
+  def train_batches(self, first_step: int) -> Iterator[Batch]:
     images, labels = devices.replicate((self._arrays.images['train'], self._arrays.labels['train']))
     for step in itertools.count(first_step):
       yield self._draw(devices.numbers(), images, labels, np.int32(step))
 
-  def evaluation_batches(self, split: str) -> Iterator[pipeline.Batch]:
+  def evaluation_batches(self, split: str) -> Iterator[Batch]:
     images, labels = self._arrays.images[split], self._arrays.labels[split]
     batch_size = self._config.evaluation_batch_size
     augments = split == 'validation' and self._config.dataset.augment_validation

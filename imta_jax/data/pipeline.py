@@ -1,46 +1,18 @@
-"""TFDS → batches for the local devices.
+"""Opens the data set that a config names, through TFDS or from the arrays kept of it.
 
-A batch is {'image': float32, 'label': int32}, each [local devices, batch a device, …]; evaluation
-batches also have 'mask', false where a batch is filled up. Training batches are a pure function of
-(seed, step). TensorFlow reads the files and is imported only then.
+TensorFlow reads the files and is imported only then.
 """
 
-import abc
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
-
-Batch = dict[str, jax.Array]
-
-
-class Dataset(abc.ABC):
-  """A data set with its splits 'train', 'validation' and 'test'.
-
-  Attributes:
-    class_names: A name a class.
-    image_shape: (height, width, channels) of what a network sees.
-    num_images: Images of each split.
-    steps_per_epoch: Training batches an epoch; images left over wait for another epoch's shuffle.
-  """
-
-  class_names: Sequence[str]
-  image_shape: tuple[int, int, int]
-  num_images: dict[str, int]
-  steps_per_epoch: int
-
-  @abc.abstractmethod
-  def train_batches(self, first_step: int) -> Iterator[Batch]:
-    """Endless training batches, starting with that of step `first_step`, counted from 0."""
-
-  @abc.abstractmethod
-  def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    """Every image of a split exactly once, over all hosts together."""
+from imta_jax.import_tensorflow import import_tensorflow
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -89,21 +61,6 @@ def _open_streamed(config: ConfigDict) -> Dataset:
 
   builder = _prepared_builder(config.dataset)
   return streamed.StreamedDataset(builder, _splits(builder, config.dataset), config)
-
-
-def import_tensorflow() -> None:
-  """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  sys.stderr.flush()
-  stderr = os.dup(2)
-  with open(os.devnull, 'w') as nowhere:
-    os.dup2(nowhere.fileno(), 2)
-  try:
-    import tensorflow as tf
-  finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
-  tf.config.set_visible_devices([], 'GPU')  # Their memory is JAX's.
 
 
 def _prepared_builder(dataset: ConfigDict) -> Any:

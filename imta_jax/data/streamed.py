@@ -9,7 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax import devices
-from imta_jax.data import pipeline, preprocess
+from imta_jax.data import preprocess
+from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
 
 # Images a host shuffles among, beyond the order of the files.
@@ -18,7 +19,7 @@ _SHUFFLE_BUFFER = 16_384
 _BATCHES_AHEAD = 2
 
 
-class StreamedDataset(pipeline.Dataset):
+class StreamedDataset(Dataset):
   """A data set of encoded images of any size; each host reads its own part of every split."""
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
@@ -36,10 +37,10 @@ class StreamedDataset(pipeline.Dataset):
     )
     self._normalize = jax.pmap(self._normalize_batch, axis_name=devices.AXIS)
 
-  def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
+  def train_batches(self, first_step: int) -> Iterator[Batch]:
     return self._send(self._train_stream(first_step))
 
-  def evaluation_batches(self, split: str) -> Iterator[pipeline.Batch]:
+  def evaluation_batches(self, split: str) -> Iterator[Batch]:
     return self._send(self._evaluation_stream(split))
 
   def _train_stream(self, first_step):
@@ -126,7 +127,7 @@ class StreamedDataset(pipeline.Dataset):
     batches = examples.batch(batch_size // local, drop_remainder=True)
     return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
-  def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[pipeline.Batch]:
+  def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
     """Normalised batches on the devices, some of them ahead of use."""
     ahead = collections.deque()
     for batch in batches:

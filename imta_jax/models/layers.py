@@ -25,7 +25,7 @@ _ones = jax.jit(nn.initializers.ones, static_argnums=(1, 2))
 
 
 class ConvNorm(nn.Module):
-  """Convolution, batch norm and, unless told otherwise, ReLU.
+  """ConvParams, batch norm and, unless told otherwise, ReLU.
 
   Padding is symmetric, kernel_size // 2 on every side. Kernels start normal with standard deviation
   sqrt(2 / (kernel area × output channels)), batch norm at 1 and 0.
@@ -52,16 +52,16 @@ class ConvNorm(nn.Module):
     return run_together([self], x, train)[0]
 
   @nn.compact
-  def parts(self, inputs: int) -> tuple['Convolution', 'BatchNorm']:
+  def parts(self, inputs: int) -> tuple['ConvParams', 'BatchNormVars']:
     """The layer's variables, for a number of input channels."""
     shape = (self.kernel_size, self.kernel_size, inputs, self.features)
     return (
-      Convolution(shape, self.use_bias, name='conv')(),
-      BatchNorm(self.features, name='norm')(),
+      ConvParams(shape, self.use_bias, name='conv')(),
+      BatchNormVars(self.features, name='norm')(),
     )
 
 
-class Convolution(nn.Module):
+class ConvParams(nn.Module):
   """The parameters of a convolution: kernel, and bias or None."""
 
   shape: Sequence[int]
@@ -74,7 +74,7 @@ class Convolution(nn.Module):
     return kernel, bias
 
 
-class BatchNorm(nn.Module):
+class BatchNormVars(nn.Module):
   """The variables of batch norm: scale, bias, and the running statistics to read and write."""
 
   features: int

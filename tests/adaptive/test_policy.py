@@ -70,10 +70,10 @@ def test_budget_parameters_are_the_papers():
   np.testing.assert_allclose(BUDGET_PARAMETERS, np.arange(5, 201, 5) / 100)
 
 
-def test_shares_of_the_test_images_add_up_to_the_cost(reference):
+def test_exit_fractions_of_the_test_images_add_up_to_the_cost(reference):
   for point in sweep_reference(reference):
-    assert sum(point.test_shares) == pytest.approx(1)
-    assert np.dot(point.test_shares, reference['madds']) == pytest.approx(point.test_madds)
+    assert sum(point.test_exit_fractions) == pytest.approx(1)
+    assert np.dot(point.test_exit_fractions, reference['madds']) == pytest.approx(point.test_madds)
 
 
 def test_given_parameters_are_kept_in_their_order(reference):
@@ -88,7 +88,7 @@ def test_given_parameters_are_kept_in_their_order(reference):
   ('p', 'expected'),
   [(1.0, [1 / 3, 1 / 3, 1 / 3]), (0.5, [4 / 7, 2 / 7, 1 / 7]), (2.0, [1 / 7, 2 / 7, 4 / 7])],
 )
-def test_shares_are_geometric(p, expected):
+def test_exit_fractions_are_geometric(p, expected):
   np.testing.assert_allclose(geometric_shares(p, 3), expected)
 
 
@@ -145,7 +145,7 @@ def test_if_all_are_equally_sure_all_leave_at_the_first_exit():
     probabilities, labels, probabilities, labels, [10, 20, 40], parameters=[1.0]
   )
   assert point.thresholds == (1.0, np.inf, -np.inf)
-  assert point.test_shares == (1, 0, 0)
+  assert point.test_exit_fractions == (1, 0, 0)
   assert point.test_madds == point.validation_madds == 10
   assert point.test_accuracy == pytest.approx(0.6)
 
@@ -156,7 +156,7 @@ def test_if_none_is_as_sure_as_in_validation_all_leave_at_the_last_exit():
   (point,) = budget_sweep(
     validation, np.zeros(4, int), test, np.array([0, 1, 1, 1, 1]), [10, 20, 40], parameters=[1.0]
   )
-  assert point.test_shares == (0, 0, 1)
+  assert point.test_exit_fractions == (0, 0, 1)
   assert point.test_madds == 40
   assert point.test_accuracy == pytest.approx(0.8)
   assert point.validation_accuracy == 1
@@ -183,7 +183,7 @@ def test_nan_is_never_confident():
   (point,) = budget_sweep(
     probabilities, [0, 0, 0], probabilities, [0, 0, 0], [10, 20], parameters=[0.4]
   )
-  assert point.test_shares == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+  assert point.test_exit_fractions == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize(

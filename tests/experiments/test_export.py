@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 from imta_jax.errors import UsageError
 
 SHAPE = (16, 16, 3)
@@ -68,7 +68,7 @@ def classifier(random_variables, images):
     SHAPE,
     mean=(0.5, 0.4, 0.3),
     std=(0.2, 0.3, 0.2),
-    settings=[Setting((0.9, np.inf, np.inf), (0.5, 0.0, 0.5), 0.7)],
+    operating_points=[OperatingPoint((0.9, np.inf, np.inf), (0.5, 0.0, 0.5), 0.7)],
     madds=(10, 20, 30),
     class_names=list('abcde'),
     preprocessing={'crop': 'none'},
@@ -106,7 +106,7 @@ def test_what_belongs_to_the_network_comes_along(classifier, exported):
   for name in ('image', 'class_names', 'madds', 'preprocessing', 'num_classes'):
     assert getattr(loaded, name) == getattr(classifier, name), name
   np.testing.assert_array_equal(loaded.thresholds[:2], classifier.thresholds[:2])
-  assert loaded.settings == classifier.settings
+  assert loaded.operating_points == classifier.operating_points
   np.testing.assert_allclose(AdaptiveClassifier.load(exported, budget=25).thresholds[0], 0.9)
 
 

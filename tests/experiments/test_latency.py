@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
 import latency
@@ -20,10 +20,10 @@ INF = float('inf')
 MADDS = (10.0, 30.0)
 # Average multiply-adds 12, 14, 20 and 28.
 SETTINGS = [
-  Setting((0.1, -INF), (0.9, 0.1), 0.80),
-  Setting((0.2, -INF), (0.8, 0.2), 0.896),
-  Setting((0.5, -INF), (0.5, 0.5), 0.91),
-  Setting((0.9, -INF), (0.1, 0.9), 0.90),
+  OperatingPoint((0.1, -INF), (0.9, 0.1), 0.80),
+  OperatingPoint((0.2, -INF), (0.8, 0.2), 0.896),
+  OperatingPoint((0.5, -INF), (0.5, 0.5), 0.91),
+  OperatingPoint((0.9, -INF), (0.1, 0.9), 0.90),
 ]
 
 
@@ -79,8 +79,8 @@ def rows(random_variables):
   )
   images = random.integers(0, 256, (9, *shape), np.uint8)
   middle = float(np.median(classifier.predict(images, (-INF, -INF)).confidences))
-  settings = [Setting((middle, -INF), (0.5, 0.5), 0.9)]
-  contestants = latency.choose_contestants(settings, MADDS, 0.9)
+  operating_points = [OperatingPoint((middle, -INF), (0.5, 0.5), 0.9)]
+  contestants = latency.choose_contestants(operating_points, MADDS, 0.9)
   full = latency.full_program(model, variables, dataset)
   labels = np.asarray(full(images))[-1].argmax(axis=-1)
   labels[0] = (labels[0] + 1) % 5

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imta_jax.adaptive.engine import compiler_options
+from imta_jax.adaptive.engine.compiler import compiler_options
 from imta_jax.models.layers import ConvNorm, batch_norm, run_together
 
 MAPS = 3.0 + np.random.default_rng(0).standard_normal((4, 6, 6, 5)).astype(np.float32)

@@ -12,9 +12,8 @@ of images, by a `plan`; `exported` reads an export.
 """
 
 from .batches import Answers
-from .classifier import AdaptiveClassifier, Setting
+from .classifier import AdaptiveClassifier, OperatingPoint
 from .exported import FORMAT, MANIFEST, manifest_checksum
-from .programs import compiler_options
 from .runner import BATCH_SIZES
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
   'MANIFEST',
   'AdaptiveClassifier',
   'Answers',
-  'Setting',
-  'compiler_options',
+  'OperatingPoint',
   'manifest_checksum',
 ]

@@ -76,7 +76,7 @@ class Batch(NamedTuple):
   def bounds(self, exits: int | slice = slice(None)) -> np.ndarray:
     """Thresholds [place, exit] or [place] of one exit; where there is no image, none stays."""
     thresholds = self.thresholds[:, exits]
-    bounds = np.full((places(self.carry), *thresholds.shape[1:]), -np.inf, np.float32)
+    bounds = np.full((capacity(self.carry), *thresholds.shape[1:]), -np.inf, np.float32)
     bounds[self.rows] = thresholds
     return bounds
 
@@ -136,7 +136,7 @@ class Queue:
       room -= len(taken[-1].rows)
     self.count -= size - room
     carries, rows, indices, thresholds = zip(*taken, strict=True)
-    if len(carries) == 1 and places(carries[0]) == size:
+    if len(carries) == 1 and capacity(carries[0]) == size:
       # What has left makes no smaller batch, and nobody waits.
       carry, rows = carries[0], rows[0]
     else:
@@ -144,7 +144,7 @@ class Queue:
     return Batch(carry, rows, np.concatenate(indices), np.concatenate(thresholds))
 
 
-def places(carry: Carry) -> int:
+def capacity(carry: Carry) -> int:
   """How many images a carry has room for."""
   return len(jax.tree.leaves(carry)[0])
 

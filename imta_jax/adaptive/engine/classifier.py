@@ -16,17 +16,17 @@ from .runner import BATCH_SIZES, Runner
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class OperatingPoint:
   """Thresholds, and what they were measured to do on validation images.
 
   Attributes:
     thresholds: [exit]; an image leaves where its confidence is at least this.
-    shares: [exit], the fraction of the images that left there.
+    exit_fractions: [exit], the fraction of the images that left at each exit.
     accuracy: The fraction that was classified correctly.
   """
 
   thresholds: tuple[float, ...]
-  shares: tuple[float, ...]
+  exit_fractions: tuple[float, ...]
   accuracy: float
 
 
@@ -35,7 +35,7 @@ class AdaptiveClassifier:
 
   Attributes:
     thresholds: [exit], float32; what `predict` uses unless told otherwise.
-    settings: What thresholds may be chosen from.
+    operating_points: What thresholds may be chosen from.
     madds: [exit], multiply-adds of an image that leaves there.
     class_names: A name a class.
     num_classes: Classes.
@@ -51,7 +51,7 @@ class AdaptiveClassifier:
     image: jax.ShapeDtypeStruct,
     *,
     madds: Sequence[float],
-    settings: Sequence[Setting] = (),
+    operating_points: Sequence[OperatingPoint] = (),
     class_names: Sequence[str] = (),
     preprocessing: dict[str, Any] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -65,7 +65,7 @@ class AdaptiveClassifier:
       thresholds: [exit].
       image: See the class.
       madds: See the class.
-      settings: See the class.
+      operating_points: See the class.
       class_names: See the class.
       preprocessing: See the class.
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
@@ -74,14 +74,22 @@ class AdaptiveClassifier:
       ValueError: If thresholds or multiply-adds are not one an exit.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
-    self.image, self.settings, self.class_names = image, tuple(settings), tuple(class_names)
+    self.image, self.operating_points, self.class_names = (
+      image,
+      tuple(operating_points),
+      tuple(class_names),
+    )
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
     self.thresholds = np.asarray(thresholds, np.float32)
     for name, values in (('thresholds', thresholds), ('madds', madds)):
       if np.shape(values) != (len(self.stages),):
         raise ValueError(f'{name} {values} must be one for each of {len(self.stages)} exits')
-    known_shares = [(setting.thresholds, setting.shares) for setting in self.settings]
-    self._runner = Runner(self.stages, self.weights, image, self.madds, known_shares, batch_sizes)
+    known_exit_fractions = [
+      (point.thresholds, point.exit_fractions) for point in self.operating_points
+    ]
+    self._runner = Runner(
+      self.stages, self.weights, image, self.madds, known_exit_fractions, batch_sizes
+    )
     self.num_classes = self._runner.num_classes
 
   @classmethod
@@ -186,9 +194,11 @@ class AdaptiveClassifier:
       ValueError: If the folder is no export, or a file is not as it was written.
     """
     manifest, stages, weights = read_export(folder)
-    settings = [
-      Setting(thresholds_from_json(row['thresholds']), tuple(row['shares']), row['accuracy'])
-      for row in manifest['settings']
+    operating_points = [
+      OperatingPoint(
+        thresholds_from_json(row['thresholds']), tuple(row['exit_fractions']), row['accuracy']
+      )
+      for row in manifest['operating_points']
     ]
     image = jax.ShapeDtypeStruct(tuple(manifest['image_shape']), manifest['image_dtype'])
     return cls(
@@ -196,7 +206,7 @@ class AdaptiveClassifier:
       weights,
       thresholds_from_json(manifest['thresholds']),
       image,
-      settings=settings,
+      operating_points=operating_points,
       madds=manifest['madds'],
       class_names=manifest['class_names'],
       preprocessing=manifest['preprocessing'],
@@ -238,14 +248,14 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If no setting lies within the budget.
     """
-    averages = [float(np.dot(setting.shares, costs)) for setting in self.settings]
+    averages = [float(np.dot(point.exit_fractions, costs)) for point in self.operating_points]
     within = [
-      (setting.accuracy, -average, setting.thresholds)
-      for setting, average in zip(self.settings, averages, strict=True)
+      (point.accuracy, -average, point.thresholds)
+      for point, average in zip(self.operating_points, averages, strict=True)
       if average <= budget
     ]
     if not within:
-      least = f'{min(averages):.4g}' if averages else 'none, for there are no settings'
+      least = f'{min(averages):.4g}' if averages else 'none, for there are no operating_points'
       raise ValueError(f'budget {budget:g} is too small: the least that can be had is {least}')
     return np.asarray(max(within)[-1], np.float32)
 

@@ -33,17 +33,18 @@ class BatchPlan:
   def __init__(
     self,
     stage_costs: Sequence[Costs],
-    as_one_costs: Costs,
-    known_shares: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+    fused_costs: Costs,
+    known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
   ):
     """Makes the plan.
 
     Args:
       stage_costs: [stage], of a batch.
-      as_one_costs: Of a batch as one program, of which no image leaves before the last exit.
-      known_shares: Pairs (thresholds [exit], the fraction [exit] of images that leave there).
+      fused_costs: Of a batch as one program, of which no image leaves before the last exit.
+      known_exit_fractions: Pairs (thresholds [exit], fraction of the images that leave at each
+        exit [exit]).
     """
-    self._stage_costs, self._as_one_costs = tuple(stage_costs), as_one_costs
+    self._stage_costs, self._fused_costs = tuple(stage_costs), fused_costs
     image_costs = {
       size: sum(costs[size] for costs in stage_costs) / size for size in stage_costs[0]
     }
@@ -53,11 +54,11 @@ class BatchPlan:
       *(cheapest_batches(costs, self.full_batch) for costs in stage_costs), strict=True
     )
     self._reached = {
-      np.float32(thresholds).tobytes(): 1 - np.cumsum((0, *shares[:-1]))
-      for thresholds, shares in known_shares
+      np.float32(thresholds).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
+      for thresholds, fractions in known_exit_fractions
     }
     # The same thresholds come again and again, and this takes as long as some of a small stage.
-    self._expect_faster_as_one = functools.lru_cache(maxsize=256)(self._expect_faster_as_one)
+    self._expect_faster_fused = functools.lru_cache(maxsize=256)(self._expect_faster_fused)
 
   def first_batch(self, stage: int, count: int) -> int:
     """The size of the batch to run next.
@@ -68,7 +69,7 @@ class BatchPlan:
     """
     return self._first_batches[stage][min(count, self.full_batch)]
 
-  def is_faster_as_one(self, size: int, thresholds: np.ndarray, total: float) -> bool:
+  def is_faster_fused(self, size: int, thresholds: np.ndarray, total: float) -> bool:
     """Whether a batch is likely to be done sooner by one program than stage by stage.
 
     Args:
@@ -76,10 +77,10 @@ class BatchPlan:
       thresholds: [image, exit], float32, of the images in it.
       total: Images of which those that go on make batches together, these included.
     """
-    return self._expect_faster_as_one(size, thresholds.tobytes(), total)
+    return self._expect_faster_fused(size, thresholds.tobytes(), total)
 
-  def _expect_faster_as_one(self, size, thresholds, total):
-    if size not in self._as_one_costs:
+  def _expect_faster_fused(self, size, thresholds, total):
+    if size not in self._fused_costs:
       return False
     thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, len(self._stage_costs))
     count = len(thresholds)
@@ -90,15 +91,15 @@ class BatchPlan:
     costs = np.array([costs[size] for costs in self._stage_costs])
     # All places run a stage that any image reaches, each at what one program costs less than many.
     runs = 1 - (1 - reached) ** count
-    spared = (costs.sum() - self._as_one_costs[size]) / max(1, len(costs) - 1)
-    as_one = costs[0] + np.dot(costs[1:] - spared, runs[1:])
+    spared = (costs.sum() - self._fused_costs[size]) / max(1, len(costs) - 1)
+    fused = costs[0] + np.dot(costs[1:] - spared, runs[1:])
     # Alone, the images that reach a stage do.
     by_stages = costs[0]
     for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
       if fraction:
         together = min(total * fraction, self.full_batch)
         by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
-    return bool(as_one < by_stages)
+    return bool(fused < by_stages)
 
   def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:
     """[stage], the fraction of images that is likely to run each.
@@ -132,12 +133,12 @@ def expected_costs(
   overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
   stages = [{size: overhead + size * work for size in sizes} for work in np.diff(madds, prepend=0)]
   spared = (len(madds) - 1) * overhead
-  as_one = {
+  fused = {
     size: overhead + size * madds[-1]
     for size in sizes
     if size == 1 or spared > _LEAST_TO_SPARE * size * madds[-1]
   }
-  return stages, as_one
+  return stages, fused
 
 
 def cheapest_batches(costs: Costs, most: int) -> tuple[np.ndarray, list[int]]:

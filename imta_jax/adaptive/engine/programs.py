@@ -1,6 +1,5 @@
 """What is compiled: a stage, or all of them as one program."""
 
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .batches import Carry
+from .compiler import compiler_options
 
 Tree = Any
 # (weights, what the stage before gave) → what the next one reads.
@@ -22,10 +22,6 @@ _SLACK = 1e-5
 # Bytes of weights up to which a program has them as constants. Handing over some hundred arrays
 # takes as long as a small stage; large ones would take long to compile.
 _MOST_CONSTANTS = 2**25
-
-# XLA's options that pay on a platform. YNNPACK's fusions make its CPU programs slower to load, by
-# seconds where the program is large, and no faster.
-_COMPILER_OPTIONS = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
 
 
 def stage_program(stage: Stage, weights: Tree) -> Callable:
@@ -54,17 +50,6 @@ def all_stages_program(stages: Sequence[Stage], weights: Sequence[Tree]) -> Call
     gives probabilities [image, class] and exits [image].
   """
   return _program(partial(_run_all_stages, stages), weights)
-
-
-@functools.cache
-def compiler_options() -> dict[str, str]:
-  """Options for compilation that pay on this platform; none if this version of XLA lacks them."""
-  options = _COMPILER_OPTIONS.get(jax.default_backend(), {})
-  try:
-    jax.jit(lambda: 0, compiler_options=options)()
-  except jax.errors.JaxRuntimeError:
-    return {}
-  return options
 
 
 def _program(function, weights):

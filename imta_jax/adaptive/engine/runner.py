@@ -14,10 +14,10 @@ from .batches import (
   Batch,
   Carry,
   Queue,
+  capacity,
   compile_join_on_device,
   join_on_device,
   join_on_host,
-  places,
   zeros,
 )
 from .plan import BatchPlan, expected_costs
@@ -29,8 +29,12 @@ BATCH_SIZES = (1, 4, 16, 64, 256)
 # How often `Runner.compile` times programs, in turns; the least time counts.
 _TIMINGS = 5
 
-# Seconds of a batch that one turn times well enough.
-_LONG_BATCH = 0.5
+# Batches of each size run for at least so many seconds in a turn: a busy machine interrupts long
+# batches more often than short ones, but not a second of these more often than a second of those.
+_SECONDS_A_TURN = 0.2
+
+# Seconds of batches that one turn times well enough.
+_LONG = 1.0
 
 
 class Runner:
@@ -49,7 +53,7 @@ class Runner:
     weights: Sequence[Tree],
     image: jax.ShapeDtypeStruct,
     madds: Sequence[float],
-    known_shares: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+    known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
   ):
     """Prepares programs, which are compiled when first run.
@@ -60,17 +64,17 @@ class Runner:
       weights: Of each stage.
       image: Shape (height, width, channels) and type of an image.
       madds: [exit], multiply-adds of an image that leaves there.
-      known_shares: See `BatchPlan`.
+      known_exit_fractions: See `BatchPlan`.
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
     """
     platform = jax.default_backend()
     self.stages = list(map(stage_program, stages, weights))
     self.all_stages = all_stages_program(stages, weights)
     self.join = join_on_host if platform == 'cpu' else join_on_device
-    self._batch_sizes, self._known_shares = tuple(sorted(batch_sizes)), known_shares
-    stage_costs, as_one_costs = expected_costs(madds, self._batch_sizes, platform)
-    self._as_one_sizes = tuple(as_one_costs)
-    self.plan = BatchPlan(stage_costs, as_one_costs, known_shares)
+    self._batch_sizes, self._known_exit_fractions = tuple(sorted(batch_sizes)), known_exit_fractions
+    stage_costs, fused_costs = expected_costs(madds, self._batch_sizes, platform)
+    self._fused_sizes = tuple(fused_costs)
+    self.plan = BatchPlan(stage_costs, fused_costs, known_exit_fractions)
     # [stage], of one image.
     self._carries = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
     for stage, of_stage in zip(stages, weights, strict=True):
@@ -148,30 +152,42 @@ class Runner:
     if self.join is join_on_device:
       for carry in carries[1:]:
         compile_join_on_device(carry, sizes)
-    programs = [
-      (partial(self._run_stage, index), carry, dict.fromkeys(sizes, np.inf))
-      for index, carry in enumerate(carries)
-    ]
-    as_one = {size: np.inf for size in sizes if size in self._as_one_sizes}
-    programs.append((self._run_all_stages, carries[0], as_one))
+    costs = {size: np.full(len(carries) + 1, np.inf) for size in sizes}
     for turn in range(1 + _TIMINGS):  # The first one compiles.
-      for run, carry, seconds in programs:
-        for size, least in seconds.items():
-          if turn < 2 or least < _LONG_BATCH:
-            seconds[size] = min(least, self._time(run, zeros(carry, size)))
-    stage_costs = [seconds for _, _, seconds in programs[:-1]]
-    self.plan = BatchPlan(stage_costs, as_one, self._known_shares)
+      for size, least in costs.items():
+        if turn < 2 or least.sum() < _LONG:
+          costs[size] = np.minimum(least, self._time(carries, size))
+    stage_costs = [{size: costs[size][stage] for size in sizes} for stage in range(len(carries))]
+    fused_costs = {size: costs[size][-1] for size in sizes if size in self._fused_sizes}
+    self.plan = BatchPlan(stage_costs, fused_costs, self._known_exit_fractions)
 
-  def _time(self, run, carry: Carry) -> float:
-    """Seconds of a batch of which no image leaves before the last exit."""
-    size = places(carry)
+  def _time(self, carries: Sequence[Carry], size: int) -> np.ndarray:
+    """Times batches of which no image leaves before the last exit.
+
+    Args:
+      carries: [stage], of one image, what it reads.
+      size: Images in a batch.
+
+    Returns:
+      Seconds of each stage, and of all as one program; 0 if there is none of this size.
+    """
     rows = np.arange(size)
     thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
-    start = time.perf_counter()
-    if isinstance(carry, tuple):  # Of a stage before.
-      carry = self.join([carry], [rows], size)
-    run(Batch(carry, rows, rows, thresholds))()
-    return time.perf_counter() - start
+    runs = [
+      (partial(self._run_stage, stage), zeros(one, size)) for stage, one in enumerate(carries)
+    ]
+    if size in self._fused_sizes:
+      runs.append((self._run_all_stages, runs[0][1]))
+    seconds, count = np.zeros(len(carries) + 1), 0
+    while seconds.sum() < _SECONDS_A_TURN:
+      for index, (run, carry) in enumerate(runs):
+        start = time.perf_counter()
+        # What comes of a stage before is joined.
+        joined = self.join([carry], [rows], size) if isinstance(carry, tuple) else carry
+        run(Batch(joined, rows, rows, thresholds))()
+        seconds[index] += time.perf_counter() - start
+      count += 1
+    return seconds / count
 
   def _start(self, index, queues, total):
     """Starts the next batch of a stage.
@@ -185,8 +201,8 @@ class Runner:
       The queue of those who stay, and what waits for the results, see `_run_stage`.
     """
     batch = queues[index].take(self.plan.first_batch(index, queues[index].count))
-    as_one = index == 0 and self.plan.is_faster_as_one(places(batch.carry), batch.thresholds, total)
-    run = self._run_all_stages if as_one else partial(self._run_stage, index)
+    fused = index == 0 and self.plan.is_faster_fused(capacity(batch.carry), batch.thresholds, total)
+    run = self._run_all_stages if fused else partial(self._run_stage, index)
     return queues[index + 1], run(batch)
 
   def _run_stage(self, index, batch):

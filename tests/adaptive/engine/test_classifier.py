@@ -10,8 +10,8 @@ import pytest
 import scipy.special
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Setting, programs
-from imta_jax.adaptive.engine.batches import join_on_device, join_on_host, places
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, programs
+from imta_jax.adaptive.engine.batches import join_on_device, join_on_host
 from imta_jax.adaptive.engine.runner import Runner
 from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_shares
 
@@ -194,11 +194,11 @@ def test_stream_runs_later_stages_on_full_batches(network):
 
 
 def test_compiling_again_for_more_images(network, monkeypatch):
-  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: 1.0)
+  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: np.ones(4))
   classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1)
   thresholds = np.full((16, 3), np.inf, np.float32)
-  assert not classifier._runner.plan.is_faster_as_one(16, thresholds, 16)
-  assert classifier.compile()._runner.plan.is_faster_as_one(16, thresholds, 16)
+  assert not classifier._runner.plan.is_faster_fused(16, thresholds, 16)
+  assert classifier.compile()._runner.plan.is_faster_fused(16, thresholds, 16)
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_nothing_is_left_to_compile(network, compilations, join):
 def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   _, _, images, probabilities = network
   times = {1: 1.0, 4: 2.0, 16: 9.0}
-  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: times[places(carry)])
+  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: np.full(4, times[size]))
   thresholds = find_thresholds(probabilities, [1 / 3] * 3)
   classifier = classifier_of(network, thresholds).compile()
   sizes = []
@@ -250,7 +250,7 @@ def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
 )
 def test_compiled_for_no_more_images_than_asked_for(network, monkeypatch, largest, sizes):
   seen = set()
-  monkeypatch.setattr(Runner, '_time', lambda self, run, carry: seen.add(places(carry)) or 1.0)
+  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: seen.add(size) or np.ones(4))
   classifier_of(network, [0.5] * 3).compile(largest)
   assert seen == set(sizes)
 
@@ -304,9 +304,9 @@ def test_thresholds_or_costs_that_do_not_fit(network, classifier):
 
 
 SETTINGS = [
-  Setting((0.9, 0.9, -np.inf), (0.2, 0.3, 0.5), 0.7),
-  Setting((0.5, 0.5, -np.inf), (0.6, 0.3, 0.1), 0.6),
-  Setting((0.6, 0.5, -np.inf), (0.5, 0.3, 0.2), 0.6),
+  OperatingPoint((0.9, 0.9, -np.inf), (0.2, 0.3, 0.5), 0.7),
+  OperatingPoint((0.5, 0.5, -np.inf), (0.6, 0.3, 0.1), 0.6),
+  OperatingPoint((0.6, 0.5, -np.inf), (0.5, 0.3, 0.2), 0.6),
 ]
 
 
@@ -316,13 +316,17 @@ SETTINGS = [
 )
 def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first_threshold):
   # Averages with these costs: 23, 15 and 17; of equal accuracy the cheaper one is taken.
-  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS, madds=(10.0, 20.0, 30.0))
+  classifier = classifier_of(
+    network, [0.0] * 3, operating_points=SETTINGS, madds=(10.0, 20.0, 30.0)
+  )
   thresholds = classifier.choose(budget=budget).thresholds
   np.testing.assert_allclose(thresholds[0], first_threshold)
 
 
 def test_budget_that_cannot_be_met(network):
-  classifier = classifier_of(network, [0.0] * 3, settings=SETTINGS, madds=(10.0, 20.0, 30.0))
+  classifier = classifier_of(
+    network, [0.0] * 3, operating_points=SETTINGS, madds=(10.0, 20.0, 30.0)
+  )
   with pytest.raises(ValueError, match='budget 14 .*least .* 15'):
     classifier.choose(budget=14)
   with pytest.raises(ValueError, match='give one'):
@@ -346,7 +350,7 @@ def test_latency_is_measured_on_this_machine(network):
     plain.thresholds,
     plain.image,
     madds=plain.madds,
-    settings=SETTINGS,
+    operating_points=SETTINGS,
   )
   costs = classifier.measure_costs(repeats=3)
   assert 0 < costs[0] < 0.1 <= costs[1] <= costs[2] < costs[1] + 0.1

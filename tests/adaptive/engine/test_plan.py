@@ -46,35 +46,35 @@ def test_no_batch_is_larger_than_pays():
 def test_one_program_or_several(leaving, total, overhead, expected):
   thresholds = np.float32([0.9, 0.8, 0.7])
   stages = [{size: overhead + size for size in SIZES}] * 3
-  as_one = {size: overhead + 3 * size for size in SIZES}
-  plan = BatchPlan(stages, as_one, [(thresholds, leaving)])
-  assert plan.is_faster_as_one(16, np.tile(thresholds, (16, 1)), total) == expected
+  fused = {size: overhead + 3 * size for size in SIZES}
+  plan = BatchPlan(stages, fused, [(thresholds, leaving)])
+  assert plan.is_faster_fused(16, np.tile(thresholds, (16, 1)), total) == expected
 
 
 def test_one_program_is_only_for_sizes_that_have_one():
   stages = [{size: 99 + size for size in SIZES}] * 2
   thresholds = np.full((4, 2), np.inf, np.float32)
   plan = BatchPlan(stages, {4: 1.0})
-  assert plan.is_faster_as_one(4, thresholds, 4)
-  assert not plan.is_faster_as_one(16, thresholds, 4)
+  assert plan.is_faster_fused(4, thresholds, 4)
+  assert not plan.is_faster_fused(16, thresholds, 4)
 
 
 def test_images_of_several_thresholds_share_a_batch():
   # Half of the images go to the end: one program runs 16 + 16 places, two programs 16 + 8.
-  stages, as_one = [{size: 5 + size for size in (1, 8, 16)}] * 2, {16: 5 + 32}
+  stages, fused = [{size: 5 + size for size in (1, 8, 16)}] * 2, {16: 5 + 32}
   thresholds = np.repeat(np.float32([[-np.inf, 0], [np.inf, 0]]), 8, axis=0)
-  plan = BatchPlan(stages, as_one)
-  assert not plan.is_faster_as_one(16, thresholds, 16)  # 37 against 21 + 13.
-  assert plan.is_faster_as_one(16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
+  plan = BatchPlan(stages, fused)
+  assert not plan.is_faster_fused(16, thresholds, 16)  # 37 against 21 + 13.
+  assert plan.is_faster_fused(16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
 
 
 def test_one_program_is_for_batches_in_which_programs_cost_much(monkeypatch):
   monkeypatch.setattr('imta_jax.adaptive.engine.plan._OVERHEAD', {'cpu': 8, 'gpu': 31})
-  stages, as_one = expected_costs([10, 30], SIZES, 'cpu')
+  stages, fused = expected_costs([10, 30], SIZES, 'cpu')
   assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
-  assert as_one == {1: 38}
-  _, as_one = expected_costs([10, 30], SIZES, 'gpu')
-  assert list(as_one) == [1, 4]
+  assert fused == {1: 38}
+  _, fused = expected_costs([10, 30], SIZES, 'gpu')
+  assert list(fused) == [1, 4]
 
 
 @pytest.mark.parametrize(

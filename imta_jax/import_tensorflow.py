@@ -1,0 +1,19 @@
+"""TensorFlow, imported where it is needed and without noise: it takes seconds."""
+
+import os
+import sys
+
+
+def import_tensorflow() -> None:
+  """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  sys.stderr.flush()
+  stderr = os.dup(2)
+  with open(os.devnull, 'w') as nowhere:
+    os.dup2(nowhere.fileno(), 2)
+  try:
+    import tensorflow as tf
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+  tf.config.set_visible_devices([], 'GPU')  # Their memory is JAX's.

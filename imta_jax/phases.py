@@ -1,0 +1,105 @@
+"""Sets up a phase of training: its network, optimizer, first state, teacher and steps."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from imta_jax import networks, steps
+from imta_jax import workdir as layout
+from imta_jax.models.initial_values import transplant
+from imta_jax.models.multi_exit import MultiExitNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A phase before its first step.
+
+  Attributes:
+    name: Its name in folders and output.
+    config: Its entry in config.phases.
+    model: Its network.
+    num_steps: The number of training steps.
+    schedule: The learning rate of each step.
+    state: The state before the first step.
+    teacher: Variables of the teacher's network if it is the network of the previous phase, else
+      empty.
+    train_step: See `steps.make_train_step`.
+    predict_step: See `steps.make_predict_step`.
+  """
+
+  name: str
+  config: ConfigDict
+  model: MultiExitNetwork
+  num_steps: int
+  schedule: optax.Schedule
+  state: steps.TrainState
+  teacher: Mapping[str, Any]
+  train_step: Callable
+  predict_step: Callable
+
+
+def set_up_phase(
+  config: ConfigDict,
+  index: int,
+  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None,
+  *,
+  num_classes: int,
+  image_shape: tuple[int, int, int],
+  steps_per_epoch: int,
+) -> Phase:
+  """Sets up a phase.
+
+  Its network starts as the network of the previous phase, in all that both have.
+
+  Args:
+    config: A whole config, see imta_jax.config.
+    index: The phase, counted from 0.
+    predecessor: Network and variables of the previous phase; None for the first phase.
+    num_classes: Number of classes of the data set.
+    image_shape: (height, width, channels) of its images.
+    steps_per_epoch: Training steps per epoch.
+
+  Returns:
+    The phase. Its arrays are on the host or the default device, not yet replicated.
+
+  Raises:
+    UsageError: If a field of config.model is wrong or the network does not fit the images.
+  """
+  phase = config.phases[index]
+  model = networks.create_model(config, phase, num_classes)
+  variables = networks.initial_variables(model, config.seed, image_shape)
+  if predecessor is not None:
+    variables = transplant(predecessor[1], variables)
+  num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
+  schedule = steps.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
+  optimizer = steps.create_optimizer(phase, schedule)
+  teacher_model, teacher = _teacher(phase, predecessor)
+  return Phase(
+    name=layout.phase_name(index),
+    config=phase,
+    model=model,
+    num_steps=num_steps,
+    schedule=schedule,
+    state=steps.create_state(variables, phase.trained, optimizer),
+    teacher=teacher,
+    train_step=steps.make_train_step(model, teacher_model, phase, optimizer),
+    predict_step=steps.make_predict_step(model),
+  )
+
+
+def _teacher(
+  phase: ConfigDict, predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
+) -> tuple[MultiExitNetwork | None, Mapping[str, Any]]:
+  """The teacher's network and variables if it is the network of the previous phase."""
+  if phase.loss != 'one_for_all' or phase.teacher != 'frozen':
+    return None, {}
+  model, variables = predecessor
+  if phase.trained == 'last_layers':  # The backbone is the student's own.
+    variables = {
+      kind: {name: tree for name, tree in trees.items() if name.startswith('classifiers_')}
+      for kind, trees in variables.items()
+    }
+  return model, variables

@@ -1,0 +1,58 @@
+"""How the package's files depend on each other."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Users call these two, and an export does without them.
+EXCEPTIONS = {'imta_jax.adaptive.engine.classifier': {'from_workdir', 'from_model'}}
+
+
+def module_name(path):
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+MODULES = {module_name(path): path for path in (ROOT / 'imta_jax').rglob('*.py')}
+
+
+def imported_modules(module):
+  """Modules of the package that a module imports, wherever in it that stands."""
+  tree = ast.parse(MODULES[module].read_text(encoding='utf-8'))
+  package = module if MODULES[module].name == '__init__.py' else module.rpartition('.')[0]
+  excepted = EXCEPTIONS.get(module, ())
+  stack, imported = [tree], set()
+  while stack:
+    node = stack.pop()
+    if isinstance(node, ast.FunctionDef) and node.name in excepted:
+      continue
+    if isinstance(node, ast.Import):
+      imported |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      above = package.rsplit('.', node.level - 1)[0] if node.level else ''
+      base = '.'.join(filter(None, (above, node.module)))
+      for alias in node.names:
+        inner = f'{base}.{alias.name}'
+        imported.add(inner if inner in MODULES else base)
+    stack.extend(ast.iter_child_nodes(node))
+  return imported & MODULES.keys()
+
+
+def test_imports_are_found():
+  assert imported_modules('imta_jax.main') >= {'imta_jax.train', 'imta_jax.config'}
+  assert 'imta_jax.data.in_memory' in imported_modules('imta_jax.data.pipeline')  # In a function.
+  assert 'imta_jax.adaptive.engine.plan' in imported_modules('imta_jax.adaptive.engine.runner')
+  assert 'imta_jax.networks' not in imported_modules('imta_jax.adaptive.engine.classifier')
+
+
+def test_no_import_circle():
+  graph = {module: imported_modules(module) for module in MODULES}
+  order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle.
+  assert order[-1] in ('imta_jax.main', 'imta_jax.serve', 'imta_jax.predict')
+
+
+def test_techniques_import_nothing_else_of_the_package():
+  for module in MODULES:
+    if module.startswith('imta_jax.techniques.'):
+      assert not imported_modules(module)
