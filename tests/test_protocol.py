@@ -1,7 +1,7 @@
-"""The protocol of training, on a data set that keeps a record of what is read of it.
+"""The protocol of training, on a data set that records what is read of it.
 
-Training labels are all of one class and validation labels of another, so the validation accuracy
-never rises: the best state of a phase is that of its first epoch.
+The accuracies on validation images during training are made up, so that the best state of a phase
+by the mean over exits is neither its last one nor the best one of the last exit.
 """
 
 import itertools
@@ -13,13 +13,17 @@ import pytest
 from etils import epath
 
 from imta_jax import config as config_lib
-from imta_jax import evaluate, train
+from imta_jax import evaluate, networks, train
 from imta_jax import workdir as layout
 from imta_jax.data.dataset import Dataset
 
-NUM_EPOCHS, STEPS_PER_EPOCH = 3, 2
-FIRST, LAST = STEPS_PER_EPOCH, NUM_EPOCHS * STEPS_PER_EPOCH
+STEPS_PER_EPOCH = 2
+# Validation accuracy after each epoch, of each exit.
+ACCURACIES = ((0.5, 1.0), (1.0, 0.75), (0.25, 0.75))
+NUM_EPOCHS = len(ACCURACIES)
+BEST, LAST = 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH
 LABELS = {'train': 0, 'validation': 1, 'test': 2}
+NUM_IMAGES = 16
 
 
 class RecordingDataset(Dataset):
@@ -27,7 +31,7 @@ class RecordingDataset(Dataset):
 
   class_names = ('a', 'b', 'c')
   image_shape = (8, 8, 1)
-  num_images = dict.fromkeys(LABELS, 16)
+  num_images = dict.fromkeys(LABELS, NUM_IMAGES)
   steps_per_epoch = STEPS_PER_EPOCH
 
   def __init__(self):
@@ -44,7 +48,7 @@ class RecordingDataset(Dataset):
 
   def _batch(self, split, number):
     random = np.random.default_rng([LABELS[split], number])
-    lead = (jax.local_device_count(), 16 // jax.local_device_count())
+    lead = (jax.local_device_count(), NUM_IMAGES // jax.local_device_count())
     return {
       'image': random.normal(size=(*lead, *self.image_shape)).astype(np.float32),
       'label': np.full(lead, LABELS[split], np.int32),
@@ -53,7 +57,7 @@ class RecordingDataset(Dataset):
 
 def make_config():
   config = config_lib.default()
-  config.batch_size = 16
+  config.batch_size = NUM_IMAGES
   config.log_every_steps = 1
   config.model.update(
     num_exits=2,
@@ -70,14 +74,32 @@ def make_config():
   return config
 
 
+def make_predictions(accuracies):
+  """Predictions for validation images that have given accuracies [exit]."""
+  labels = np.full(NUM_IMAGES, LABELS['validation'], np.int32)
+  logits = np.zeros((len(accuracies), NUM_IMAGES, 3), np.float32)
+  for of_exit, accuracy in zip(logits, accuracies, strict=True):
+    of_exit[: round(accuracy * NUM_IMAGES), LABELS['validation']] = 1
+  return evaluate.Predictions(logits, labels)
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A function that trains with a config; gives the workdir, the reads and the evaluations."""
 
   def train_with(config):
     workdir, dataset = epath.Path(tmp_path_factory.mktemp('run')), RecordingDataset()
+    predict, made_up = evaluate.predict, itertools.chain(*[ACCURACIES] * len(config.phases))
+
+    def predict_or_make_up(*arguments):
+      predictions = predict(*arguments)
+      is_validation = predictions.labels[0] == LABELS['validation']
+      accuracies = next(made_up, None) if is_validation else None
+      return predictions if accuracies is None else make_predictions(accuracies)
+
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(train, 'open_dataset', lambda config: dataset)
+      patch.setattr(evaluate, 'predict', predict_or_make_up)
       return workdir, dataset.reads, train.train_and_evaluate(config, workdir)
 
   return train_with
@@ -117,10 +139,10 @@ def test_the_test_images_are_read_once_per_network_and_last(finished):
 
 def test_phase_two_starts_from_and_keeps_the_best_backbone_of_phase_one(finished):
   workdir, _, _ = finished
-  assert FIRST in steps_kept(workdir, 'phase_1')
-  best, last = (backbone_of(state_of(workdir, 'phase_1', step)) for step in (FIRST, LAST))
+  best, last = (backbone_of(state_of(workdir, 'phase_1', step)) for step in (BEST, LAST))
   assert not are_equal(best, last)
-  for step in steps_kept(workdir, 'phase_2'):
+  assert steps_kept(workdir, 'phase_2') == {BEST, LAST}
+  for step in (BEST, LAST):
     assert are_equal(backbone_of(state_of(workdir, 'phase_2', step)), best)
 
 
@@ -132,18 +154,19 @@ def test_phase_two_starts_from_the_last_state_where_the_config_says_so(run):
   assert are_equal(backbone_of(state_of(workdir, 'phase_2', LAST)), last)
 
 
-def test_what_is_evaluated_is_the_chosen_state_of_each_phase(finished):
+def test_the_best_state_of_each_phase_is_evaluated(finished):
   workdir, _, evaluations = finished
-  for evaluation, name in zip(evaluations, ('phase_1', 'phase_2'), strict=True):
-    predictions = {
-      split: evaluate.load_predictions(layout.predictions_path(workdir, name, split))
-      for split in evaluate.SPLITS
+  config = make_config()
+  images = np.concatenate(RecordingDataset()._batch('test', 0)['image'])
+  for index, (name, evaluation) in enumerate(zip(('phase_1', 'phase_2'), evaluations, strict=True)):
+    state = state_of(workdir, name, BEST)
+    variables = {
+      'params': {**(state['frozen'] or {}), **state['trained']},
+      'batch_stats': state['batch_stats'],
     }
-    for split, label in (('validation', 1), ('test', 2)):
-      assert set(predictions[split].labels) == {label}
-    # The best validation accuracy of the phase, averaged over exits.
-    record = workdir / 'checkpoints' / name / str(FIRST) / 'record' / 'metadata'
-    assert f'"validation_accuracy": {predictions["validation"].accuracy().mean()}' in (
-      record.read_text()
-    )
-    np.testing.assert_array_equal(evaluation.accuracies['test', 1], predictions['test'].accuracy())
+    model = networks.create_model(config, config.phases[index], num_classes=3)
+    predictions = evaluate.load_predictions(layout.predictions_path(workdir, name, 'test'))
+    assert set(predictions.labels) == {LABELS['test']}
+    expected = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(predictions.logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(evaluation.accuracies['test', 1], predictions.accuracy())

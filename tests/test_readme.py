@@ -1,17 +1,21 @@
-"""The README's example of the techniques in a model of one's own works as printed."""
+"""The README: its figures follow from the committed results, and its example works as printed."""
 
+import csv
 import re
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 
-README = Path(__file__).parents[1] / 'README.md'
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+RESULTS = ROOT / 'experiments/results'
 
 
 def test_example_trains_a_model_of_ones_own():
-  blocks = re.findall(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
+  blocks = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
   (code,) = (block for block in blocks if 'one_for_all_loss' in block)
 
   class Network(nn.Module):
@@ -39,3 +43,61 @@ def test_example_trains_a_model_of_ones_own():
   gradient = jax.grad(loss_of)(variables['params'])
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
   assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient['Dense_0']))
+
+
+def read_csv(name, table):
+  with (RESULTS / name / table).open() as file:
+    return list(csv.DictReader(file))
+
+
+def early_exits(name, phase):
+  """Accuracy and relative cost of the cheapest thresholds within 0.5 points on validation."""
+  last = [row for row in read_csv(name, 'exits.csv') if row['network'] == phase][-1]
+  least = float(last['validation_top1']) - 0.005
+  points = [row for row in read_csv(name, 'budget.csv') if row['network'] == phase]
+  chosen = min(
+    (point for point in points if float(point['validation_accuracy']) >= least),
+    key=lambda point: float(point['validation_madds']),
+  )
+  return float(chosen['test_accuracy']), float(chosen['test_madds']) / float(last['madds'])
+
+
+@pytest.mark.parametrize(
+  ('name', 'phase', 'label'),
+  [
+    ('mnist5k', 'phase_1', '| MNIST-5k, 3 + 3 epochs | phase I'),
+    ('mnist5k', 'phase_2', '| | phase II'),
+    ('cifar100', 'phase_1', '| CIFAR-100, 4 exits, 8 + 2 epochs | phase I'),
+    ('cifar100', 'phase_2', '| | phase II'),
+  ],
+)
+def test_accuracies_follow_from_the_committed_results(name, phase, label):
+  exits = [row['test_top1'] for row in read_csv(name, 'exits.csv') if row['network'] == phase]
+  accuracy, cost = early_exits(name, phase)
+  cells = [f'{100 * float(x):.1f}' for x in (*exits, accuracy)] + [f'{100 * cost:.0f} %']
+  assert f'{label} | {" | ".join(cells)} |' in TEXT
+
+
+@pytest.mark.parametrize(
+  ('name', 'label'), [('mnist5k', 'MNIST-5k'), ('cifar100', 'CIFAR-100, 4 exits')]
+)
+def test_time_saved_follows_from_the_committed_results(name, label):
+  rows = [
+    row
+    for row in read_csv(name, 'latency/latency.csv')
+    if row['method'] == 'within 0.5 points' and row['mode'] == 'predict'
+  ]
+  assert [row['batch_size'] for row in rows] == ['1', '16', '256']
+  madds = sorted({round(100 * float(row['madds_saving'])) for row in rows})
+  times = ' | '.join(f'{100 * float(row["time_saving"]):.0f} %' for row in rows)
+  assert f'| {label} | {madds[0]} to {madds[-1]} % | {times} |' in TEXT
+
+
+def test_the_slowest_thresholds_are_told():
+  savings = [
+    float(row['time_saving'])
+    for name in ('mnist5k', 'cifar100')
+    for row in read_csv(name, 'latency/latency.csv')
+    if float(row['madds_saving']) > 0
+  ]
+  assert f'by up to\n{-100 * min(savings):.0f} %' in TEXT
