@@ -20,7 +20,7 @@ from tensorboard.util import tensor_util
 from imta_jax import evaluate
 from imta_jax import workdir as layout
 from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.adaptive.policy import choose_exits
+from imta_jax.adaptive.policy import cheapest_as_accurate, choose_exits
 from imta_jax.data import arrays
 from imta_jax.errors import UsageError
 
@@ -196,6 +196,12 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
     np.testing.assert_allclose(
       answers.probabilities, probabilities[answers.exits, np.arange(len(exits))], atol=1e-4
     )
+    # Unless a budget is given: the cheapest thresholds as accurate as the last exit on validation.
+    validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
+    points = evaluate.load_points(layout.evaluation_folder(workdir), name)
+    cheapest = cheapest_as_accurate(points, validation.accuracy()[-1])
+    expected = (np.inf,) * 2 if cheapest is None else cheapest.thresholds
+    np.testing.assert_array_equal(classifier.thresholds, np.float32(expected))
     last_madds = classifier.madds[-1]
     classifier.choose(budget=last_madds)
     assert len(classifier.operating_points) == 40

@@ -103,13 +103,16 @@ def test_augmented_images_are_shifts_of_training_images(mnist5k_config, mnist5k_
   (batch,) = take(open_dataset(mnist5k_config), 0, 1)
   pixels = (255 * (batch['image'] * dataset.std[0] + dataset.mean[0])).round().astype(np.uint8)
   padded = np.pad(mnist5k_splits['train'][0][:100], ((0, 0), (2, 2), (2, 2), (0, 0)))
-  labels = {
-    padded[number, top : top + 28, left : left + 28].tobytes(): label
+  sources = {
+    padded[number, top : top + 28, left : left + 28].tobytes(): (label, top, left)
     for number, label in enumerate(mnist5k_splits['train'][1][:100])
     for top in range(5)
     for left in range(5)
   }
-  assert [labels[image.tobytes()] for image in pixels] == batch['label'].tolist()
+  labels, tops, lefts = zip(*(sources[image.tobytes()] for image in pixels), strict=True)
+  assert list(labels) == batch['label'].tolist()
+  # 16 images, 5 shifts each way: hardly ever fewer than 3 of them.
+  assert len(set(tops)) >= 3 and len(set(lefts)) >= 3
 
 
 @pytest.mark.parametrize('batch_size', [8, 304, 1_000, 1_504])

@@ -1,0 +1,74 @@
+"""The files in configs/: their networks cost what the paper's do, their phases are its own."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from imta_jax import networks
+from imta_jax.adaptive.cost import exit_costs
+
+FOLDER = Path(__file__).parents[1] / 'configs'
+
+
+def load(name, argument=''):
+  spec = importlib.util.spec_from_file_location(f'configs_{name}', FOLDER / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument)
+
+
+# Multiply-adds and parameters up to each exit, in millions, of the paper's published networks.
+@pytest.mark.parametrize(
+  ('name', 'num_classes', 'madds', 'params'),
+  [
+    (
+      'cifar100',
+      100,
+      [6.86, 14.35, 27.291, 48.449, 76.433, 108.851, 137.281],
+      [0.2997, 0.6497, 1.1114, 1.7272, 2.385, 3.0522, 3.9667],
+    ),
+    (
+      'cifar10',
+      10,
+      [6.848, 14.327, 27.257, 46.514, 67.369, 89.022],
+      [0.2881, 0.6265, 1.0766, 1.5597, 2.0514, 2.7827],
+    ),
+    (
+      'imagenet',
+      1000,
+      [339.9, 685.46, 1008.16, 1254.47, 1360.53],
+      [4.239, 8.772, 13.073, 16.748, 23.958],
+    ),
+  ],
+)
+def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, params):
+  config = load(name)
+  model = networks.create_model(config, config.phases[0], num_classes)
+  side = config.dataset.image_size
+  costs = exit_costs(model, (side, side, 3))
+  assert [cost.madds / 1e6 for cost in costs] == pytest.approx(madds, rel=1e-4)
+  assert [cost.params / 1e6 for cost in costs] == pytest.approx(params, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'alpha', 'temperature'),
+  [('cifar10', 0.1, 3.0), ('cifar100', 0.1, 3.0), ('imagenet', 0.9, 1.0)],
+)
+def test_distillation_has_the_weights_of_the_published_scripts(name, alpha, temperature):
+  phase = load(name).phases[1]
+  assert (phase.loss, phase.alpha, phase.temperature) == ('one_for_all', alpha, temperature)
+
+
+# Per-channel statistics that the field uses for these data sets.
+@pytest.mark.parametrize(
+  ('name', 'mean', 'std'),
+  [
+    ('cifar10', (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+    ('cifar100', (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ('imagenet', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  ],
+)
+def test_images_are_normalised_by_the_statistics_of_their_data_set(name, mean, std):
+  dataset = load(name).dataset
+  assert (tuple(dataset.mean), tuple(dataset.std)) == (mean, std)
