@@ -5,6 +5,7 @@ by the mean over exits is neither its last one nor the best one of the last exit
 """
 
 import itertools
+import shutil
 
 import jax
 import numpy as np
@@ -59,6 +60,7 @@ def make_config():
   config = config_lib.default()
   config.batch_size = NUM_IMAGES
   config.log_every_steps = 1
+  config.dataset.update(image_size=8, mean=(0.5,), std=(0.25,))
   config.model.update(
     num_exits=2,
     step_mode='even',
@@ -170,3 +172,16 @@ def test_the_best_state_of_each_phase_is_evaluated(finished):
     expected = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(predictions.logits, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(evaluation.accuracies['test', 1], predictions.accuracy())
+
+
+@pytest.mark.parametrize(('in_memory', 'crop'), [(True, 'none'), (False, 'center')])
+def test_image_files_are_cropped_as_the_data_set_was(in_memory, crop, finished, tmp_path):
+  workdir, _, _ = finished
+  copy = epath.Path(tmp_path / 'copy')
+  shutil.copytree(workdir, copy)
+  config = layout.load_config(copy)
+  config.dataset.in_memory = in_memory
+  (copy / 'config.json').write_text(config_lib.to_json(config))
+  classifier = networks.load_classifier(copy)
+  assert classifier.preprocessing == {'crop': crop}
+  assert classifier.class_names == ('a', 'b', 'c')
