@@ -1,7 +1,7 @@
 """The train state, and the steps that run on every device."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -238,22 +238,26 @@ def make_predict_step(
   return step
 
 
-def on_devices(step: Callable, num_replicated: int) -> Callable:
+def on_devices(
+  step: Callable, num_replicated: int, devices: Sequence[jax.Device] | None = None
+) -> Callable:
   """Maps a step over the devices of all hosts.
 
   Args:
     step: A function (…, batch) → results that are the same on every device.
     num_replicated: The number of its arguments before the batch.
+    devices: Other devices, which need not be present, to compile for.
 
   Returns:
     The pmapped function. Its batch has a leading axis over local devices; its other arguments and
     its results have none and are replicated.
   """
-  step = jax.pmap(step, axis_name=AXIS, in_axes=(*(None,) * num_replicated, 0), out_axes=None)
+  in_axes = (*(None,) * num_replicated, 0)
+  step = jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices)
   # pmap itself takes no compiler options, and what is compiled ahead takes no arrays of one host of
   # several, so these do without.
   options = compiler_options()
-  if not options or jax.process_count() > 1:
+  if not options or devices is not None or jax.process_count() > 1:
     return step
   programs = {}
 

@@ -1,4 +1,4 @@
-"""Configs: the paper's operating_points, the files in configs/, and what is refused."""
+"""Configs: the paper's settings, the files in configs/, and what is refused."""
 
 import importlib.util
 from pathlib import Path

@@ -79,15 +79,42 @@ def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
   Raises:
     UsageError: If the config, the phase or the batch size is wrong.
   """
-  if not 0 <= index < len(config.phases):
-    raise UsageError(f'phase {index + 1} does not exist: the config has {len(config.phases)}')
   if batch_size < 1 or batch_size % jax.device_count():
     raise UsageError(f'batch size {batch_size} must be a multiple of {jax.device_count()} devices')
+  random = np.random.default_rng(config.seed)
+  disturb = functools.partial(_disturb, random)
+  phase, predecessor = set_up_without_data(config, index, batch_size, disturb)
+  shape, num_classes = image_shape(config), phase.model.num_classes
+  images = random.standard_normal((batch_size, *shape), np.float32)
+  labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
+  return Task(phase, predecessor, images, labels)
+
+
+def set_up_without_data(
+  config: ConfigDict,
+  index: int,
+  batch_size: int,
+  change: Callable[[np.ndarray], np.ndarray] = lambda variable: variable,
+) -> tuple[phases.Phase, tuple[MultiExitNetwork, Mapping[str, Any]] | None]:
+  """Sets up a phase as training does, without its data set.
+
+  Args:
+    config: A whole config, of a data set that `DATASETS` knows.
+    index: The phase, counted from 0.
+    batch_size: Images per step, over all devices.
+    change: What is done to each variable of each phase.
+
+  Returns:
+    The phase, and network and variables of the previous phase, or None.
+
+  Raises:
+    UsageError: If the config or the phase is wrong.
+  """
+  if not 0 <= index < len(config.phases):
+    raise UsageError(f'phase {index + 1} does not exist: the config has {len(config.phases)}')
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size
   num_images, num_classes = _dataset(config)
-  shape = (config.dataset.image_size, config.dataset.image_size, len(config.dataset.mean))
-  random = np.random.default_rng(config.seed)
   phase, predecessor = None, None
   for number in range(index + 1):
     if phase is not None:
@@ -97,18 +124,21 @@ def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
       number,
       predecessor,
       num_classes=num_classes,
-      image_shape=shape,
+      image_shape=image_shape(config),
       steps_per_epoch=(num_images - config.dataset.validation_size) // batch_size,
     )
-    disturb = functools.partial(_disturb, random)
-    values = {
-      name: jax.tree.map(disturb, getattr(phase.state, name))
+    changed = {
+      name: jax.tree.map(change, getattr(phase.state, name))
       for name in ('trained', 'frozen', 'batch_stats')
     }
-    phase = dataclasses.replace(phase, state=phase.state.replace(**values))
-  images = random.standard_normal((batch_size, *shape), np.float32)
-  labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
-  return Task(phase, predecessor, images, labels)
+    phase = dataclasses.replace(phase, state=phase.state.replace(**changed))
+  return phase, predecessor
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """(height, width, channels) of a config's images."""
+  side = config.dataset.image_size
+  return side, side, len(config.dataset.mean)
 
 
 def _disturb(random, leaf):

@@ -1,0 +1,204 @@
+"""Plans: what is counted of a program, what a floor is, and plans of a small network."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imta_jax.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
+import plan
+from planning import counts, targets
+
+ROOT = Path(__file__).parents[2]
+# As compilers print it: a TPU's layouts, a loop of 5 rounds, an all-reduce, a prefetch.
+PROGRAM = """
+HloModule jit_step, is_scheduled=true
+
+%fused (p.0: f32[4,8]) -> f32[4,8] {
+  %p.0 = f32[4,8]{1,0} parameter(0)
+  ROOT %neg = f32[4,8]{1,0} negate(%p.0)
+}
+
+%body (p.1: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%p.1), index=1
+  %y = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %i = s32[] get-tuple-element(%p.1), index=0
+  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%i, %y)
+}
+
+ENTRY %main (a: f32[4,8], b: bf16[3,5]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = bf16[3,5]{1,0:T(8,128)(2,1)} parameter(1)
+  %start = (bf16[3,5]{1,0:T(8,128)(2,1)S(1)}, bf16[3,5]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b)
+  %done = bf16[3,5]{1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  %n = s32[] constant(0)
+  %init = (s32[], f32[4,8]{1,0}) tuple(%n, %a)
+  %loop = (s32[], f32[4,8]{1,0}) while(%init), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %out = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+  ROOT %sum = f32[4,8]{1,0} all-reduce(%out), replica_groups={{0,1}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_program_is_counted_as_its_device_runs_it():
+  counted = counts.count_hlo(PROGRAM)
+  array = 4 * 8 * 4
+  assert counted.launches == 1 + 5 + 1  # The prefetch, the fusion in each round, the all-reduce.
+  assert counted.bytes == 2 * (3 * 5 * 2) + 5 * 2 * array + 2 * array
+  # On the chip nothing counts, and in main memory whole tiles do.
+  assert counted.hbm_bytes == 8 * 128 * 2 + 5 * 2 * array + 2 * array
+  assert (counted.collectives, counted.collective_bytes) == (1, array)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'expected'),
+  [
+    ('f32[]', (4, 4)),
+    ('pred[3,2]{1,0}', (6, 6)),
+    ('bf16[7]{0:T(256)}', (14, 512)),
+    ('f32[32,56,56,16]{3,0,2,1:T(8,128)}', (6_422_528, 8 * 6_422_528)),
+    ('f8e4m3fn[2,2]{1,0}', (4, 4)),
+    ('s4[4]{0}', (2, 2)),
+    ('f32[8,128]{1,0:T(8,128)S(1)}', (4096, 0)),
+  ],
+)
+def test_arrays_take_their_tiles(shape, expected):
+  text = f'ENTRY %main (a: f32[]) -> f32[] {{\n  ROOT %x = {shape} custom-call()\n}}\n'
+  counted = counts.count_hlo(text)
+  assert (counted.bytes, counted.hbm_bytes) == expected
+
+
+def test_a_real_program_is_counted():
+  def function(x):
+    x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ x), x)
+    return x.sum()
+
+  x = jax.ShapeDtypeStruct((64, 64), np.float32)
+  counted = counts.count_hlo(jax.jit(function).lower(x).compile().as_text())
+  assert counted.launches >= 3 * 2
+  assert counted.bytes >= 3 * 4 * 64 * 64 * 4
+  assert counted.collectives == 0
+
+
+def test_launches_inside_and_outside_of_graphs():
+  text = """
+000: kCommandBuffer [source | next=004 (1)]
+    001: kCustomKernel [source | next=002 (1)] fusion_1 grid: [5, 1, 1] threads: [128, 1, 1]
+    002: kCustomKernel [prev=001 (1) | sink] fusion_2 grid: [5, 1, 1] threads: [128, 1, 1]
+003: kConvolution [prev=000 (1) | sink] kConvolution
+004: kAllReduceStart [x]
+005: kAllReduceDone [x]
+006: kWhile [x]
+    007: kCustomKernel [x] fusion_3
+"""
+  assert counts.count_thunks(text) == (5, 2)
+
+
+def test_the_floor_is_the_longest_of_four_times():
+  chip = targets.CHIPS['h100']
+  target = targets.Target('h100:8', chip, [None] * 8, '', {})
+  counted = counts.Counts(
+    launches=2000, bytes=9e9, hbm_bytes=3.35e9, collectives=1, collective_bytes=45e6
+  )
+  times = plan._least_times(target, 'bfloat16', 989e9, counted)
+  assert times == pytest.approx(
+    {'operations': 1e-3, 'bytes': 1e-3, 'launches': 2e-3, 'collectives': 2 * 7 / 8 * 1e-4}
+  )
+
+
+def test_every_gpu_has_a_configuration_and_every_chip_its_figures():
+  for name, chip in targets.CHIPS.items():
+    assert chip.rates['bfloat16'] >= chip.rates['float32'] > 1e14, name
+    assert 1e11 < chip.interconnect < chip.bandwidth, name
+    if chip.gpu is not None:
+      text = targets._target_config(chip)
+      assert f'core_count: {chip.gpu["cores"]}' in text
+      assert text.count('{') == text.count('}')
+
+
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('v3:2x2', ['v3:2x2', 'v5e', 'h100', 'cpu']),
+    ('cpu:2', ['cpu:2']),
+    ('tpu', ["'tpu'", 'v5e']),
+  ],
+)
+def test_unknown_targets_are_refused(name, words):
+  with pytest.raises(UsageError) as caught:
+    targets.open_target(name)
+  for word in words:
+    assert word.strip("'") in str(caught.value)
+
+
+def has(module):
+  return importlib.util.find_spec(module) is not None
+
+
+NO_TPU = pytest.mark.skipif(not has('libtpu'), reason='the compiler for TPUs is not installed')
+NO_GPU = pytest.mark.skipif(
+  not has('jax_cuda13_plugin') and not has('jax_cuda12_plugin'),
+  reason='the compiler for GPUs is not installed',
+)
+
+
+@pytest.mark.parametrize(
+  ('name', 'num_devices'),
+  [
+    ('cpu', 1),
+    pytest.param('v5e:1x1', 1, marks=NO_TPU),
+    pytest.param('v5p:2x2x1', 4, marks=NO_TPU),
+    pytest.param('h100', 1, marks=NO_GPU),
+    pytest.param('a100:2', 2, marks=NO_GPU),
+  ],
+)
+def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
+  plan.main(
+    [
+      f'--config={ROOT}/configs/mnist5k.py:exits=2',
+      f'--target={name}',
+      '--batch_sizes=16',
+      f'--output={tmp_path}/plan.json',
+    ]
+  )
+  records = json.loads((tmp_path / 'plan.json').read_text())
+  assert [(r['phase'], r['batch_size'], r['target']) for r in records] == [
+    (1, 16, name),
+    (2, 16, name),
+  ]
+  for record in records:
+    assert record['devices'] == num_devices
+    assert record['fits'] and record['launches'] > 50
+    assert record['operations'] > 0 and record['bytes'] > 0
+    assert record['peak_bytes'] >= record['argument_bytes'] > 1e6
+    assert (record['collectives'] > 0) == (num_devices > 1)
+    assert record['images_per_second'] == pytest.approx(16 / record['floor_seconds'])
+  first, second = records
+  assert first['operations'] > second['operations']  # Phase II trains the last layers alone.
+  # 3 epochs of 3,500 images at 16 per step.
+  assert first['hours'] == pytest.approx(3 * 218 * first['floor_seconds'] / 3600)
+  assert 'all phases take' in capsys.readouterr().out
+
+
+def test_targets_without_a_compiler_say_how_to_get_it(monkeypatch):
+  def missing(package):
+    raise targets.importlib.metadata.PackageNotFoundError(package)
+
+  monkeypatch.setattr(targets.importlib.metadata, 'version', missing)
+  for name, extra in (('v5e:2x4', 'tpu'), ('h100', 'cuda')):
+    with pytest.raises(UsageError, match=rf'{name}.*imta_jax\[{extra}\]'):
+      targets.open_target(name)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+  target = targets.Target('h100:8', targets.CHIPS['h100'], [None] * 8, '', {})
+  with pytest.raises(UsageError, match='batch size 12 is not divisible by the 8 devices'):
+    plan.plan('config', None, target, 1, 12)
