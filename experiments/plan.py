@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from planning import counts, targets
 
 from imta_jax import command_line, steps
+from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', help='JSON file for all records')
   options = parser.parse_args(arguments)
   targets.prepare_environment()
-  config = common.load_config(options.config)
+  config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   target = targets.open_target(options.target)
 

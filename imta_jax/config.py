@@ -1,7 +1,9 @@
 """What a run is made of: the fields of a config, their defaults, and their checks."""
 
 import difflib
+import importlib.util
 import json
+import os
 import re
 from typing import Any
 
@@ -24,6 +26,7 @@ def default() -> ConfigDict:
       'dataset': {
         'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
         'data_dir': config_dict.placeholder(str),  # Else TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        'arrays_dir': config_dict.placeholder(str),  # Written by imta_jax.prepare, used instead.
         'train_split': 'train',
         'test_split': 'test',
         'validation_size': 5_000,  # Training images held out: for thresholds and best states.
@@ -40,6 +43,8 @@ def default() -> ConfigDict:
       'phases': [phase_one(), phase_two()],
       'checkpoint_every_epochs': 1,  # Checkpoints, and validation.
       'log_every_steps': 50,
+      'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
+      'profile_steps': 0,  # Steps of each phase to profile, for TensorBoard's profiler.
     }
   )
 
@@ -97,6 +102,7 @@ _BOUNDS = {
   'evaluation_batch_size': (0, True),
   'checkpoint_every_epochs': (0, True),
   'log_every_steps': (0, True),
+  'profile_steps': (0, False),
 }
 _DATASET_BOUNDS = {'validation_size': (0, True), 'image_size': (0, True), 'padding': (0, False)}
 _PHASE_BOUNDS = {
@@ -268,7 +274,25 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """Reads what `to_json` wrote."""
-  plain = json.loads(text)
-  plain['phases'] = [ConfigDict(phase) for phase in plain['phases']]
-  return ConfigDict(plain)
+  """Reads what `to_json` wrote; fields that were added since then have their defaults."""
+  plain, added = json.loads(text), to_dict(default())
+  phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
+  dataset = {**added['dataset'], **plain['dataset']}
+  return ConfigDict({**added, **plain, 'dataset': dataset, 'phases': phases})
+
+
+def load_file(argument: str) -> ConfigDict:
+  """Loads a config file, given as on the command line of training: 'configs/cifar100.py:exits=5'.
+
+  Raises:
+    UsageError: If there is none, or it is wrong.
+  """
+  path, _, config_argument = argument.partition(':')
+  if not os.path.isfile(path):
+    raise UsageError(f'--config={argument}: there is no file {path!r}')
+  spec = importlib.util.spec_from_file_location('config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(config_argument)
+  validate(config)
+  return config

@@ -3,6 +3,8 @@
 import os
 import sys
 
+from imta_jax.errors import UsageError
+
 
 def import_tensorflow() -> None:
   """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
@@ -13,6 +15,12 @@ def import_tensorflow() -> None:
     os.dup2(nowhere.fileno(), 2)
   try:
     import tensorflow as tf
+  except ModuleNotFoundError as error:
+    raise UsageError(
+      'TensorFlow is not installed, which reads data sets: pip install tensorflow '
+      'tensorflow-datasets, or give arrays that imta_jax.prepare wrote elsewhere as '
+      'config.dataset.arrays_dir'
+    ) from error
   finally:
     os.dup2(stderr, 2)
     os.close(stderr)

@@ -1,5 +1,7 @@
-"""A phase's metrics, for TensorBoard."""
+"""A phase's metrics: lines of metrics.jsonl, and TensorBoard if it is wanted."""
 
+import importlib.util
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,27 +10,46 @@ import numpy as np
 from etils import epath
 
 from imta_jax.import_tensorflow import import_tensorflow
+from imta_jax.workdir import write_whole
+
+
+def has_tensorboard() -> bool:
+  """Whether the packages that write for TensorBoard are installed."""
+  return all(map(importlib.util.find_spec, ('clu', 'tensorboard', 'tensorflow')))
 
 
 class Metrics:
   """Writes metrics on the first host, nothing on the others.
 
-  The writer is made when it is first needed: importing it takes seconds, which a run's first step
-  does not wait for. A context manager; leaving it waits until everything is on disk.
+  Each call of `write` adds a line to the JSON Lines file: 'step', 'phase', and a number per metric.
+  TensorBoard's writer is created when it is first needed, since importing it takes seconds. A
+  context manager; leaving it waits until everything is on disk.
   """
 
-  def __init__(self, folder: epath.Path):
-    self._folder, self._writer = folder, None
+  def __init__(
+    self, path: epath.Path, phase: str, first_step: int, tensorboard_folder: epath.Path | None
+  ):
+    """Opens the metrics of a phase.
+
+    Args:
+      path: The file of all phases.
+      phase: The phase's name.
+      first_step: The step that the phase resumes from. Lines about later steps, which a killed run
+        has left, are removed.
+      tensorboard_folder: Where to write for TensorBoard; None if that is not wanted.
+    """
+    self._path, self._phase, self._tensorboard_folder = path, phase, tensorboard_folder
+    self._writer = None
+    if jax.process_index() == 0 and path.exists():
+      lines = path.read_text().splitlines(keepends=True)
+      kept = [line for line in lines if _is_before(line, phase, first_step)]
+      if kept != lines:
+        write_whole(path, ''.join(kept).encode())
 
   def write(self, step: int, figures: Mapping[str, Any], prefix: str = '') -> None:
-    """Writes figures of a step; arrays [exit] become a metric an exit."""
+    """Writes figures of a step; arrays [exit] become one metric per exit."""
     if jax.process_index() > 0:
       return
-    if self._writer is None:
-      import_tensorflow()
-      from clu import metric_writers
-
-      self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self._folder)))
     scalars = {}
     for name, value in figures.items():
       if np.ndim(value):
@@ -36,6 +57,18 @@ class Metrics:
           scalars[f'{prefix}{name}_exit_{number}'] = float(item)
       else:
         scalars[f'{prefix}{name}'] = float(value)
+    with self._path.open('a') as file:
+      file.write(json.dumps({'step': step, 'phase': self._phase, **scalars}) + '\n')
+    if self._tensorboard_folder is not None:
+      self._write_tensorboard(step, scalars)
+
+  def _write_tensorboard(self, step, scalars):
+    if self._writer is None:
+      import_tensorflow()
+      from clu import metric_writers
+
+      writer = metric_writers.SummaryWriter(str(self._tensorboard_folder))
+      self._writer = metric_writers.AsyncWriter(writer)
     self._writer.write_scalars(step, scalars)
 
   def __enter__(self) -> 'Metrics':
@@ -44,3 +77,14 @@ class Metrics:
   def __exit__(self, *_) -> None:
     if self._writer is not None:
       self._writer.close()
+
+
+def _is_before(line: str, phase: str, step: int) -> bool:
+  """Whether a line is whole and about a step that will not be taken again."""
+  try:
+    record = json.loads(line)
+  except ValueError:  # Cut off when the run was killed.
+    return False
+  if record['phase'] == phase:
+    return record['step'] <= step
+  return (len(record['phase']), record['phase']) < (len(phase), phase)  # phase_9 before phase_10.

@@ -19,10 +19,11 @@ from imta_jax.console import Reporter
 from imta_jax.data.dataset import Dataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
-from imta_jax.metrics import Metrics
+from imta_jax.metrics import Metrics, has_tensorboard
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
+from imta_jax.profiling import Profile
 
 # Steps given to the devices ahead of those done: enough to keep them busy, few enough that their
 # batches fit in memory and that a request to stop is soon met.
@@ -57,6 +58,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
     f'{jax.process_count()} host(s) · workdir {workdir}'
   )
+
+  if config.tensorboard and not has_tensorboard():
+    reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
 
   trained = []
   with StopRequest() as stop:
@@ -109,10 +113,9 @@ def _train_phase(
   empty_totals = devices.replicate(steps.empty_totals(phase.model.num_exits))
   teacher = devices.replicate(phase.teacher)
 
-  with (
-    checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name)) as checkpoints,
-    Metrics(layout.metrics_folder(workdir, name)) as metrics,
-  ):
+  tensorboard = layout.tensorboard_folder(workdir, name)
+  writes_tensorboard = config.tensorboard and has_tensorboard()
+  with checkpoint.Checkpoints(layout.checkpoint_folder(workdir, name)) as checkpoints:
     restored = checkpoints.restore(phase.state)
     state = devices.replicate(phase.state if restored is None else restored)
     step = int(state.step)
@@ -121,9 +124,15 @@ def _train_phase(
     batches = dataset.train_batches(step)
     num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
     epoch_totals, in_flight = None, collections.deque()
-    with reporter.progress(
-      name, step, num_steps, dataset.steps_per_epoch, config.batch_size
-    ) as progress:
+    with (
+      Metrics(
+        layout.metrics_path(workdir), name, step, tensorboard if writes_tensorboard else None
+      ) as metrics,
+      Profile(tensorboard, step, config.profile_steps) as profile,
+      reporter.progress(
+        name, step, num_steps, dataset.steps_per_epoch, config.batch_size
+      ) as progress,
+    ):
       while step < num_steps:
         with progress.waiting_for_data():
           batch = next(batches)
@@ -133,6 +142,7 @@ def _train_phase(
           state.step.block_until_ready()
           reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
           progress.start_interval(step)
+        profile.after_step(step, state.step)
         in_flight.append(state.step)
         if len(in_flight) > _STEPS_IN_FLIGHT:
           in_flight.popleft().block_until_ready()

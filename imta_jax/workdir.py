@@ -3,7 +3,8 @@
 config.json                       the config as it ran
 classes.json                      the names of the classes
 checkpoints/phase_1/<step>/       states, latest and best
-tensorboard/phase_1/              metrics
+metrics.jsonl                     metrics: a line per write, with step and phase
+tensorboard/phase_1/              the same for TensorBoard, and profiles
 evaluation/                       tables, figure, and the predictions they were made from
 """
 
@@ -29,8 +30,13 @@ def checkpoint_folder(workdir: epath.Path, phase: str) -> epath.Path:
   return workdir / 'checkpoints' / phase
 
 
-def metrics_folder(workdir: epath.Path, phase: str) -> epath.Path:
-  """Where a phase's metrics are."""
+def metrics_path(workdir: epath.Path) -> epath.Path:
+  """The file with the metrics of all phases."""
+  return workdir / 'metrics.jsonl'
+
+
+def tensorboard_folder(workdir: epath.Path, phase: str) -> epath.Path:
+  """Where a phase's metrics and profiles are for TensorBoard."""
   return workdir / 'tensorboard' / phase
 
 

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax import config as config_lib
 from imta_jax import devices, phases, steps
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
@@ -289,23 +288,6 @@ def spread(values: Sequence[float], digits: int) -> str:
   low, middle, high = min(values), statistics.median(values), max(values)
   extremes = f' ({low:,.{digits}f}–{high:,.{digits}f})' if low < high else ''
   return f'{middle:,.{digits}f}{extremes}'
-
-
-def load_config(argument: str) -> ConfigDict:
-  """Loads a config, given as on the command line of training: 'configs/cifar100.py:exits=5'.
-
-  Raises:
-    UsageError: If there is none, or it is wrong.
-  """
-  path, _, config_argument = argument.partition(':')
-  if not Path(path).is_file():
-    raise UsageError(f'--config={argument}: there is no file {path!r}')
-  spec = importlib.util.spec_from_file_location('config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(config_argument)
-  config_lib.validate(config)
-  return config
 
 
 def set_up() -> None:

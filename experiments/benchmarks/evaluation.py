@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from imta_jax import command_line, devices, evaluate, steps
+from imta_jax import config as config_lib
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep
 from imta_jax.errors import UsageError
 
@@ -36,7 +37,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=3, help='turns of each; default: 3')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
-  config = common.load_config(options.config)
+  config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   index = (len(config.phases) if options.phase is None else options.phase) - 1
   batch_size = options.batch_size or config.evaluation_batch_size

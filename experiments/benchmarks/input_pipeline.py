@@ -31,6 +31,7 @@ def main() -> None:
   """Runs the command line."""
   import common
 
+  from imta_jax import config as config_lib
   from imta_jax.data.pipeline import open_dataset
 
   parser = argparse.ArgumentParser(
@@ -42,7 +43,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=3, help='turns of each; default: 3')
   parser.add_argument('--output', help='JSON file for all figures')
   options = parser.parse_args()
-  config = common.load_config(options.config)
+  config = config_lib.load_file(options.config)
   if config.dataset.in_memory:
     raise UsageError(f'{options.config} keeps its images in memory: name one that streams')
   if not 0 < 4 * options.batch_size <= options.images or options.repeats < 1:

@@ -18,6 +18,7 @@ import common
 import jax
 
 from imta_jax import command_line
+from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 
@@ -44,7 +45,7 @@ def main() -> None:
   remats = options.remat.split(',')
   if not set(remats) <= {'off', 'on'}:
     raise UsageError(f"--remat={options.remat} names others than 'off' and 'on'")
-  config = common.load_config(options.config)
+  config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   batch_sizes = options.batch_sizes or [config.batch_size]
 
@@ -127,7 +128,7 @@ def measure(
     remat: 'off' or 'on'.
     batch_size: Images a step.
   """
-  config = common.load_config(path)
+  config = config_lib.load_file(path)
   config.model.dtype = dtype
   if remat == 'on':
     config.model.remat = True

@@ -20,6 +20,7 @@ from pathlib import Path
 import common
 
 from imta_jax import command_line
+from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def main() -> None:
   if options.repeats < 1:
     raise UsageError(f'--repeats={options.repeats} must be 1 or more')
   for config in options.configs:
-    common.load_config(config)
+    config_lib.load_file(config)
 
   timings = {config: {run: [] for run in _RUNS} for config in options.configs}
   for _ in range(options.repeats):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from imta_jax import command_line
+from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 from imta_jax.models.convolution import convolve
@@ -40,7 +41,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=7, help='turns of each; default: 7')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
-  config = common.load_config(options.config)
+  config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   batch_sizes = options.batch_sizes or [config.batch_size]
   peers = [name for name in options.peers.split(',') if name]

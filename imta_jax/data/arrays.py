@@ -1,4 +1,4 @@
-"""Small data sets as plain arrays, kept on disk so that a run starts without TensorFlow."""
+"""Small data sets as plain arrays, kept between runs or carried to another machine."""
 
 import dataclasses
 import hashlib
@@ -14,9 +14,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax.compilation_cache import cache_folder
+from imta_jax.errors import UsageError
 
+SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')
-_SPLITS = ('train', 'validation', 'test')
+_PART_BYTES = 48_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Arrays:
   """A data set.
 
   Attributes:
-    class_names: A name a class.
-    images: By split, [image, height, width, channels], unsigned bytes.
-    labels: By split, [image], int32.
+    class_names: One name per class.
+    images: By split, uint8 [image, height, width, channels].
+    labels: By split, int32 [image].
   """
 
   class_names: list[str]
@@ -35,26 +37,48 @@ class Arrays:
 
 
 def load(dataset: ConfigDict) -> Arrays | None:
-  """Reads what `store` kept.
+  """Loads a data set from `dataset.arrays_dir`, or else what `store` has kept of it.
 
   Args:
     dataset: The data set's config.
 
   Returns:
-    The arrays, or None if there are none, or the prepared data set has changed since.
+    The arrays. None if arrays_dir is not set and nothing is kept, or the prepared data set has
+    changed since.
+
+  Raises:
+    UsageError: If arrays_dir is set and holds no such data set, or not all of it.
   """
-  folder = _folder(dataset)
+  if dataset.arrays_dir:
+    return _load_carried(dataset)
+  folder = _cache_folder(dataset)
   try:
     record = json.loads((folder / 'record.json').read_text())
     if record['stamp'] != _stamp(epath.Path(record['source'])):
       return None
-    images, labels = (
-      {split: np.load(folder / f'{split}_{kind}.npy') for split in _SPLITS}
-      for kind in ('images', 'labels')
-    )
-  except (OSError, ValueError, KeyError):  # Not there, or damaged.
+    return _read_parts(folder, record)
+  except (OSError, ValueError, KeyError):  # Missing or damaged.
     return None
-  return Arrays(record['class_names'], images, labels)
+
+
+def _load_carried(dataset):
+  folder = epath.Path(dataset.arrays_dir)
+  hint = 'write it again with python -m imta_jax.prepare'
+  try:
+    record = json.loads((folder / 'record.json').read_text())
+    arrays = _read_parts(folder, record)
+  except (OSError, ValueError, KeyError) as error:
+    raise UsageError(
+      f'config.dataset.arrays_dir is {dataset.arrays_dir}, which holds no whole data set '
+      f'({error}): {hint}'
+    ) from error
+  for field in _FIELDS:
+    if record[field] != dataset[field]:
+      raise UsageError(
+        f'config.dataset.arrays_dir is {dataset.arrays_dir}, whose {field} is {record[field]!r}, '
+        f'not {dataset[field]!r}: {hint}'
+      )
+  return arrays
 
 
 def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
@@ -62,7 +86,7 @@ def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
 
   Args:
     builder: Its TFDS builder.
-    splits: The TFDS instruction, and the number of images, of each split.
+    splits: The TFDS instruction and the number of images of each split.
 
   Returns:
     The arrays.
@@ -77,29 +101,81 @@ def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
 
 
 def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
-  """Keeps a data set for `load`; where that cannot be, says so and goes on.
+  """Keeps a data set for `load`; if it cannot be written, logs a warning.
 
   Args:
     dataset: The data set's config.
     arrays: The data set.
     source: A file of the prepared data set, which changes when that does.
   """
-  folder = _folder(dataset)
+  folder = _cache_folder(dataset)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = epath.Path(tempfile.mkdtemp(dir=folder.parent))
-    for split in _SPLITS:
-      np.save(part / f'{split}_images.npy', arrays.images[split])
-      np.save(part / f'{split}_labels.npy', arrays.labels[split])
-    record = {'source': str(source), 'stamp': _stamp(source), 'class_names': arrays.class_names}
-    (part / 'record.json').write_text(json.dumps(record, indent=2))
+    write(dataset, arrays, part, {'source': str(source), 'stamp': _stamp(source)})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
   except OSError as error:
     logging.warning('The data set could not be kept in %s (%s).', folder, error.strerror)
 
 
-def _folder(dataset: ConfigDict) -> epath.Path:
+def write(
+  dataset: ConfigDict, arrays: Arrays, folder: epath.Path, extra: dict[str, Any] | None = None
+) -> list[epath.Path]:
+  """Writes a data set in parts.
+
+  Args:
+    dataset: The data set's config.
+    arrays: The data set.
+    folder: Where to write.
+    extra: What the record holds besides.
+
+  Returns:
+    The folders of the parts.
+  """
+  parts, room = [], 0
+  num_chunks = {}
+  for split in SPLITS:
+    images, labels = arrays.images[split], arrays.labels[split]
+    per_chunk = max(1, _PART_BYTES // (images[:1].nbytes + labels[:1].nbytes))
+    starts = range(0, len(labels), per_chunk)
+    num_chunks[split] = len(starts)
+    for number, start in enumerate(starts):
+      chunk = slice(start, start + per_chunk)
+      size = images[chunk].nbytes + labels[chunk].nbytes
+      if size > room:
+        parts.append(folder / f'part_{len(parts)}')
+        parts[-1].mkdir(parents=True, exist_ok=True)
+        room = _PART_BYTES
+      room -= size
+      np.save(parts[-1] / f'{split}_images_{number}.npy', images[chunk])
+      np.save(parts[-1] / f'{split}_labels_{number}.npy', labels[chunk])
+  record = {field: dataset[field] for field in _FIELDS} | {
+    'class_names': arrays.class_names,
+    'num_chunks': num_chunks,
+  }
+  (folder / 'record.json').write_text(json.dumps(record | (extra or {}), indent=2) + '\n')
+  return parts
+
+
+def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
+  """Reads what `write` wrote, whichever part each chunk is in now."""
+  paths = {path.name: path for path in folder.glob('*/*.npy')}
+
+  def joined(split, kind):
+    names = [f'{split}_{kind}_{number}.npy' for number in range(record['num_chunks'][split])]
+    for name in names:
+      if name not in paths:
+        raise KeyError(f'{name} is missing')
+    chunks = [np.load(paths[name]) for name in names]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+  images = {split: joined(split, 'images') for split in SPLITS}
+  labels = {split: joined(split, 'labels') for split in SPLITS}
+  return Arrays(record['class_names'], images, labels)
+
+
+def _cache_folder(dataset: ConfigDict) -> epath.Path:
   data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
   key = [dataset[field] for field in _FIELDS]
   key.append(data_dir and os.path.abspath(os.path.expanduser(data_dir)))

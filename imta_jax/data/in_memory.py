@@ -40,10 +40,14 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
 
 
 class InMemoryDataset(Dataset):
-  """A data set whose images, all of one shape, fit a device's memory."""
+  """A data set whose images, all of one shape, fit a device's memory.
+
+  Attributes:
+    arrays: The data set.
+  """
 
   def __init__(self, arrays: Arrays, config: ConfigDict):
-    self._arrays, self._config = arrays, config
+    self.arrays, self._config = arrays, config
     self.class_names = arrays.class_names
     self.image_shape = tuple(arrays.images['train'].shape[1:])
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
@@ -61,12 +65,12 @@ class InMemoryDataset(Dataset):
     )
 
   def train_batches(self, first_step: int) -> Iterator[Batch]:
-    images, labels = devices.replicate((self._arrays.images['train'], self._arrays.labels['train']))
+    images, labels = devices.replicate((self.arrays.images['train'], self.arrays.labels['train']))
     for step in itertools.count(first_step):
       yield self._draw(devices.numbers(), images, labels, np.int32(step))
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    images, labels = self._arrays.images[split], self._arrays.labels[split]
+    images, labels = self.arrays.images[split], self.arrays.labels[split]
     batch_size = self._config.evaluation_batch_size
     augments = split == 'validation' and self._config.dataset.augment_validation
     for start in range(0, len(labels), batch_size):

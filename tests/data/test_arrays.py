@@ -1,14 +1,16 @@
-"""Arrays that are kept between runs: the same data, and never stale data."""
+"""Arrays that are kept or carried: the same data, and never stale data."""
 
 import json
 import os
 
 import numpy as np
 import pytest
+from etils import epath
 
 from imta_jax.compilation_cache import cache_folder
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
+from imta_jax.errors import UsageError
 
 
 @pytest.fixture
@@ -55,7 +57,9 @@ def test_a_data_set_prepared_again_is_read_again(stored):
   assert arrays.load(config.dataset) is not None
 
 
-@pytest.mark.parametrize('name', ['record.json', 'train_images.npy', 'test_labels.npy'])
+@pytest.mark.parametrize(
+  'name', ['record.json', 'part_0/train_images_0.npy', 'part_0/test_labels_0.npy']
+)
 def test_damaged_arrays_are_read_again(stored, name):
   config, folder = stored
   (folder / name).write_bytes((folder / name).read_bytes()[:40])
@@ -68,3 +72,45 @@ def test_where_nothing_can_be_kept_the_run_goes_on(mnist5k_config, tmp_path, mon
   (tmp_path / 'file').write_text('')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
+
+
+@pytest.fixture
+def carried(stored, tmp_path, monkeypatch):
+  """A config whose data set lies in parts in a folder, where TFDS is not at hand."""
+  config, _ = stored
+  monkeypatch.setattr(arrays, '_PART_BYTES', 500_000)
+  folder = tmp_path / 'carried'
+  parts = arrays.write(config.dataset, arrays.load(config.dataset), epath.Path(folder))
+  assert len(parts) > 5
+  for part in parts:
+    assert sum(path.stat().length for path in part.iterdir()) < 510_000
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'empty'))
+  monkeypatch.setattr('imta_jax.data.pipeline._prepared_builder', None)
+  config.dataset.arrays_dir = str(folder)
+  return config, folder
+
+
+def test_carried_arrays_are_what_was_kept(carried, mnist5k_splits):
+  config, folder = carried
+  # Whichever folder a chunk has travelled in.
+  (folder / 'part_1').rename(folder / 'second_journey')
+  dataset = open_dataset(config)
+  images = np.concatenate([dataset.arrays.images[split] for split in ('train', 'validation')])
+  np.testing.assert_array_equal(images, mnist5k_splits['train'][0])
+  np.testing.assert_array_equal(dataset.arrays.images['test'], mnist5k_splits['test'][0])
+  np.testing.assert_array_equal(dataset.arrays.labels['test'], mnist5k_splits['test'][1])
+
+
+@pytest.mark.parametrize('name', ['record.json', 'part_2'])
+def test_carried_arrays_that_are_not_whole_are_refused(name, carried):
+  config, folder = carried
+  (folder / name).rename(folder.parent / 'lost')
+  with pytest.raises(UsageError, match=r'holds no whole data set .*imta_jax\.prepare'):
+    open_dataset(config)
+
+
+def test_carried_arrays_of_another_split_are_refused(carried):
+  config, _ = carried
+  config.dataset.validation_size = 1_000
+  with pytest.raises(UsageError, match='whose validation_size is 3900, not 1000'):
+    open_dataset(config)

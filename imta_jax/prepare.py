@@ -1,0 +1,47 @@
+"""Writes a data set as arrays, on which machines without TensorFlow can train.
+
+    python -m imta_jax.prepare --config=configs/cifar100.py cifar100_arrays
+    python -m imta_jax.main --config=configs/cifar100.py --config.dataset.arrays_dir=cifar100_arrays
+
+For data sets that are kept in memory. The folders part_0, part_1 and so on are smaller than 50 MB
+each, so that they can travel alone.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from etils import epath
+
+from imta_jax import command_line
+from imta_jax import config as config_lib
+from imta_jax.data import arrays
+from imta_jax.data.pipeline import open_dataset
+from imta_jax.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line.
+
+  Raises:
+    UsageError: If the config or the data set is wrong, or the folder is not empty.
+  """
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, help='config file, as in training')
+  parser.add_argument('folder', help='folder to write; must not exist, or be empty')
+  options = parser.parse_args(arguments)
+  config = config_lib.load_file(options.config)
+  if not config.dataset.in_memory:
+    raise UsageError(f'--config={options.config}: its data set is streamed, not kept in memory')
+  folder = epath.Path(options.folder)
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: choose another folder')
+  parts = arrays.write(config.dataset, open_dataset(config).arrays, folder)
+  for part in parts:
+    size = sum(path.stat().length for path in part.iterdir())
+    print(f'{part}  {size / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

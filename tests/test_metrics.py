@@ -1,0 +1,69 @@
+"""Metrics: what is written, what a resumed run keeps, and what needs no TensorFlow."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from imta_jax.metrics import Metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+  return epath.Path(tmp_path / 'metrics.jsonl')
+
+
+def write(path, phase, first_step, steps):
+  with Metrics(path, phase, first_step, None) as metrics:
+    for step in steps:
+      metrics.write(step, {'loss': step / 2}, 'train/')
+
+
+def read(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_has_step_phase_and_a_number_per_metric(path):
+  with Metrics(path, 'phase_1', 0, None) as metrics:
+    metrics.write(3, {'loss': np.float32(0.5), 'accuracy': np.array([0.25, 1])}, 'train/')
+  assert read(path) == [
+    {
+      'step': 3,
+      'phase': 'phase_1',
+      'train/loss': 0.5,
+      'train/accuracy_exit_1': 0.25,
+      'train/accuracy_exit_2': 1.0,
+    }
+  ]
+
+
+def test_a_resumed_run_writes_each_step_once(path):
+  write(path, 'phase_1', 0, [2, 4])
+  write(path, 'phase_2', 0, [2, 4, 6])
+  with path.open('a') as file:
+    file.write('{"step": 8, "pha')  # The run was killed here.
+  write(path, 'phase_2', 2, [4, 5])
+  expected = [('phase_1', 2), ('phase_1', 4), ('phase_2', 2), ('phase_2', 4), ('phase_2', 5)]
+  assert [(record['phase'], record['step']) for record in read(path)] == expected
+
+
+def test_the_tenth_phase_comes_after_the_ninth(path):
+  write(path, 'phase_9', 0, [1])
+  write(path, 'phase_10', 0, [1])
+  write(path, 'phase_10', 1, [2])
+  phases = [record['phase'] for record in read(path)]
+  assert phases == ['phase_9', 'phase_10', 'phase_10']
+
+
+def test_no_tensorflow_is_imported_without_tensorboard(path):
+  program = (
+    'import sys; from etils import epath; from imta_jax.metrics import Metrics\n'
+    f"with Metrics(epath.Path({str(path)!r}), 'phase_1', 0, None) as metrics:\n"
+    "  metrics.write(1, {'loss': 1.0})\n"
+    "assert not {'tensorflow', 'clu'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, '-c', program], check=True, timeout=60)
+  assert len(read(path)) == 1
