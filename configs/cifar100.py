@@ -4,7 +4,7 @@
     python -m imta_jax.main --config=configs/cifar100.py:exits=5    # Table 2; Figure 3: 4, 5, 6, 8
 
 The paper reaches, for Table 1 (top-1 at exits 1 … 7): 64.00 68.41 71.86 73.50 74.46 75.39 75.96.
-Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds an image at the last exit.
+Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds per image at the last exit.
 Data: `tfds build cifar100`, or downloaded by the first run.
 """
 

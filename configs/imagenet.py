@@ -4,7 +4,7 @@
     python -m imta_jax.main --config=configs/imagenet.py:step=6    # Figure 5: 4, 6, 7
 
 The paper reaches, with step 4 (top-1 at exits 1 … 5): 57.28 66.22 70.24 71.71 72.43.
-Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds an image at the last exit.
+Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per image at the last exit.
 Data: `tfds build imagenet2012`, from the archives that image-net.org gives out.
 """
 

@@ -3,8 +3,8 @@
     python experiments/budget_sweep.py runs/mnist5k
     python experiments/budget_sweep.py runs/cifar100-exits=4 runs/cifar100-exits=8 --output=figure
 
-Needs nothing but workdirs. Logits are taken from a workdir's evaluation/ where a finished run left
-them, and computed from its checkpoints otherwise; the data set must then be there.
+Needs only workdirs. Logits are read from the evaluation/ of a finished run, and otherwise computed
+from its checkpoints, which needs the data set.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help='budget parameters p; default: the 40 of the paper, 0.05 to 2.00',
   )
   parser.add_argument(
-    '--recompute', action='store_true', help='compute logits even where a run left them'
+    '--recompute', action='store_true', help='compute logits even if a run has saved them'
   )
   parser.add_argument(
     '--output', help='folder for tables and figure; default: evaluation/sweep of the first workdir'
@@ -73,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def networks(
   workdir: epath.Path, phases: str, recompute: bool
 ) -> Iterator[tuple[str, list[ExitCost], dict[str, evaluate.Predictions]]]:
-  """The name, costs and predictions of a run's networks.
+  """Yields name, costs and predictions of the networks of a run.
 
   Args:
     workdir: The run's folder.
     phases: 'last' or 'all'.
-    recompute: Whether to run the networks even where their predictions are there.
+    recompute: Whether to run the networks even if their predictions exist.
   """
   config = layout.load_config(workdir)
   indices = range(len(config.phases))[slice(-1 if phases == 'last' else 0, None)]
@@ -92,7 +92,7 @@ def networks(
       }
       yield name, evaluate.load_costs(folder, name), predictions
     return
-  # What trains is slow to import, and a finished run does without.
+  # Slow to import, and not needed for a finished run.
   from imta_jax.data.pipeline import open_dataset
   from imta_jax.networks import predict_splits, restore_network
 

@@ -47,27 +47,31 @@ def run(
   """The command line of an export.
 
   Args:
-    description: What it does.
-    write: What writes a classifier to a folder, with the name of where it came from; it tells how
-      many bytes.
-    arguments: Of the command line.
+    description: Description of the program.
+    write: A function of (classifier, folder, source) that writes an export and returns its size in
+      bytes.
+    arguments: The command-line arguments.
 
   Raises:
-    UsageError: If there is no such network, nothing within a budget, or something in the folder.
+    UsageError: If there is no such network, no thresholds are within the budget, or the folder is
+      not empty.
   """
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
-  parser.add_argument('output', help='folder to write; must not exist, or be empty')
+  parser.add_argument('output', help='folder to write; must be empty or absent')
   parser.add_argument(
     '--budget',
     type=float,
-    help='average multiply-adds an image that thresholds are set for; default: as accurate as the '
+    help='average multiply-adds per image to choose thresholds for; default: as accurate as the '
     'last exit on validation images',
   )
   parser.add_argument(
-    '--phase', type=int, default=0, help='number of the phase, from 1; default: the last'
+    '--phase',
+    type=int,
+    default=0,
+    help='training phase to export, counted from 1; default: the last',
   )
   options = parser.parse_args(arguments)
   folder = epath.Path(options.output)
@@ -86,15 +90,15 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
   """Writes a classifier.
 
   Args:
-    classifier: What to write.
-    folder: Where to; made if need be.
-    source: Where the network came from, for people.
+    classifier: The classifier to write.
+    folder: The folder to write; created if necessary.
+    source: Where the network came from, for readers.
 
   Returns:
     Bytes written.
 
   Raises:
-    UsageError: If there is something in the folder already.
+    UsageError: If the folder is not empty.
   """
   check_empty(folder)
   weights = [jax.tree.leaves(stage) for stage in classifier.weights]
@@ -116,9 +120,9 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
 
 
 def check_empty(folder: epath.Path) -> None:
-  """Raises UsageError if there is something in a folder."""
+  """Raises UsageError if a folder is not empty."""
   if folder.exists() and any(folder.iterdir()):
-    raise UsageError(f'{folder} is not empty: name another folder')
+    raise UsageError(f'{folder} is not empty: choose another folder')
 
 
 def write_folder(
@@ -129,15 +133,15 @@ def write_folder(
   fields: Mapping[str, Any],
   packages: Sequence[str],
 ) -> int:
-  """Writes files, and a manifest with their checksums and what the classifier is.
+  """Writes files, and a manifest that describes them and the classifier.
 
   Args:
-    classifier: What is exported.
-    folder: Where to; made if need be.
-    source: Where the network came from, for people.
+    classifier: The classifier to export.
+    folder: The folder to write; created if necessary.
+    source: Where the network came from, for readers.
     contents: By file name.
-    fields: What else the manifest tells.
-    packages: Whose versions it tells.
+    fields: Further fields of the manifest.
+    packages: Packages whose versions are recorded.
 
   Returns:
     Bytes written.
@@ -163,10 +167,10 @@ def write_folder(
     'versions': {name: metadata.version(name) for name in packages},
     'sha256': {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
   }
-  # What JSON gives back is what is summed.
+  # The checksum is that of the parsed JSON.
   manifest = json.loads(json.dumps(manifest))
   manifest['manifest_sha256'] = engine.manifest_checksum(manifest)
-  # The manifest last: without it there is no export.
+  # The manifest is written last: without it there is no export.
   contents = {**contents, engine.MANIFEST: f'{json.dumps(manifest, indent=2)}\n'.encode()}
   for name, content in contents.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,7 @@ def _npz(weights: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _finite(thresholds: Sequence[float]) -> list[float | None]:
-  """Thresholds for JSON, which has no infinity: null where no image leaves, and at the last."""
+  """Thresholds for JSON, which has no infinity: infinite ones become null."""
   return [threshold if math.isfinite(threshold) else None for threshold in thresholds]
 
 

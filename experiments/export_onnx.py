@@ -45,9 +45,9 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
   """Writes a classifier.
 
   Args:
-    classifier: What to write.
-    folder: Where to; made if need be.
-    source: Where the network came from, for people.
+    classifier: The classifier to write.
+    folder: The folder to write; created if necessary.
+    source: Where the network came from, for readers.
 
   Returns:
     Bytes written.

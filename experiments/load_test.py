@@ -51,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('network', help='workdir of a run, or an export')
-  parser.add_argument('images', nargs='+', help='image files, and folders to search for them')
+  parser.add_argument('network', help='workdir of a run, or an exported folder')
+  parser.add_argument(
+    'images', nargs='+', help='image files, and folders to search for image files'
+  )
   parser.add_argument(
     '--clients', type=positive(int), default=32, help='requests at once; default: 32'
   )

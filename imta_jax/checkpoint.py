@@ -1,4 +1,4 @@
-"""A phase's checkpoints: saved in the background, whole or not at all, and verified when read."""
+"""Checkpoints of a phase: saved atomically in the background, and verified when restored."""
 
 import contextlib
 import dataclasses
@@ -25,16 +25,18 @@ _LATEST_KEPT = 2
 class Checkpoints:
   """The checkpoints in a folder: the latest two, and the best by validation accuracy.
 
-  A context manager; leaving it waits until everything saved is on disk.
+  A context manager; leaving it waits until all saves are on disk.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
-    """Opens a folder, making it where it may write."""
-    # Orbax reads absolute paths only; those that name a scheme, as gs:// does, are.
+    """Opens a folder; creates it unless it is read-only."""
+    # Orbax needs absolute paths; those with a scheme, such as gs://, are absolute.
     folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._folder, self._read_only = folder, read_only
     self._accuracies: dict[int, float | None] = {}
-    with _silent() if read_only else contextlib.nullcontext():  # Orbax warns that it only reads.
+    with (
+      _silent() if read_only else contextlib.nullcontext()
+    ):  # Orbax logs a warning for read-only folders.
       self._manager = ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
@@ -52,9 +54,9 @@ class Checkpoints:
     """Saves a state, in the background.
 
     Args:
-      step: Its step; a checkpoint of this step that exists is kept.
+      step: Step of the state; an existing checkpoint of this step is kept.
       state: A tree of arrays.
-      validation_accuracy: What 'best' compares; None for a state that was not evaluated.
+      validation_accuracy: The accuracy that 'best' compares; None if it was not evaluated.
     """
     if step in self._manager.all_steps():
       return
@@ -67,27 +69,27 @@ class Checkpoints:
     )
 
   def steps(self, order: str) -> list[int]:
-    """The steps of the checkpoints there are, the preferred one first.
+    """The steps of all checkpoints, the preferred one first.
 
     Args:
-      order: 'last': latest first. 'best': by validation accuracy, the earliest of equals first;
-        those without one after them.
+      order: 'last': latest first. 'best': by validation accuracy, ties earliest first; states
+        without an accuracy come last.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     return steps if order == 'last' else sorted(steps, key=self._preference)
 
   def restore(self, like: Any, order: str = 'last') -> Any | None:
-    """Reads the preferred checkpoint; passes over those that are damaged, and sets them aside.
+    """Restores the preferred checkpoint; damaged ones are skipped and moved aside.
 
     Args:
-      like: A tree of the state's structure, shapes and types.
+      like: A tree with the structure, shapes and types of the state.
       order: See `steps`.
 
     Returns:
-      The state as NumPy arrays, or None if there is no whole checkpoint.
+      The state as NumPy arrays, or None if there is no intact checkpoint.
 
     Raises:
-      UsageError: If a checkpoint holds a state of another structure.
+      UsageError: If a checkpoint has a different structure.
     """
     self.wait()
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
@@ -107,11 +109,11 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Waits until everything saved is on disk."""
+    """Waits until all saves are on disk."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits until everything saved is on disk, and frees what the manager holds."""
+    """Waits until all saves are on disk, and frees the resources of the manager."""
     self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
@@ -137,11 +139,11 @@ class Checkpoints:
       args=ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore()),
     )
     if read['record']['crc32'] != _checksum(read['state']):
-      raise ValueError('its checksum does not fit')
+      raise ValueError('its checksum does not match')
     return read['state']
 
   def _set_aside(self, step: int) -> None:
-    """Moves a checkpoint out of the way, for a person to look at."""
+    """Moves a checkpoint aside, so that a person can look at it."""
     aside = self._folder.parent / f'{self._folder.name}_damaged'
     aside.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -152,13 +154,13 @@ class Checkpoints:
     self._manager.reload()
 
   def _preference(self, step: int) -> tuple[bool, float, int]:
-    """A key that sorts the best checkpoint first."""
+    """A sort key that puts the best checkpoint first."""
     if step not in self._accuracies:
       try:
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         record = self._manager.restore(step, args=args)['record']
         self._accuracies[step] = record['validation_accuracy']
-      except Exception:  # Damaged; reading the state will tell.
+      except Exception:  # Damaged; restoring the state will report it.
         self._accuracies[step] = None
     accuracy = self._accuracies[step]
     return (True, 0.0, -step) if accuracy is None else (False, -accuracy, step)
@@ -166,7 +168,7 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class _LatestAndBest(PreservationPolicy):
-  """Keeps the latest checkpoints, and the one that a preference sorts first."""
+  """Keeps the latest checkpoints and the preferred one."""
 
   preference: Any
 
@@ -178,7 +180,7 @@ class _LatestAndBest(PreservationPolicy):
 
 
 def _structure(tree: Any) -> dict[str, str]:
-  """The type and shape of each leaf, by name."""
+  """Type and shape of each leaf, by name."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(leaf.dtype)}{leaf.shape}'
@@ -195,7 +197,7 @@ def _checksum(tree: Any) -> int:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-  """Holds back warnings."""
+  """Suppresses warnings."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -206,7 +208,7 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences the tracebacks of reads that Orbax abandons when one of them fails."""
+  """Silences the tracebacks of reads that Orbax abandons after one has failed."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     yield

@@ -22,20 +22,22 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the arguments of `open_classifier`."""
-  parser.add_argument('network', help='workdir of a run, or an export')
-  parser.add_argument('--phase', type=positive(int), help="of a workdir's; default: the last")
+  """Adds the arguments that `open_classifier` takes."""
+  parser.add_argument('network', help='workdir of a run, or an exported folder')
+  parser.add_argument(
+    '--phase', type=positive(int), help='training phase to load, counted from 1; default: the last'
+  )
   limits = parser.add_mutually_exclusive_group()
-  limits.add_argument('--budget', type=positive(float), help='average multiply-adds an image')
+  limits.add_argument('--budget', type=positive(float), help='average multiply-adds per image')
   limits.add_argument(
     '--latency',
     type=positive(float),
-    help='average seconds an image, one at a time; the network is timed for it',
+    help='average seconds per image, one image at a time; each exit is timed first',
   )
 
 
 def positive(number: type) -> Callable[[str], Any]:
-  """A type of argparse arguments: numbers above 0."""
+  """An argparse type: numbers above 0."""
 
   def parse(text):
     value = number(text)
@@ -43,12 +45,12 @@ def positive(number: type) -> Callable[[str], Any]:
       raise ValueError
     return value
 
-  parse.__name__ = f'positive {number.__name__}'  # So argparse calls it.
+  parse.__name__ = f'positive {number.__name__}'  # For argparse's messages.
   return parse
 
 
 def list_of(parse_item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-  """A type of argparse arguments: items separated by commas, as in 1,16,256."""
+  """An argparse type: items separated by commas, as in 1,16,256."""
 
   def parse(text):
     return [parse_item(item) for item in text.split(',')]
@@ -63,21 +65,21 @@ def open_classifier(
   latency: float | None = None,
   phase: int | None = None,
 ) -> AdaptiveClassifier:
-  """Reads a network, as `add_network_arguments` names it.
+  """Opens the network that `add_network_arguments` describes.
 
   Args:
-    network: A workdir or an export.
-    budget: Average multiply-adds an image.
-    latency: Average seconds an image.
-    phase: Of a workdir's, counted from 1; the last one by default.
+    network: A workdir or an exported folder.
+    budget: Average multiply-adds per image.
+    latency: Average seconds per image.
+    phase: The training phase of a workdir, counted from 1; the last one by default.
 
   Raises:
-    UsageError: If there is none, or nothing within the budget.
+    UsageError: If there is none, or no thresholds are within the budget.
   """
   try:
     if os.path.exists(os.path.join(network, MANIFEST)):
       if phase is not None:
-        raise UsageError(f'{network} is an export, of one phase: leave out --phase')
+        raise UsageError(f'{network} is an export and has a single phase: leave out --phase')
       return AdaptiveClassifier.load(network, budget, latency=latency)
     index = -1 if phase is None else phase - 1
     return AdaptiveClassifier.from_workdir(network, budget, latency=latency, phase=index)
@@ -88,13 +90,13 @@ def open_classifier(
 def describe(
   probabilities: np.ndarray, exit: int, class_names: Sequence[str], top: int
 ) -> dict[str, Any]:
-  """What is said about an image, ready for JSON.
+  """Describes the answer for an image, ready for JSON.
 
   Args:
     probabilities: [class].
     exit: Counted from 0.
     class_names: [class].
-    top: How many of the most probable classes to name.
+    top: Number of classes to name, the most probable first.
   """
   best = [
     {

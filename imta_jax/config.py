@@ -1,4 +1,4 @@
-"""What a run is made of: the fields of a config, their defaults, and their checks."""
+"""The fields of a config, their defaults, and their checks."""
 
 import difflib
 import importlib.util
@@ -13,7 +13,7 @@ from imta_jax.errors import UsageError
 
 
 def default() -> ConfigDict:
-  """Every field that a config has, with the paper's settings for CIFAR-100, Table 1.
+  """All fields of a config, with the paper's settings for CIFAR-100, Table 1.
 
   A file in configs/ starts from this, changes what differs and returns it from
   `get_config(argument)`.
@@ -21,27 +21,29 @@ def default() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
-      'batch_size': 64,  # Images a training step, over all devices and hosts.
+      'batch_size': 64,  # Images per training step, over all devices and hosts.
       'evaluation_batch_size': 512,
       'dataset': {
         'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
-        'data_dir': config_dict.placeholder(str),  # Else TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        'data_dir': config_dict.placeholder(
+          str
+        ),  # Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
         'arrays_dir': config_dict.placeholder(str),  # Written by imta_jax.prepare, used instead.
         'train_split': 'train',
         'test_split': 'test',
-        'validation_size': 5_000,  # Training images held out: for thresholds and best states.
+        'validation_size': 5_000,  # Training images held out to choose thresholds and states.
         'image_size': 32,
-        'mean': (0.5071, 0.4865, 0.4409),  # A channel, of pixels between 0 and 1.
+        'mean': (0.5071, 0.4865, 0.4409),  # Per channel, of pixels between 0 and 1.
         'std': (0.2673, 0.2564, 0.2762),
-        'in_memory': True,  # Else images are streamed, decoded and cropped as ImageNet's are.
-        'padding': 4,  # In memory: zeros around an image before it is cropped at random.
-        'flip': True,  # Whether training images are mirrored half the time.
-        'augment_validation': False,  # The published code augments validation images as well.
+        'in_memory': True,  # Otherwise streamed, decoded and cropped, as ImageNet is.
+        'padding': 4,  # In memory: zero padding before the random crop.
+        'flip': True,  # Whether half of the training images are mirrored.
+        'augment_validation': False,  # The published code augments validation images too.
       },
       'model': {'name': 'msdnet', 'dtype': 'float32'},  # And any field of models.create.
-      'global_batch_norm': True,  # Statistics of the whole batch, not of each device's part.
+      'global_batch_norm': True,  # Batch statistics over all devices, not per device.
       'phases': [phase_one(), phase_two()],
-      'checkpoint_every_epochs': 1,  # Checkpoints, and validation.
+      'checkpoint_every_epochs': 1,  # Epochs between validations and checkpoints.
       'log_every_steps': 50,
       'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
       'profile_steps': 0,  # Steps of each phase to profile, for TensorBoard's profiler.
@@ -50,26 +52,26 @@ def default() -> ConfigDict:
 
 
 def phase_one() -> ConfigDict:
-  """Phase I of the paper: everything is trained from scratch, with Gradient Equilibrium."""
+  """Phase I of the paper: all layers are trained from scratch, with Gradient Equilibrium."""
   return ConfigDict(
     {
       'loss': 'cross_entropy',  # Summed over exits (Eq. 1); or 'one_for_all'.
-      'alpha': 0.1,  # OFA: weight of the labels against the teacher (Eq. 7).
+      'alpha': 0.1,  # OFA: weight of the labels, against the teacher (Eq. 7).
       'temperature': 3.0,  # OFA: T.
-      'class_reduction': 'sum',  # OFA: 'mean' divides by the classes, as the published code does.
-      'teacher': 'online',  # OFA: the current last exit; 'frozen': the phase before's.
-      'trained': 'everything',  # Or 'last_layers': the classifiers alone.
-      'frozen_batch_norm': 'evaluation',  # Of what is not trained; 'training' as published.
+      'class_reduction': 'sum',  # OFA: 'mean' divides by the number of classes, as published.
+      'teacher': 'online',  # OFA: the current last exit; 'frozen': the previous phase's.
+      'trained': 'everything',  # Or 'last_layers': only the classifiers.
+      'frozen_batch_norm': 'evaluation',  # Of layers that are not trained; published: 'training'.
       'gradient_equilibrium': 'all',
       'collaboration': 'off',
       'stop_collaboration_gradient': True,
-      'chosen_state': 'best',  # Of this phase, for the next and for evaluation: by validation
-      # accuracy, averaged over exits; or 'last'.
+      'chosen_state': 'best',  # State for the next phase and for evaluation: best mean validation
+      # accuracy of the exits; or 'last'.
       'epochs': 300.0,
-      'steps': config_dict.placeholder(int),  # If given, in place of epochs.
+      'steps': config_dict.placeholder(int),  # Replaces epochs if given.
       'learning_rate': 0.1,
-      'reference_batch_size': config_dict.placeholder(int),  # Scales the rate by batch / this.
-      'schedule': 'multistep',  # ÷10 after each of `milestones`; or 'cosine'.
+      'reference_batch_size': config_dict.placeholder(int),  # Scales the rate by batch_size / this.
+      'schedule': 'multistep',  # Divided by 10 at each milestone; or 'cosine'.
       'milestones': (0.5, 0.75),  # Fractions of the phase.
       'warmup_epochs': 0.0,
       'momentum': 0.9,
@@ -95,7 +97,7 @@ def phase_two() -> ConfigDict:
   return phase
 
 
-# Lower bounds of numbers, and whether they are exclusive.
+# Lower bounds of numbers, and whether the bound itself is excluded.
 _BOUNDS = {
   'seed': (0, False),
   'batch_size': (0, True),
@@ -131,11 +133,11 @@ def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
   """Reads a config file's argument, as in --config=configs/cifar100.py:exits=5.
 
   Args:
-    argument: 'name=value,name=value', or nothing.
-    **defaults: The names that there are, with the values they have if not given.
+    argument: 'name=value,name=value', or empty.
+    **defaults: All names, with their default values.
 
   Returns:
-    Every name's value, of its default's type.
+    The value of every name, of the type of its default.
 
   Raises:
     UsageError: If a name does not exist, or a value is not of its type.
@@ -156,10 +158,10 @@ def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks fields and values before anything else runs.
+  """Checks all fields and values.
 
   Raises:
-    UsageError: On the first field that does not exist or holds what it cannot.
+    UsageError: On the first field that does not exist or has an invalid value.
   """
   fields, reference = to_dict(config), to_dict(default())
   fields.pop('model', None)
@@ -167,7 +169,7 @@ def validate(config: ConfigDict) -> None:
   if not isinstance(config.get('model'), ConfigDict) or 'name' not in config.model:
     raise UsageError(f'config.model must name a model, as in {model}')
   if not config.get('phases'):
-    raise UsageError('config.phases is empty: give it a phase or more')
+    raise UsageError('config.phases is empty: add at least one phase')
   phases, (reference_phase, _) = fields.pop('phases'), reference.pop('phases')
   _check_fields(fields, reference, 'config')
   for index, phase in enumerate(phases):
@@ -175,11 +177,11 @@ def validate(config: ConfigDict) -> None:
     for field, choices in _CHOICES.items():
       if phase[field] not in choices:
         raise UsageError(
-          f'config.phases[{index}].{field} is {phase[field]!r}: take one of {", ".join(choices)}'
+          f'config.phases[{index}].{field} is {phase[field]!r}: choose one of {", ".join(choices)}'
         )
     if not index and 'frozen' in (phase['teacher'] if phase['loss'] == 'one_for_all' else ''):
       raise UsageError(
-        "config.phases[0].teacher is 'frozen', but no phase comes before: take 'online'"
+        "config.phases[0].teacher is 'frozen', but there is no previous phase: use 'online'"
       )
     path = f'config.phases[{index}]'
     _check_range(phase, _PHASE_BOUNDS, path)
@@ -196,7 +198,7 @@ def validate(config: ConfigDict) -> None:
   if dataset['train_split'] == dataset['test_split']:
     raise UsageError(
       f'config.dataset.test_split is {dataset["test_split"]!r}, the split that is trained on: '
-      'name another'
+      'choose another'
     )
 
 
@@ -209,12 +211,12 @@ def _check_fields(fields, reference, path):
       raise UsageError(f'{path}.{name} is missing: start the config from imta_jax.config.default()')
     if isinstance(value, dict):
       if not isinstance(fields[name], dict):
-        raise UsageError(f'{path}.{name} is {fields[name]!r}: it must have fields of its own')
+        raise UsageError(f'{path}.{name} is {fields[name]!r}: it must be a group of fields')
       _check_fields(fields[name], value, f'{path}.{name}')
 
 
 def _check_range(fields, bounds, path):
-  """Checks that numbers lie above a bound, or at it where the bound is not exclusive."""
+  """Checks that numbers are above a bound, or equal to it if it is not excluded."""
   for name, (bound, exclusive) in bounds.items():
     value = fields[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -227,7 +229,7 @@ def check_path(config: ConfigDict, path: str) -> None:
   """Checks that a config has a field, as in 'phases[0].epochs'.
 
   Raises:
-    UsageError: Naming the fields there are where the path leaves the config.
+    UsageError: With the fields that exist where the path leaves the config.
   """
   node, walked = to_dict(config), 'config'
   for name in re.findall(r'[^.\[\]]+', path):
@@ -243,13 +245,13 @@ def check_path(config: ConfigDict, path: str) -> None:
 
 
 def suggest(name: str, choices) -> str:
-  """What to write in place of a name that does not exist."""
+  """What to write instead of a name that does not exist."""
   close = difflib.get_close_matches(name, list(choices), 1)
-  return f'did you mean {close[0]!r}?' if close else f'there are {", ".join(sorted(choices))}'
+  return f'did you mean {close[0]!r}?' if close else f'choose one of {", ".join(sorted(choices))}'
 
 
 def to_dict(config: Any) -> Any:
-  """A config as plain dictionaries and lists, as JSON would give it back."""
+  """A config as plain dictionaries and lists, as JSON would return it."""
   if isinstance(config, ConfigDict):
     return {key: to_dict(config[key]) for key in sorted(config)}
   if isinstance(config, list | tuple):
@@ -258,7 +260,7 @@ def to_dict(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
-  """One line for each field in which two plain configs differ: 'config.seed: 0 → 1'."""
+  """One line per field in which two plain configs differ: 'config.seed: 0 → 1'."""
   if isinstance(old, dict) and isinstance(new, dict):
     pairs = [(f'.{key}', old.get(key), new.get(key)) for key in sorted({*old, *new})]
   elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

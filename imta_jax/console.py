@@ -1,4 +1,4 @@
-"""What a person at a terminal sees. Where output is no terminal: a line an epoch, and tables."""
+"""What a person at a terminal sees; without a terminal, a line per epoch and tables."""
 
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ from imta_jax.evaluate import Evaluation
 
 
 class Reporter:
-  """Prints on the first host; silent on the others."""
+  """Prints on the first host; prints nothing on the others."""
 
   def __init__(self):
     self._console = Console(quiet=jax.process_index() > 0, highlight=False)
@@ -28,11 +28,11 @@ class Reporter:
     self._console.print(text, markup=False, soft_wrap=True)
 
   def overview(self, title: str, costs: Sequence[ExitCost]) -> None:
-    """Prints the network: what is reached, and what is added, at each exit."""
+    """Prints cost and parameters up to each exit, and the parameters that each exit adds."""
     added = np.diff([cost.params for cost in costs], prepend=0)
     self._table(
       title,
-      ('exit', 'multiply-adds', 'parameters', 'of these new'),
+      ('exit', 'multiply-adds', 'parameters', 'added here'),
       [(f'{c.madds:,}', f'{c.params:,}', f'{n:,}') for c, n in zip(costs, added, strict=True)],
     )
 
@@ -40,7 +40,7 @@ class Reporter:
     """Prints the table of exits."""
     columns = [evaluation.accuracies[key] for key in (('validation', 1), ('test', 1), ('test', 5))]
     self._table(
-      f'{evaluation.name}: accuracy of each exit, all images leaving there',
+      f'{evaluation.name}: accuracy of each exit for all images',
       ('exit', 'multiply-adds', 'parameters', 'validation', 'test', 'test top-5'),
       [
         (f'{cost.madds:,}', f'{cost.params:,}', *(f'{100 * x:.2f} %' for x in accuracies))
@@ -49,24 +49,26 @@ class Reporter:
     )
 
   def summary(self, evaluation: Evaluation, workdir: epath.Path) -> None:
-    """Prints what early exits save, and where everything is."""
+    """Prints what early exits save, and where the results are."""
     last = evaluation.costs[-1].madds
     target = evaluation.accuracies['validation', 1][-1]
     point = cheapest_as_accurate(evaluation.points, target)
     if point is not None:
       self.say(
-        f'With early exits, {100 * point.test_accuracy:.2f} % of the test images are right at '
-        f"{point.test_madds / last:.0%} of the last exit's multiply-adds "
+        f'With early exits, {100 * point.test_accuracy:.2f} % of the test images are classified '
+        f"correctly at {point.test_madds / last:.0%} of the last exit's multiply-adds "
         f'(p = {point.parameter:g}; the last exit alone: '
         f'{100 * evaluation.accuracies["test", 1][-1]:.2f} %).'
       )
     for name, content in (
       ('evaluation/budget.png', 'accuracy against average multiply-adds'),
-      ('evaluation/', 'the same as CSV and JSON; a table of exits; logits'),
-      ('checkpoints/', 'the states of each phase, latest and best'),
-      ('tensorboard/', 'tensorboard --logdir ' + str(workdir / 'tensorboard')),
+      ('evaluation/', 'tables of budgets and exits as CSV and JSON; logits'),
+      ('checkpoints/', 'latest and best states of each phase'),
+      ('metrics.jsonl', 'metrics of each phase, one line per write'),
+      ('tensorboard/', f'the same: tensorboard --logdir {workdir / "tensorboard"}'),
     ):
-      self.say(f'  {workdir / name}  {content}')
+      if (workdir / name).exists():
+        self.say(f'  {workdir / name}  {content}')
 
   def epoch(
     self,
@@ -77,7 +79,7 @@ class Reporter:
     validation_accuracy: np.ndarray | None,
     rates: Mapping[str, float],
   ) -> None:
-    """Prints a line about an epoch; accuracies are those of the first and the last exit."""
+    """Prints a line per epoch, with the accuracies of the first and the last exit."""
     parts = [
       f'{name} epoch {epoch}/{num_epochs}',
       f'loss {means["loss"]:.4f}',
@@ -92,7 +94,7 @@ class Reporter:
   def progress(
     self, name: str, first_step: int, num_steps: int, steps_per_epoch: int, batch_size: int
   ) -> Iterator['PhaseProgress']:
-    """A live line with throughput and time left, where there is a terminal to show it."""
+    """A live line with throughput and time left, if there is a terminal."""
     columns = (
       TextColumn('{task.description}'),
       BarColumn(bar_width=24),
@@ -131,18 +133,18 @@ class PhaseProgress:
     self.start_interval(step)
 
   def start_interval(self, step: int) -> None:
-    """Begins to measure anew, so that compiling, validation and checkpoints do not count."""
+    """Restarts the measurement, so that compilation, validation and checkpoints do not count."""
     self._start, self._start_step, self._waited = time.monotonic(), step, 0.0
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
-    """Counts the time inside as time that the devices may have waited for data."""
+    """Counts the time inside as time in which the devices may have waited for data."""
     start = time.monotonic()
     yield
     self._waited += time.monotonic() - start
 
   def update(self, step: int, loss: float) -> dict[str, float]:
-    """Moves the live line to a step that is done, and begins to measure anew.
+    """Moves the live line to a finished step and restarts the measurement.
 
     Returns:
       The speed since the last call, as metrics.

@@ -11,22 +11,22 @@ AXIS = 'batch'
 
 
 def numbers() -> np.ndarray:
-  """[local devices]: the number of each local device among all of them, an argument for pmap."""
+  """[local devices]: the index of each local device among all devices, an argument for pmap."""
   local = jax.local_device_count()
   return jax.process_index() * local + np.arange(local, dtype=np.int32)
 
 
 def replicate(tree: Any) -> Any:
-  """Puts a tree of arrays, the same on every host, on every device.
+  """Puts a tree of arrays, which must be the same on every host, on every device.
 
-  It lies there as pmap gives out what has `out_axes=None`, so a pmapped function that takes both is
-  compiled once.
+  It has the sharding of results with `out_axes=None` of pmap, so that a pmapped function that takes
+  either is compiled once.
 
   Args:
-    tree: Arrays of the host or a device.
+    tree: Arrays on the host or on one device.
 
   Returns:
-    The same tree, on all devices.
+    The same tree, replicated over all devices.
   """
   mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

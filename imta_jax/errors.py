@@ -1,9 +1,8 @@
-"""The error that a user can mend."""
+"""The error that a user can fix."""
 
 
 class UsageError(ValueError):
-  """Bad input: its message is one line naming the value, what was expected and how to mend it.
+  """Bad input: its message is one line with the value, what was expected and how to fix it.
 
-  The command line prints the message alone; any other exception is a fault of ours and keeps its
-  stack trace.
+  The command line prints only the message; any other exception is a bug and keeps its stack trace.
   """

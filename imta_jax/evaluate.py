@@ -1,6 +1,6 @@
 """From a checkpoint to logits, and from logits to accuracies, tables and figures.
 
-Logits [exit, image, class] are all that takes an accelerator; what follows is NumPy.
+Only the logits [exit, image, class] need an accelerator; everything after them is NumPy.
 """
 
 import csv
@@ -23,13 +23,13 @@ from imta_jax.workdir import write_whole
 
 SPLITS = ('validation', 'test')
 
-# Of a figure's accuracy axis, in percentage points.
+# Smallest range of a figure's accuracy axis, in percentage points.
 _SMALLEST_SPAN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """What a network says about a split.
+  """A network's predictions for a split.
 
   Attributes:
     logits: [exit, image, class], float32.
@@ -42,15 +42,14 @@ class Predictions:
   def accuracy(self, k: int = 1) -> np.ndarray:
     """[exit]: the fraction of images whose label is among the k highest logits.
 
-    Ties, and logits that are no numbers, count against the label: a network that says nothing
-    scores nothing.
+    Ties and NaN logits count as wrong, so that a network with constant or invalid output scores 0.
     """
     of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
     is_among = (~(self.logits < of_label)).sum(axis=-1) <= k
     return (is_among & ~np.isnan(of_label[..., 0])).mean(axis=-1)
 
   def cross_entropy(self) -> np.ndarray:
-    """[exit]: the average cross-entropy."""
+    """[exit]: the mean cross-entropy."""
     of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
     return (scipy.special.logsumexp(self.logits, axis=-1) - of_label[..., 0]).mean(axis=-1)
 
@@ -66,8 +65,8 @@ def predict(
 
   Args:
     step: From `steps.make_predict_step`.
-    variables: The network's, replicated.
-    batches: The split's, from `Dataset.evaluation_batches`.
+    variables: Variables of the network, replicated.
+    batches: Batches of the split, from `Dataset.evaluation_batches`.
 
   Returns:
     The predictions for every image, on every host.
@@ -83,7 +82,7 @@ def predict(
   for batch in batches:
     result = step(variables, batch)
     if pending is not None:
-      collect(pending)  # While the devices work on the batch after it.
+      collect(pending)  # While the devices work on the next batch.
     pending = result
   collect(pending)
   return Predictions(np.concatenate(logits, axis=1), np.concatenate(labels))
@@ -97,17 +96,17 @@ def save_predictions(predictions: Predictions, path: epath.Path) -> None:
 
 
 def load_predictions(path: epath.Path) -> Predictions:
-  """Reads what `save_predictions` wrote."""
+  """Loads what `save_predictions` wrote."""
   with path.open('rb') as file, np.load(file) as arrays:
     return Predictions(arrays['logits'], arrays['labels'])
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """All figures of one network: anytime accuracy an exit, and budgeted batch classification.
+  """All figures of one network: the accuracy of each exit, and budgeted batch classification.
 
   Attributes:
-    name: What a figure's legend calls the network.
+    name: Name of the network in the legends of figures.
     costs: [exit].
     accuracies: {(split, k): [exit]}, fractions, for k = 1 and 5.
     points: Operating points, in the order of their budget parameters.
@@ -122,13 +121,13 @@ class Evaluation:
 def assess(
   name: str, costs: Sequence[ExitCost], predictions: Mapping[str, Predictions], **sweep
 ) -> Evaluation:
-  """Everything that costs and the predictions for validation and test images say.
+  """Evaluates a network from its costs and its predictions for validation and test images.
 
   Args:
-    name: What a figure's legend calls the network.
+    name: Name of the network in the legends of figures.
     costs: [exit].
     predictions: By split.
-    **sweep: Options of `budget_sweep`.
+    **sweep: Options for `budget_sweep`.
 
   Returns:
     The evaluation.
@@ -158,7 +157,7 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
     for point in evaluation.points:
       budgets.append({'network': evaluation.name, **dataclasses.asdict(point)})
   folder.mkdir(parents=True, exist_ok=True)
-  # JSON has no infinity: where no image leaves, and at the last exit, the threshold is null.
+  # JSON has no infinity: thresholds of the last exit, and of exits that no image takes, are null.
   finite = [
     {**row, 'thresholds': [t if np.isfinite(t) else None for t in row['thresholds']]}
     for row in budgets
@@ -177,12 +176,12 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
 
 
 def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
-  """Reads back the costs of a network from what `write_tables` wrote."""
+  """Loads the costs of a network that `write_tables` wrote."""
   return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
 
 
 def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
-  """Reads back the operating points of a network from what `write_tables` wrote.
+  """Loads the operating points of a network that `write_tables` wrote.
 
   Raises:
     UsageError: If there are none.
@@ -200,14 +199,14 @@ def _load_rows(folder, table, name):
   rows = json.loads(path.read_text())[table] if path.exists() else []
   rows = [row for row in rows if row['network'] == name]
   if not rows:
-    raise UsageError(f'{folder} has no evaluation of {name}: run the training command to its end')
+    raise UsageError(f'{folder} has no evaluation of {name}: let the training command finish')
   return rows
 
 
 def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:
   """Draws accuracy against average multiply-adds.
 
-  Lines are budgeted batch classification; dots are the exits, each taking every image.
+  Lines are budgeted batch classification; circles are single exits that take all images.
   """
   from matplotlib.figure import Figure
 
@@ -234,10 +233,10 @@ def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str
     [], [], 'o', color='gray', fillstyle='none', markersize=5, label='one exit for all images'
   )
   axes.set(
-    xlabel=f'average multiply-adds an image ({unit_name})', ylabel='test accuracy (%)', title=title
+    xlabel=f'average multiply-adds per image ({unit_name})', ylabel='test accuracy (%)', title=title
   )
   low, high = axes.get_ylim()
-  if high - low < _SMALLEST_SPAN:  # A few images more or less are no trend.
+  if high - low < _SMALLEST_SPAN:  # Otherwise a few images more or less would look like a trend.
     middle = (low + high) / 2
     axes.set_ylim(middle - _SMALLEST_SPAN / 2, min(100, middle + _SMALLEST_SPAN / 2))
   axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""TensorFlow, imported where it is needed and without noise: it takes seconds."""
+"""Imports TensorFlow without its log messages; it takes seconds, so only where it is needed."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from imta_jax.errors import UsageError
 
 
 def import_tensorflow() -> None:
-  """Imports TensorFlow, without the greetings that its C++ side prints and without a GPU."""
+  """Imports TensorFlow without the messages of its C++ code, and hides GPUs from it."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   sys.stderr.flush()
   stderr = os.dup(2)
@@ -24,4 +24,4 @@ def import_tensorflow() -> None:
   finally:
     os.dup2(stderr, 2)
     os.close(stderr)
-  tf.config.set_visible_devices([], 'GPU')  # Their memory is JAX's.
+  tf.config.set_visible_devices([], 'GPU')  # JAX needs their memory.

@@ -3,7 +3,7 @@
     python -m imta_jax.main --config=configs/mnist5k.py
     python -m imta_jax.main --config=configs/cifar100.py:exits=5 --config.batch_size=128
 
-The same command on the same workdir resumes; finished, it evaluates again.
+Run the same command again to resume; a finished run is only re-evaluated.
 """
 
 import collections
@@ -23,30 +23,30 @@ from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file, with arguments behind a colon.', lock_config=True
+  'config', None, 'Config file, optionally with arguments after a colon.', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run, local or gs://. Default: runs/ and the name of the config.'
+  'workdir', None, 'Folder of the run, local or gs://. Default: runs/ plus the name of the config.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'host:port of the first of several hosts, where the environment does not announce a cluster.',
+  'host:port of the first of several hosts, if the environment does not announce a cluster.',
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many hosts there are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this host, from 0.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of hosts.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this host, counted from 0.')
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command line."""
   if len(argv) > 1:
-    raise UsageError(f'{argv[1]!r} is no flag: see --help')
+    raise UsageError(f'{argv[1]!r} is not a flag: see --help')
   if _CONFIG.value is None:
     raise UsageError('--config is missing: for example --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
-  # Checkpoints want absolute paths; those that name a scheme, as gs:// does, are.
+  # Checkpoints need absolute paths; those with a scheme, such as gs://, are absolute.
   workdir = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir))
   train.train_and_evaluate(_CONFIG.value, workdir)
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> None:
 def join_cluster(
   coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Joins the hosts of a run: those that flags name, or that the environment announces.
+  """Joins the hosts of a run, given by flags or announced by the environment.
 
-  Cloud TPU, SLURM and Open MPI announce themselves.
+  Cloud TPU, SLURM and Open MPI announce their hosts.
 
   Raises:
     UsageError: If only some of the flags are given.
@@ -64,23 +64,23 @@ def join_cluster(
   given = [coordinator_address, num_processes, process_id]
   if any(value is not None for value in given) and None in given:
     raise UsageError(
-      '--coordinator_address, --num_processes and --process_id go together: give all or none'
+      '--coordinator_address, --num_processes and --process_id belong together: give all or none'
     )
   try:
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
   except ValueError as error:
     if 'coordinator_address' in str(error):
-      return  # Nothing announces a cluster: this host is alone.
+      return  # There is only this host.
     raise
-  # Hosts whose CPUs compute deadlock with many steps in flight.
+  # With CPUs as devices, several hosts deadlock when many steps are in flight.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def default_workdir(arguments: Sequence[str]) -> str:
-  """A folder in runs/ named after the config file, its argument and what overrides it.
+  """A folder in runs/ named after the config file, its argument and its overrides.
 
   Args:
-    arguments: The command line's.
+    arguments: The command-line arguments.
   """
   parts = []
   for name, value in flag_values(arguments):
@@ -93,7 +93,7 @@ def default_workdir(arguments: Sequence[str]) -> str:
 
 
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """The flags of a command line, written --name=value or --name value."""
+  """The flags on a command line, written as --name=value or --name value."""
   waiting = collections.deque(arguments)
   while waiting:
     name, equals, value = waiting.popleft().partition('=')
@@ -104,15 +104,15 @@ def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
-  """Parses the command line; where a config has no such field, names those it has.
+  """Parses the command line; for a field that does not exist, names those that do.
 
   Raises:
-    UsageError: If the config file cannot be read, or a flag, a field or its value is wrong.
+    UsageError: If the config file cannot be loaded, or a flag, a field or a value is wrong.
   """
   try:
     remaining = flags.FLAGS(argv)
     if flags.FLAGS['config'].present and not isinstance(_CONFIG.value, ConfigDict):
-      raise ValueError('no config file that can be read: its get_config must return a ConfigDict')
+      raise ValueError('not a config file: its get_config must return a ConfigDict')
     return remaining
   except flags.Error as error:
     # A config file's own error arrives as the last line of a formatted traceback.
@@ -120,7 +120,7 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     reason = lines[-1].removeprefix(f'{UsageError.__module__}.UsageError: ')
     raise UsageError(reason if len(lines) < 3 else f'{lines[0].rstrip(":")}: {reason}') from error
   except Exception as error:
-    # ml_collections names the field that it does not find, but not what there is.
+    # ml_collections names the missing field, but not those that exist.
     values = dict(flag_values(argv[1:]))
     config = _load_config_alone(values.get('config', ''))
     for name in values:
@@ -130,7 +130,7 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _load_config_alone(path: str) -> ConfigDict:
-  """Loads a config file without what the command line overrides in it."""
+  """Loads a config file without the overrides of the command line."""
   arguments, sys.argv = sys.argv, sys.argv[:1]  # ml_collections finds overrides there.
   try:
     flags.FLAGS([sys.argv[0], f'--config={path}'])
@@ -140,7 +140,7 @@ def _load_config_alone(path: str) -> ConfigDict:
     raise UsageError(f'--config={path}: {_first_line(error)}') from error
   finally:
     sys.argv = arguments
-  raise UsageError(f'--config={path} is no config file that can be read: see configs/')
+  raise UsageError(f'--config={path} is not a config file: see configs/')
 
 
 def _first_line(error: Exception) -> str:
@@ -148,7 +148,7 @@ def _first_line(error: Exception) -> str:
 
 
 def run() -> None:
-  """The program: bad input ends it with one line and status 1."""
+  """Runs the program; bad input ends it with one line and status 1."""
   logging.set_verbosity(logging.WARNING)
   try:
     app.run(main, flags_parser=parse_flags)

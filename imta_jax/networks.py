@@ -22,13 +22,13 @@ from imta_jax.models.multi_exit import MultiExitNetwork
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-  """A phase's network and the state chosen from it.
+  """The network of a phase with the state that was chosen.
 
   Attributes:
-    name: The phase's name.
+    name: Name of the phase.
     model: The network.
-    variables: Its variables, on the host.
-    predict: Its evaluation step, see steps.make_predict_step.
+    variables: Variables of the network, on the host.
+    predict: The mapped evaluation step; see `steps.make_predict_step`.
     costs: [exit].
   """
 
@@ -82,20 +82,20 @@ def restore_network(
   num_classes: int,
   image_shape: tuple[int, int, int],
 ) -> TrainedNetwork:
-  """Reads a phase's network, as far as it is trained, from its checkpoints.
+  """Restores the network of a phase from its checkpoints.
 
   Args:
-    config: The workdir's.
+    config: Config of the run.
     workdir: The run's folder.
-    index: The phase, from 0.
-    num_classes: Classes of the data set.
+    index: The phase, counted from 0.
+    num_classes: Number of classes of the data set.
     image_shape: (height, width, channels) of its images.
 
   Returns:
     The network with its chosen state.
 
   Raises:
-    UsageError: If there is no whole checkpoint.
+    UsageError: If there is no intact checkpoint.
   """
   phase, name = config.phases[index], layout.phase_name(index)
   model = create_model(config, phase, num_classes)
@@ -117,14 +117,16 @@ def chosen_state(
   name: str,
   workdir: epath.Path,
 ) -> steps.TrainState:
-  """Reads the state that stands for a phase.
+  """Restores the state that represents a phase.
 
   Raises:
-    UsageError: If there is no whole checkpoint.
+    UsageError: If there is no intact checkpoint.
   """
   chosen = checkpoints.restore(like, phase.chosen_state)
   if chosen is None:
-    raise UsageError(f'{name} has no whole checkpoint in {workdir}: run the training command again')
+    raise UsageError(
+      f'{name} has no intact checkpoint in {workdir}: run the training command again'
+    )
   return chosen
 
 
@@ -138,20 +140,20 @@ def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evalu
 
 
 def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassifier:
-  """The network of an evaluated run, to run for real.
+  """Loads the network of an evaluated run for inference.
 
-  Its thresholds are those of the cheapest operating point that is as accurate, on validation
-  images, as the last exit.
+  Its thresholds are those of the cheapest operating point that is as accurate on validation images
+  as the last exit.
 
   Args:
     workdir: The run's folder.
     phase: The phase, an index.
 
   Returns:
-    A classifier of images of unsigned bytes, whose operating_points are the run's operating points.
+    A classifier of uint8 images with the operating points of the run.
 
   Raises:
-    UsageError: If the folder is no run's, or the run is not through its evaluation.
+    UsageError: If the folder is not a workdir, or the run has not been evaluated.
   """
   workdir = epath.Path(workdir)
   config = layout.load_config(workdir)

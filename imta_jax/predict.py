@@ -3,8 +3,8 @@
     python -m imta_jax.predict runs/mnist5k digits/ seven.png
     python -m imta_jax.predict runs/mnist5k digits/ --budget=1e6 --format=jsonl > answers.jsonl
 
-Answers go to the output in the files' order: of each file the exit that it took, counted from 1,
-and its most probable classes. All else goes to the error output. The exit status is 0 if all files
+Answers go to standard output in the order of the files: for each file its exit, counted from 1, and
+its most probable classes. Everything else goes to standard error. The exit status is 0 if all files
 were classified, 1 if some could not be read, and 2 if the command is wrong.
 """
 
@@ -41,19 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit status.
 
   Raises:
-    UsageError: If there is no such network, nothing within the budget, or no image.
+    UsageError: If there is no such network or no image, or no thresholds are within the budget.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add_network_arguments(parser)
-  parser.add_argument('images', nargs='+', help='image files, and folders to search for them')
-  parser.add_argument('--top', type=positive(int), default=5, help='classes to show; default: 5')
   parser.add_argument(
-    '--format', choices=('table', 'jsonl'), default='table', help='jsonl: an object a line'
+    'images', nargs='+', help='image files, and folders to search for image files'
   )
   parser.add_argument(
-    '--batch_size', type=positive(int), default=256, help='images at once; default: 256'
+    '--top', type=positive(int), default=5, help='number of classes to show; default: 5'
+  )
+  parser.add_argument(
+    '--format', choices=('table', 'jsonl'), default='table', help='jsonl: one JSON object per line'
+  )
+  parser.add_argument(
+    '--batch_size', type=positive(int), default=256, help='images per batch; default: 256'
   )
   options = parser.parse_args(arguments)
   set_up_compilation_cache()
@@ -79,16 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def classify_files(
   classifier: AdaptiveClassifier, paths: Iterable[str], batch_size: int
 ) -> Iterator[tuple[str, tuple[np.ndarray, int] | ImageError]]:
-  """Classifies files, some batches of which are read ahead.
+  """Classifies files; some batches are read ahead.
 
   Args:
-    classifier: Of unsigned bytes.
+    classifier: A classifier of uint8 images.
     paths: Files.
-    batch_size: How many to classify at once.
+    batch_size: Images per batch.
 
   Yields:
-    In the files' order: the path, and (probabilities [class], exit counted from 0) or why the file
-    cannot be read.
+    For each file in order its path and (probabilities [class], exit counted from 0), or the error
+    that kept it from being read.
   """
   read = partial(
     read_image, shape=classifier.image.shape, crop=classifier.preprocessing.get('crop', 'none')
@@ -104,7 +108,7 @@ def classify_files(
 
 
 def _read_ahead(read, paths, count):
-  """(path, image or ImageError) of each path; as many as `count` are read before they are taken."""
+  """(path, image or ImageError) of each path; up to `count` files are read ahead."""
 
   def outcome(path):
     try:
@@ -132,7 +136,7 @@ def _write_json(path, answer):
 
 
 class _Table:
-  """Writes a line an image as it comes; columns are as wide as the longest class name."""
+  """Writes a line per image; columns are as wide as the longest class name."""
 
   def __init__(self, class_names: Sequence[str], top: int):
     self._console = Console(highlight=False, soft_wrap=True)
@@ -145,7 +149,7 @@ class _Table:
     first, *others = map(self._cell, answer['top'])
     line = Text(f'{answer["exit"]:4}  {first}')
     line.append(''.join(f'  {other}' for other in others), 'dim')
-    # Names of files need not be text.
+    # File names need not be valid text.
     line.append('  ' + os.fsencode(path).decode(errors='backslashreplace'))
     self._console.print(line)
 
@@ -169,7 +173,7 @@ def _summarize(exits, num_unreadable, seconds):
 def run() -> None:
   """The program."""
   if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has had enough, as `head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that stops early, as `head` does.
   command_line.run(main)
 
 

@@ -1,4 +1,4 @@
-"""Leaving in time: SIGTERM, Ctrl-C, and notices that the machine will be taken away."""
+"""Stopping in time: SIGTERM, Ctrl-C and preemption notices."""
 
 import signal
 from types import FrameType
@@ -6,15 +6,15 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-# What a shell reports of a program that SIGTERM ended.
+# The exit status that shells report for SIGTERM.
 _EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class StopRequest:
-  """Notes the first SIGTERM or SIGINT, for the loop to ask about; a second one acts as ever.
+  """Records the first SIGTERM or SIGINT for the loop; a second one has its usual effect.
 
-  With several hosts JAX's own preemption service listens instead, so that all of them stop at the
-  same step.
+  With several hosts, JAX's preemption service takes its place, so that all hosts stop at the same
+  step.
   """
 
   def __init__(self):
@@ -31,13 +31,13 @@ class StopRequest:
     self._restore()
 
   def requested(self, step: int) -> bool:
-    """Whether to stop after this step: the same answer on every host."""
+    """Whether to stop after this step; all hosts get the same answer."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._noted
 
   def leave(self, message: str) -> None:
-    """Ends the program, saying why on the first host.
+    """Exits the program with a message on the first host.
 
     Raises:
       SystemExit: Always.

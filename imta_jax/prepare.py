@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', required=True, help='config file, as in training')
-  parser.add_argument('folder', help='folder to write; must not exist, or be empty')
+  parser.add_argument('folder', help='folder to write; must be empty or absent')
   options = parser.parse_args(arguments)
   config = config_lib.load_file(options.config)
   if not config.dataset.in_memory:

@@ -1,16 +1,17 @@
-"""Classifies images over HTTP. Needs what the extra `serve` installs.
+"""Classifies images over HTTP. Needs the extra `serve`.
 
     python -m imta_jax.serve runs/mnist5k --port=8000
     curl --data-binary @seven.png -H 'Content-Type: image/png' localhost:8000/predict
     curl -F file=@seven.png -F file=@four.png 'localhost:8000/predict?budget=1e6'
 
-POST /predict   an image, or several as multipart/form-data; budget=, in multiply-adds, or
-                latency_ms=, both averages an image, hold for the images of a request alone
+POST /predict   an image, or several as multipart/form-data; budget= (multiply-adds) or
+                latency_ms=, both averages per image, apply to this request alone
 GET  /health    200 once the network is compiled
 GET  /metrics   for Prometheus
 
-One thread runs the network, on all that has come while it was at work, whatever the budgets. What
-would wait for too long is refused with status 503. On SIGTERM, what has come is answered first.
+One thread runs the network on all images that arrived while it was busy, whatever their budgets.
+Requests are refused with status 503 while too many images are pending. On SIGTERM, pending requests
+are answered before the server exits.
 """
 
 import argparse
@@ -48,25 +49,25 @@ from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import ImageError, read_image
 from imta_jax.errors import UsageError
 
-# The most probable classes that an answer names.
+# Number of classes that an answer names, the most probable first.
 _TOP = 5
-# How long answers may take once the server is told to stop.
+# How long pending answers may take once the server is told to stop.
 _SECONDS_TO_STOP = 30
 _LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a server takes on.
+  """Limits of a server.
 
   Attributes:
-    max_batch: Images classified at once.
-    max_delay_ms: How long an image waits for others.
-    max_queue: Images that are there unanswered.
-    max_body_mb: Size of a request.
-    max_megapixels: Size of an image.
-    overload_budget: While more than half of max_queue is taken: average multiply-adds of images
-      whose request names no budget. None lets budgets alone.
+    max_batch: Maximum number of images per batch.
+    max_delay_ms: How long an image may wait for others, in milliseconds.
+    max_queue: Maximum number of pending images.
+    max_body_mb: Maximum size of a request, in megabytes.
+    max_megapixels: Maximum size of an image.
+    overload_budget: Average multiply-adds per image for requests that name no budget, while more
+      than half of max_queue is pending. None changes no budget.
   """
 
   max_batch: int = 64
@@ -81,20 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If there is no such network, or nothing within a budget.
+    UsageError: If there is no such network, or no thresholds are within a budget.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add_network_arguments(parser)
-  parser.add_argument('--host', default='127.0.0.1', help='default: 127.0.0.1, this machine alone')
+  parser.add_argument(
+    '--host', default='127.0.0.1', help='default: 127.0.0.1, reachable from this machine only'
+  )
   parser.add_argument('--port', type=int, default=8000, help='default: 8000')
   for name, number, text in (
-    ('max_batch', int, 'images classified at once'),
-    ('max_delay_ms', float, 'how long an image waits for others, in milliseconds'),
-    ('max_queue', int, 'images that are there unanswered; more are refused with status 503'),
-    ('max_body_mb', float, 'size of a request, in megabytes'),
-    ('max_megapixels', float, 'size of an image'),
+    ('max_batch', int, 'maximum number of images per batch'),
+    ('max_delay_ms', float, 'how long an image may wait for others, in milliseconds'),
+    ('max_queue', int, 'maximum number of pending images; more are refused with status 503'),
+    ('max_body_mb', float, 'maximum size of a request, in megabytes'),
+    ('max_megapixels', float, 'maximum size of an image'),
   ):
     default = getattr(Limits, name)
     parser.add_argument(
@@ -103,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--overload_budget',
     type=positive(float),
-    help='average multiply-adds of images whose request names no budget, while more than half of '
-    '--max_queue is taken; default: no other budget',
+    help='average multiply-adds per image for requests that name no budget, while more than half '
+    'of --max_queue is pending; default: no other budget',
   )
   options = parser.parse_args(arguments)
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
@@ -127,7 +130,7 @@ def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Sta
   """Makes the service, an ASGI application.
 
   Args:
-    classifier: Of unsigned bytes, with names of classes.
+    classifier: A classifier of uint8 images, with class names.
     limits: See `Limits`.
 
   Raises:
@@ -146,7 +149,7 @@ def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Sta
 
 
 class Batcher:
-  """Gathers images into batches, which a thread of its own classifies."""
+  """Collects images into batches, which its own thread classifies."""
 
   def __init__(
     self,
@@ -159,9 +162,9 @@ class Batcher:
 
     Args:
       classifier: What classifies the images.
-      max_batch: Images at once.
-      max_delay: Seconds that an image waits for others.
-      observe: Is told the size of each batch.
+      max_batch: Maximum number of images per batch.
+      max_delay: Seconds that an image may wait for others.
+      observe: Called with the size of each batch.
     """
     self._classifier, self._observe = classifier, observe
     self._max_batch, self._max_delay = max_batch, max_delay
@@ -194,7 +197,7 @@ class Batcher:
     return futures
 
   def close(self) -> None:
-    """Ends the thread once all that waits is answered."""
+    """Answers all pending images, then ends the thread."""
     with self._changed:
       self._closed = True
       self._changed.notify()
@@ -202,7 +205,7 @@ class Batcher:
 
   def _work(self):
     while batch := self._take():
-      # Nobody waits any more for what has been cancelled.
+      # Nobody waits for cancelled requests.
       batch = [entry for entry in batch if entry[2].set_running_or_notify_cancel()]
       if not batch:
         continue
@@ -231,7 +234,7 @@ class Batcher:
 
 
 class _Service:
-  """What the routes do."""
+  """The routes."""
 
   def __init__(self, classifier, limits):
     self._classifier, self._limits = classifier, limits
@@ -242,27 +245,27 @@ class _Service:
 
     self._registry = registry = prometheus_client.CollectorRegistry()
     self._requests = prometheus_client.Counter(
-      'imta_requests', 'Requests for predictions, by status.', ['status'], registry=registry
+      'imta_requests', 'Prediction requests, by status.', ['status'], registry=registry
     )
     self._images = prometheus_client.Counter(
-      'imta_images', 'Classified images, by the exit they took.', ['exit'], registry=registry
+      'imta_images', 'Classified images, by exit.', ['exit'], registry=registry
     )
     self._seconds = prometheus_client.Histogram(
       'imta_request_seconds',
-      'From the head of a request for predictions to its answer.',
+      'Seconds from the header of a prediction request to its answer.',
       buckets=_LATENCY_BUCKETS,
       registry=registry,
     )
     self._batch_sizes = prometheus_client.Histogram(
-      'imta_batch_size', 'Images classified at once.', buckets=BATCH_SIZES, registry=registry
+      'imta_batch_size', 'Images per batch.', buckets=BATCH_SIZES, registry=registry
     )
     prometheus_client.Gauge(
-      'imta_unanswered_images', 'Images that are there unanswered.', registry=registry
+      'imta_unanswered_images', 'Pending images.', registry=registry
     ).set_function(lambda: self._unanswered)
 
   @contextlib.asynccontextmanager
   async def run(self, app: Starlette) -> AsyncIterator[None]:
-    """Compiles, then lasts as long as the server."""
+    """Compiles the network; lasts as long as the server."""
     del app
     limits = self._limits
     await asyncio.to_thread(self._classifier.compile, limits.max_batch)
@@ -271,7 +274,7 @@ class _Service:
       self._classifier, limits.max_batch, limits.max_delay_ms / 1000, self._batch_sizes.observe
     )
     self._readers = ThreadPoolExecutor()
-    # Looking through all that tracing and compiling left would stop the server for 0.2 s each time.
+    # Garbage collection over all that tracing has left would stop the server for 0.2 s each time.
     gc.collect()
     gc.freeze()
     yield
@@ -282,7 +285,7 @@ class _Service:
     self._readers.shutdown()
 
   async def health(self, request: Request) -> Response:
-    """Tells that the server is there: it listens once it has compiled."""
+    """Says that the server is ready: it listens once the network is compiled."""
     del request
     return JSONResponse({'status': 'ok'})
 
@@ -361,10 +364,10 @@ class _Service:
   def _check_room(self, count):
     max_queue = self._limits.max_queue
     if count > max_queue:
-      raise HTTPException(413, f'{count} images in a request: at most {max_queue} are taken')
+      raise HTTPException(413, f'{count} images in a request: at most {max_queue} are accepted')
     if self._unanswered + count > max_queue:
       raise HTTPException(
-        503, f'{self._unanswered} images are waiting: come again', {'Retry-After': '1'}
+        503, f'{self._unanswered} images are pending: try again later', {'Retry-After': '1'}
       )
 
   async def _receive(self, request):
@@ -405,7 +408,7 @@ class _Service:
 
 
 def _bounded(receive: Receive, megabytes: float) -> Receive:
-  """Messages of a request until its body is larger, or its client has gone."""
+  """Receives a request until its body is too large or its client has disconnected."""
   received = 0
 
   async def receive_some() -> Message:
@@ -413,9 +416,9 @@ def _bounded(receive: Receive, megabytes: float) -> Receive:
     message = await receive()
     received += len(message.get('body', b''))
     if received > 1e6 * megabytes:
-      raise HTTPException(413, f'the request is too large: at most {megabytes:g} MB are taken')
+      raise HTTPException(413, f'the request is too large: at most {megabytes:g} MB are accepted')
     if message['type'] == 'http.disconnect':
-      raise HTTPException(400, 'the client has gone')
+      raise HTTPException(400, 'the client has disconnected')
     return message
 
   return receive_some

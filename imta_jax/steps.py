@@ -22,15 +22,15 @@ Tree = Any
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a training step changes; replicated over devices.
+  """Everything that a training step changes; replicated over devices.
 
   Attributes:
-    step: Steps taken in this phase, a scalar.
+    step: Number of steps taken in this phase, a scalar.
     trained: Parameters that the phase trains.
-    frozen: The others; empty where everything is trained.
+    frozen: The other parameters; empty if everything is trained.
     batch_stats: Running statistics of batch norm.
-    opt_state: The optimizer's, for `trained` alone.
-    totals: Sums since last read: 'steps', 'loss', 'gradient_norm' and 'accuracy' [num_exits].
+    opt_state: State of the optimizer, for `trained` only.
+    totals: Sums since the last read: 'steps', 'loss', 'gradient_norm', 'accuracy' [num_exits].
   """
 
   step: jax.Array
@@ -42,22 +42,22 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Tree]:
-    """What `model.apply` takes."""
+    """The variables that `model.apply` takes."""
     return {'params': {**self.frozen, **self.trained}, 'batch_stats': self.batch_stats}
 
 
 def create_state(
   variables: dict[str, Tree], trained: str, optimizer: optax.GradientTransformation
 ) -> TrainState:
-  """The state before the first step of a phase.
+  """Creates the state before the first step of a phase.
 
   Args:
-    variables: The network's.
+    variables: Variables of the network.
     trained: 'everything' or 'last_layers'.
-    optimizer: The phase's.
+    optimizer: Optimizer of the phase.
 
   Returns:
-    A state.
+    The state.
   """
   params = variables['params']
   is_trained = {name: trained == 'everything' or name.startswith('classifiers_') for name in params}
@@ -68,14 +68,14 @@ def create_state(
     trained=chosen,
     frozen={name: tree for name, tree in params.items() if not is_trained[name]},
     batch_stats=variables.get('batch_stats', {}),
-    # Compiled as one: a large network has hundreds of arrays, of which each would be by itself.
+    # As one program: otherwise each of the hundreds of arrays would be compiled separately.
     opt_state=jax.jit(optimizer.init)(chosen),
     totals=empty_totals(num_exits),
   )
 
 
 def empty_totals(num_exits: int) -> Tree:
-  """Totals over no steps."""
+  """Totals of zero steps."""
   zero = jnp.zeros((), jnp.float32)
   accuracy = jnp.zeros(num_exits, jnp.float32)
   return {'steps': zero, 'loss': zero, 'gradient_norm': zero, 'accuracy': accuracy}
@@ -87,10 +87,10 @@ def create_schedule(
   """The learning rate of each step of a phase.
 
   Args:
-    phase: The phase's config.
-    num_steps: Its length.
-    steps_per_epoch: Steps an epoch.
-    batch_size: Images a step.
+    phase: Config of the phase.
+    num_steps: Number of steps of the phase.
+    steps_per_epoch: Steps per epoch.
+    batch_size: Images per step.
 
   Returns:
     A function of the step.
@@ -132,9 +132,9 @@ def make_train_step(
 
   Args:
     model: The network of this phase.
-    teacher_model: The network of the phase before, where its last exit is the teacher.
-    phase: The phase's config.
-    optimizer: Its optimizer.
+    teacher_model: The network of the previous phase if its last exit is the teacher, else None.
+    phase: Config of the phase.
+    optimizer: Optimizer of the phase.
 
   Returns:
     (state, the teacher's variables, batch) → state, for `on_devices`: it averages over the mapped
@@ -166,7 +166,7 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
   gradient_of = jax.value_and_grad(loss_of, has_aux=True)
   (loss, (logits, stats)), gradient = gradient_of(state.trained)
   accuracy = (logits.argmax(-1) == labels).mean(-1)
-  # Statistics kept a device are averaged, so that every device keeps the same state.
+  # Statistics of each device are averaged, so that every device keeps the same state.
   gradient, stats, loss, accuracy = jax.lax.pmean((gradient, stats, loss, accuracy), AXIS)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
@@ -186,7 +186,7 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
 
 
 def _embed_frozen(model, phase, state, images):
-  """Embeddings of the frozen backbone, forward only, and the batch statistics after it."""
+  """Embeddings of the frozen backbone, and the batch statistics afterwards."""
   if phase.frozen_batch_norm == 'evaluation':
     return model.apply(state.variables, images, method='embed'), state.batch_stats
   embeddings, updated = model.apply(
@@ -196,7 +196,7 @@ def _embed_frozen(model, phase, state, images):
 
 
 def _teach(teacher_model, teacher, images, embeddings):
-  """Logits of the teacher's last exit; a backbone that both share is not run again."""
+  """Logits of the teacher's last exit; a shared backbone is not run again."""
   if embeddings is None:
     return teacher_model.apply(teacher, images)[-1]
   return teacher_model.apply(teacher, embeddings, method='classify')[-1]
@@ -254,8 +254,8 @@ def on_devices(
   """
   in_axes = (*(None,) * num_replicated, 0)
   step = jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices)
-  # pmap itself takes no compiler options, and what is compiled ahead takes no arrays of one host of
-  # several, so these do without.
+  # pmap takes no compiler options. With several hosts, programs that are compiled ahead of time do
+  # not accept the arrays of one host, so they go without these options.
   options = compiler_options()
   if not options or devices is not None or jax.process_count() > 1:
     return step

@@ -1,4 +1,4 @@
-"""The loop: phases, steps, validation, checkpoints; then the evaluation on the test set."""
+"""The training loop: phases, steps, validation and checkpoints; then the final evaluation."""
 
 import collections
 import math
@@ -25,28 +25,28 @@ from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 from imta_jax.profiling import Profile
 
-# Steps given to the devices ahead of those done: enough to keep them busy, few enough that their
-# batches fit in memory and that a request to stop is soon met.
+# Steps dispatched ahead of those that are done: enough to keep the devices busy, few enough that
+# their batches fit in memory and that a request to stop is met soon.
 _STEPS_IN_FLIGHT = 4
 
 
 def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
-  """Trains every phase, from where it stands, and evaluates each phase's network.
+  """Trains all phases, resuming where a previous run stopped, and evaluates each network.
 
   Args:
     config: A whole config, see imta_jax.config.
-    workdir: The run's folder; made if need be.
+    workdir: The run's folder; created if necessary.
 
   Returns:
-    An evaluation a phase.
+    One evaluation per phase.
 
   Raises:
-    UsageError: If the config does not fit the data, the devices or the workdir, or the loss is not
-      finite.
-    SystemExit: If a signal asked the run to stop; its state is saved.
+    UsageError: If the config does not match the data, the devices or the workdir, or if the loss
+      is not finite.
+    SystemExit: If a signal asked the run to stop; its state has been saved.
   """
   config_lib.validate(config)
-  for phase in config.phases:  # Wrong fields show before seconds are spent on TensorFlow.
+  for phase in config.phases:  # Wrong fields are found before TensorFlow takes seconds to import.
     networks.create_model(config, phase, num_classes=1)
   layout.check_owner(config, workdir)
   dataset = open_dataset(config)
@@ -93,7 +93,7 @@ def _train_phase(
   reporter: Reporter,
   stop: StopRequest,
 ) -> networks.TrainedNetwork:
-  """Trains a phase to its end, from where it stands, and chooses its state."""
+  """Trains a phase to its end, resuming if it was interrupted, and chooses its state."""
   start = time.monotonic()
   phase = set_up_phase(
     config,
@@ -120,7 +120,7 @@ def _train_phase(
     state = devices.replicate(phase.state if restored is None else restored)
     step = int(state.step)
     if step:
-      reporter.say(f'{name} goes on from step {step:,}.')
+      reporter.say(f'{name} resumes from step {step:,}.')
     batches = dataset.train_batches(step)
     num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
     epoch_totals, in_flight = None, collections.deque()
@@ -176,25 +176,27 @@ def _train_phase(
         if stop.requested(step) and step < num_steps:
           checkpoints.save(step, state, None)
           checkpoints.wait()
-          stop.leave(f'{name} is saved at step {step:,}; the same command goes on from there.')
+          stop.leave(f'{name} is saved at step {step:,}; run the same command again to resume.')
 
     chosen = networks.chosen_state(checkpoints, state, phase.config, name, workdir)
-  reporter.say(f'{name} gives its {phase.config.chosen_state} state, of step {int(chosen.step):,}.')
+  reporter.say(
+    f'{name} ends with its {phase.config.chosen_state} state, from step {int(chosen.step):,}.'
+  )
   return networks.TrainedNetwork(name, phase.model, chosen.variables, predict, costs)
 
 
 def _means(totals: Mapping[str, Any]) -> dict[str, Any]:
-  """Averages a step, from a TrainState's totals."""
+  """Averages over steps, from a TrainState's totals."""
   return {name: total / totals['steps'] for name, total in totals.items() if name != 'steps'}
 
 
 def _add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-  """Totals of two stretches of steps together."""
+  """Adds the totals of two ranges of steps."""
   return {name: total + other[name] for name, total in one.items()}
 
 
 def _check_finite(means, step, name, checkpoints):
-  """Stops a run that has diverged, before it saves anything.
+  """Stops a run that has diverged before it saves its state.
 
   Raises:
     UsageError: If a mean is not finite.
@@ -203,7 +205,7 @@ def _check_finite(means, step, name, checkpoints):
     return
   kept = checkpoints.steps('last')
   raise UsageError(
-    f'{name}: the loss is not finite at step {step:,}: lower the learning rate, warm up, or mend '
-    'the data; '
+    f'{name}: the loss is not finite at step {step:,}: lower the learning rate, add a warm-up, or '
+    'fix the data; '
     + (f'the checkpoint of step {kept[0]:,} is kept' if kept else 'there is no checkpoint yet')
   )

@@ -1,4 +1,4 @@
-"""A run's folder: where what lies in it, and whose it is.
+"""The folder of a run: its layout, and the config that it belongs to.
 
 config.json                       the config as it ran
 classes.json                      the names of the classes
@@ -21,7 +21,7 @@ from imta_jax.errors import UsageError
 
 
 def phase_name(index: int) -> str:
-  """The name of a phase, counted from 0, in folders and output."""
+  """The name of a phase, counted from 0, in folders and in the output."""
   return f'phase_{index + 1}'
 
 
@@ -54,11 +54,11 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   """The config of a run.
 
   Raises:
-    UsageError: If the folder is no run's.
+    UsageError: If the folder is not a workdir.
   """
   path = workdir / 'config.json'
   if not path.exists():
-    raise UsageError(f'{workdir} is no workdir of a run: it has no config.json')
+    raise UsageError(f'{workdir} is not a workdir: it has no config.json')
   return config_lib.from_json(path.read_text())
 
 
@@ -66,7 +66,7 @@ def load_class_names(workdir: epath.Path) -> list[str]:
   """The names of the classes of a run's data set.
 
   Raises:
-    UsageError: If the run has not written them.
+    UsageError: If the run has not written its class names.
   """
   path = workdir / 'classes.json'
   if not path.exists():
@@ -75,7 +75,7 @@ def load_class_names(workdir: epath.Path) -> list[str]:
 
 
 def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a workdir that another config has.
+  """Refuses a workdir that belongs to another config.
 
   Raises:
     UsageError: Naming the fields that differ.
@@ -88,12 +88,12 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   if lines:
     raise UsageError(
       f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
-      'choose another --workdir, or take back what differs'
+      'choose another --workdir, or revert what differs'
     )
 
 
 def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:
-  """Writes the config, and the classes that belong to it, into a new workdir."""
+  """Writes the config and the class names into a new workdir."""
   contents = {
     'classes.json': json.dumps(list(class_names), indent=2) + '\n',
     'config.json': config_lib.to_json(config),
@@ -106,7 +106,7 @@ def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-  """Writes a file that is there whole or not at all."""
+  """Writes a file atomically: it is complete or absent."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
   part.write_bytes(content)

@@ -177,7 +177,7 @@ def test_wrong_arguments_have_status_2(arguments, expected, capsys):
 
 
 def test_what_is_no_network_is_refused_in_a_line(tmp_path):
-  with pytest.raises(UsageError, match=f'{tmp_path} is no workdir'):
+  with pytest.raises(UsageError, match=f'{tmp_path} is not a workdir'):
     command_line.open_classifier(str(tmp_path))
   (tmp_path / 'manifest.json').write_text('{}')
   with pytest.raises(UsageError, match='manifest.json is damaged'):

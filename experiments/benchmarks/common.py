@@ -1,4 +1,4 @@
-"""What the benchmarks share: a phase's step as training makes it, its peer, timing, tables."""
+"""What the benchmarks share: phases as training sets them up, the peer, timing, tables."""
 
 import dataclasses
 import functools
@@ -30,9 +30,9 @@ DATASETS = {
   'imagenet2012': (1_281_167, 1000),
   'mnist5k': (4_000, 10),
 }
-# Seconds that a timing takes at least, where its caller does not say how many runs it shall have.
+# Least seconds per timing if its number of runs is not given.
 _SECONDS_A_TIMING = 0.5
-# As in training: steps given to the devices ahead of those done.
+# Steps dispatched ahead, as in training.
 _STEPS_IN_FLIGHT = 4
 
 
@@ -157,7 +157,7 @@ def _dataset(config):
 
 
 def ours(task: Task) -> Callable[[int], None]:
-  """A function that takes some training steps, and waits for them."""
+  """A function that runs a number of training steps and waits for them."""
   train, state, teacher = task.train_step()
   batch = task.batch
 
@@ -175,7 +175,7 @@ def ours(task: Task) -> Callable[[int], None]:
 
 
 def has_torch() -> bool:
-  """Whether the peer can be run."""
+  """Whether PyTorch, and so the peer, is installed."""
   return importlib.util.find_spec('torch') is not None
 
 
@@ -207,7 +207,7 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
 
 
 def torch_device() -> str:
-  """Where PyTorch shall compute: on the kind of device that JAX computes on."""
+  """The device for PyTorch: the kind of device that JAX uses."""
   return 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
 
 
@@ -256,15 +256,15 @@ def check_peer(config: ConfigDict, index: int) -> float:
 def interleave(
   contestants: Mapping[str, Callable[[int], None]], repeats: int, count: int | None = None
 ) -> dict[str, list[float]]:
-  """Times functions in turns, A B A B, so that what else the machine does hits all alike.
+  """Times functions in turns, A B A B, so that other load on the machine affects all alike.
 
   Args:
-    contestants: Functions that do something a number of times and wait for it.
-    repeats: Turns that each of them has.
-    count: How often it is done in a turn; by default for half a second at least.
+    contestants: Functions that do something a given number of times and wait for it.
+    repeats: Number of turns per function.
+    count: Number of times per turn; by default enough for half a second.
 
   Returns:
-    Seconds each time took in a turn, on average, for every turn of every contestant.
+    Average seconds per time, for every turn of every function.
   """
   counts = {}
   for name, run in contestants.items():
@@ -276,7 +276,7 @@ def interleave(
   timings = {name: [] for name in contestants}
   for _ in range(repeats):
     for name, run in contestants.items():
-      run(1)  # Caches and threads are this one's again.
+      run(1)  # Refills caches and wakes threads.
       start = time.perf_counter()
       run(counts[name])
       timings[name].append((time.perf_counter() - start) / counts[name])
@@ -284,7 +284,7 @@ def interleave(
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-  """The median of values, with the lowest and the highest where they differ."""
+  """The median of values, with the lowest and the highest if they differ."""
   low, middle, high = min(values), statistics.median(values), max(values)
   extremes = f' ({low:,.{digits}f}–{high:,.{digits}f})' if low < high else ''
   return f'{middle:,.{digits}f}{extremes}'
@@ -293,7 +293,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 def set_up() -> None:
   """Lets JAX and PyTorch share the device, and keeps compiled programs between runs.
 
-  To be called before either computes.
+  Must be called before either of them computes.
   """
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   set_up_compilation_cache()
@@ -306,7 +306,7 @@ def set_up() -> None:
 
 
 def machine() -> str:
-  """What the numbers were measured on: processor, devices and versions."""
+  """The machine of a measurement: devices, processor and versions."""
   cpu = platform.processor()
   if Path('/proc/cpuinfo').exists():
     lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -321,7 +321,7 @@ def machine() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A Markdown table, its columns aligned."""
+  """A Markdown table with aligned columns."""
   cells = [list(map(str, row)) for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = ['| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in cells]
@@ -330,6 +330,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_json(path: str | None, content: Any) -> None:
-  """Writes results, where a path is given."""
+  """Writes results if a path is given."""
   if path:
     Path(path).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

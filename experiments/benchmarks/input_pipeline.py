@@ -1,4 +1,4 @@
-"""Images a second that reach training from encoded files: ours, and PyTorch's way of reading.
+"""Images per second that reach training from encoded files: ours, and PyTorch's way of reading.
 
     TFDS_DATA_DIR=… python experiments/benchmarks/input_pipeline.py --config=configs/imagenet.py
 
@@ -38,9 +38,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', default='configs/imagenet.py', help='default: %(default)s')
-  parser.add_argument('--images', type=int, default=4096, help='images a turn; default: 4,096')
+  parser.add_argument('--images', type=int, default=4096, help='images per turn; default: 4,096')
   parser.add_argument('--batch_size', type=int, default=64, help='default: 64')
-  parser.add_argument('--repeats', type=int, default=3, help='turns of each; default: 3')
+  parser.add_argument('--repeats', type=int, default=3, help='turns per contestant; default: 3')
   parser.add_argument('--output', help='JSON file for all figures')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
@@ -66,7 +66,7 @@ def main() -> None:
   print()
   print(
     common.table(
-      ('pipeline', 'images/s', 'images/s a core'),
+      ('pipeline', 'images/s', 'images/s per core'),
       [
         (name, common.spread(values, 0), common.spread([x / cores for x in values], 0))
         for name, values in rates.items()
@@ -137,7 +137,7 @@ def ours(config: Any, num_images: int) -> float:
 def peer(
   encoded: Sequence[bytes], size: int, batch_size: int, num_images: int, workers: int
 ) -> float:
-  """Images a second of worker processes with Pillow."""
+  """Images per second of worker processes with Pillow."""
   try:
     from torch.utils.data import DataLoader
   except ImportError:
@@ -156,7 +156,7 @@ def peer(
 
 
 def _rate(batches: Iterator[Any], batch_size: int, num_images: int) -> float:
-  """Images a second, once a quarter of them has gone by."""
+  """Images per second, after the first quarter of them."""
   num_batches = num_images // batch_size
   for _ in range(num_batches // 4):
     next(batches)

@@ -119,14 +119,14 @@ def in_own_process(*arguments: Any) -> dict[str, Any]:
 def measure(
   path: str, phase: int, dtype: str, remat: str, batch_size: int
 ) -> dict[str, int | str | None]:
-  """Bytes of a training step, a device; nothing if it does not fit.
+  """Bytes of a training step per device; nothing if it does not fit.
 
   Args:
     path: The config's, with its argument.
     phase: From 1.
     dtype: What the network computes in.
     remat: 'off' or 'on'.
-    batch_size: Images a step.
+    batch_size: Images per step.
   """
   config = config_lib.load_file(path)
   config.model.dtype = dtype

@@ -29,10 +29,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('network', help='workdir of a run, or an export')
+  parser.add_argument('network', help='workdir of a run, or an exported folder')
   parser.add_argument('onnx', help='what export_onnx.py wrote of it')
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), default=[1, 16, 64, 256])
-  parser.add_argument('--repeats', type=positive(int), default=5, help='turns of each; default: 5')
+  parser.add_argument(
+    '--repeats', type=positive(int), default=5, help='turns per contestant; default: 5'
+  )
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
   common.set_up()

@@ -37,7 +37,7 @@ def main() -> None:
   parser.add_argument(
     '--overrides', default='', help="flags for training, as in '--config.batch_size=32'"
   )
-  parser.add_argument('--repeats', type=int, default=3, help='series of runs; default: 3')
+  parser.add_argument('--repeats', type=int, default=3, help='number of series; default: 3')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
   if options.repeats < 1:

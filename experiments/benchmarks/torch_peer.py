@@ -114,7 +114,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-  """A 1×1 convolution of every scale that narrows it."""
+  """A 1×1 convolution per scale that reduces its width."""
 
   def __init__(self, inputs: Sequence[int], outputs: Sequence[int]):
     super().__init__()

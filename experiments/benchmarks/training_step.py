@@ -17,15 +17,13 @@ from typing import Any
 
 import common
 import jax
-import jax.extend.core
-import jax.numpy as jnp
+import limits
 from ml_collections import ConfigDict
 
 from imta_jax import command_line
 from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
-from imta_jax.models.convolution import convolve
 
 
 def main() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
-  parser.add_argument('--repeats', type=int, default=7, help='turns of each; default: 7')
+  parser.add_argument('--repeats', type=int, default=7, help='turns per contestant; default: 7')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
@@ -81,33 +79,34 @@ def main() -> None:
 def measure(
   config: ConfigDict, index: int, batch_size: int, peers: Sequence[str], repeats: int
 ) -> dict[str, Any]:
-  """All figures of a phase at a batch size."""
+  """Measures a phase at a batch size."""
   task = common.make_task(config, index, batch_size)
   contestants = {'ours': common.ours(task)}
   for name in peers:
     contestants[name] = peer(config, task, name)
-  yardsticks = {'operations': matrix_product(config.model.dtype), 'bytes': triad()}
+  yardsticks = {'operations': limits.matrix_product(config.model.dtype), 'bytes': limits.triad()}
   contestants |= {name: run for name, (run, _) in yardsticks.items()}
   timings = common.interleave(contestants, repeats)
-  amounts = work(task)
-  rates, limits = {}, {}
+  per_device = batch_size // jax.device_count()
+  amounts = limits.work(task.phase, per_device, common.image_shape(config))
+  rates, least = {}, {}
   for name, (_, amount) in yardsticks.items():
     rates[name] = [amount / seconds for seconds in timings.pop(name)]
-    limits[name] = [amounts[name] / rate for rate in rates[name]]
-  by = max(limits, key=lambda name: statistics.median(limits[name]))
+    least[name] = [amounts[name] / rate for rate in rates[name]]
+  by = max(least, key=lambda name: statistics.median(least[name]))
   return {
     'phase': index + 1,
     'batch_size': batch_size,
     'steps': task.phase.num_steps,
     'seconds_a_step': timings,
-    'limit': {'seconds_a_step': limits[by], 'by': by},
+    'limit': {'seconds_a_step': least[by], 'by': by},
     'work_a_step': amounts,
     'rates': rates,
   }
 
 
 def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], None]:
-  """A function that takes some of the peer's steps, and waits for them.
+  """A function that runs a number of steps of the peer and waits for them.
 
   Raises:
     UsageError: If the peer has no such phase.
@@ -153,105 +152,12 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
   return run
 
 
-def matrix_product(dtype: str) -> tuple[Callable[[int], None], float]:
-  """A function that multiplies large matrices some times, and the operations of once.
-
-  Two for each multiply-add, on one device.
-  """
-  size = 2048 if jax.default_backend() == 'cpu' else 8192
-  matrix = jnp.full((size, size), 1 / size, dtype)
-  multiply = jax.jit(jnp.matmul)
-
-  def run(count):
-    product = matrix
-    for _ in range(count):
-      product = multiply(product, matrix)
-    product.block_until_ready()
-
-  return run, 2 * size**3
-
-
-def triad() -> tuple[Callable[[int], None], float]:
-  """A function that takes large sums a + 2 b some times, and the bytes that once moves.
-
-  Two arrays are read and one is written, on one device.
-  """
-  size = 2**26 if jax.default_backend() == 'cpu' else 2**28
-  total, addend = jnp.zeros(size), jnp.ones(size)
-  # On pages that are new a CPU's first write is slow: the sum takes the place of `a`.
-  add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0)
-
-  def run(count):
-    nonlocal total
-    for _ in range(count):
-      total = add(total, addend)
-    total.block_until_ready()
-
-  return run, 3 * total.nbytes
-
-
-def work(task: common.Task) -> dict[str, float]:
-  """What a step cannot do without, a device: matrix operations, and bytes of memory traffic.
-
-  Operations, two a multiply-add, of convolutions and dense layers: forward; and where they are
-  trained, the gradient of the weights, and of what they read unless that is given. Bytes: what a
-  convolution gives is written once and read once; in phase I it, or its gradient, is read twice
-  more. Parameters are read, and those trained written, with their momentum. Caches that hold whole
-  maps can do with fewer bytes.
-  """
-  share = len(task.images) // jax.device_count()
-  images = jax.ShapeDtypeStruct((share, *task.images.shape[1:]), jnp.float32)
-  products = matrix_products(task, images)
-  forward = sum(madds for _, madds, _ in products)
-  activations = sum(size for _, _, size in products) * task.phase.model.dtype.itemsize
-  sizes = {
-    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for name, tree in task.phase.state.variables['params'].items()
-  }
-  if task.phase.config.trained == 'everything':
-    (_, first, _), *_ = products
-    operations = 2 * (3 * forward - first)
-    traffic = 4 * activations + 4 * 4 * sum(sizes.values())
-  else:
-    trained = sum(size for name, size in sizes.items() if name.startswith('classifiers_'))
-    of_classifiers = sum(madds for is_dense, madds, _ in products if is_dense)
-    operations = 2 * (forward + of_classifiers)
-    traffic = 2 * activations + 4 * (sum(sizes.values()) + 3 * trained)
-  return {'operations': operations, 'bytes': traffic}
-
-
-def matrix_products(task: common.Task, images: jax.ShapeDtypeStruct) -> list[tuple[bool, int, int]]:
-  """What each convolution and dense layer computes, forward, in their order.
-
-  Args:
-    task: The phase's task.
-    images: [batch, height, width, channels].
-
-  Returns:
-    Tuples (whether it is a dense layer, multiply-adds, output elements).
-  """
-  products = []
-
-  def walk(jaxpr):
-    for equation in jaxpr.eqns:
-      is_convolution = equation.params.get('name') == convolve.__name__
-      if is_convolution or equation.primitive.name == 'dot_general':
-        size, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
-        madds = size * kernel.size // kernel.shape[-1]
-        products.append((not is_convolution, madds, size))
-      else:
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-          walk(inner)
-
-  walk(jax.make_jaxpr(task.phase.model.apply)(task.phase.state.variables, images).jaxpr)
-  return products
-
-
 def format_table(results: list[dict[str, Any]]) -> str:
-  """A row for each contestant and the limit; times against ours of the same turn."""
+  """A row for each contestant and the limit; times are divided by ours of the same turn."""
   header = (
-    'network', 'phase', 'batch', 'dtype', 'step of', 'ms a step', 'images/s', 'time / ours', 'hours'
-  )  # fmt: skip
+    *('network', 'phase', 'batch', 'dtype', 'step of', 'ms per step', 'images/s'),
+    *('time / ours', 'hours'),
+  )
   rows = []
   for result in results:
     batch_size, timings = result['batch_size'], result['seconds_a_step']
@@ -277,7 +183,7 @@ def format_table(results: list[dict[str, Any]]) -> str:
 
 
 def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[str]:
-  """Lines with the hours that the steps of a whole config take, where all phases are measured."""
+  """Lines with the hours of a whole config, if all of its phases were measured."""
   lines = []
   for batch_size in dict.fromkeys(result['batch_size'] for result in results):
     phases = [result for result in results if result['batch_size'] == batch_size]

@@ -122,7 +122,7 @@ def open_target(name: str) -> Target:
   if kind == 'cpu' and not extent:
     return Target(name, None, jax.devices('cpu'), _find_compiler(name, 'cpu', ('jaxlib',)), {})
   if kind not in CHIPS:
-    raise UsageError(f'--target={name} is unknown: take one of {", ".join((*CHIPS, "cpu"))}')
+    raise UsageError(f'--target={name} is unknown: choose one of {", ".join((*CHIPS, "cpu"))}')
   chip = CHIPS[kind]
   if chip.gpu is None:
     compiler = _find_compiler(name, 'tpu', ('libtpu',))

@@ -1,9 +1,9 @@
 """Multiply-adds and parameters up to each exit, by the rule of the paper's networks.
 
-Counted: a convolution's multiply-adds without its bias, one for each element of a ReLU, the area of
-the kernel for each output element of a pooling, weights plus biases of a dense layer. Not counted:
-batch norm, concatenation, and anything else. The count reads the traced computation, so it holds
-for any network written in JAX.
+Counted: the multiply-adds of a convolution without its bias, one per element of a ReLU, the kernel
+area per output element of a pooling layer, and the weights plus biases of a dense layer. All else,
+such as batch norm and concatenation, is free. The count is taken from the traced computation, so it
+works for any network written in JAX.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class ExitCost:
   """The cost of an image that leaves at an exit.
 
   Attributes:
-    madds: Multiply-adds of the stages up to this exit and of this and every earlier exit.
-    params: Parameters of the same.
+    madds: Multiply-adds of all stages and exits up to and including this one.
+    params: Parameters of the same layers.
   """
 
   madds: int
@@ -41,10 +41,10 @@ def exit_costs(
   Args:
     model: The network.
     input_shape: (height, width, channels) of an image.
-    variables: The network's, where they are at hand: that saves a trace.
+    variables: Variables of the network, if available: that saves a trace.
 
   Returns:
-    A cost an exit.
+    One cost per exit.
   """
   images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
   if variables is None:
@@ -68,11 +68,11 @@ def count_madds(function: Callable[..., Any], *args: Any) -> int:
   """Multiply-adds of a function of arrays, by the module's rule.
 
   Args:
-    function: What to count; it is traced, never run.
-    *args: Its arguments: arrays, `jax.ShapeDtypeStruct`, or trees of them.
+    function: The function to count; it is traced, not run.
+    *args: Its arguments: arrays, `jax.ShapeDtypeStruct`, or trees of these.
 
   Returns:
-    The count, for the whole batch that the arguments carry.
+    The count for the whole batch.
   """
   return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -88,7 +88,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
     name = equation.primitive.name
     out = equation.outvars[0].aval if equation.outvars else None
     if equation.params.get('name') == convolve.__name__:
-      # Counted as the convolution that it is, in whatever form it is computed.
+      # Counted as a convolution, in whatever form it is computed.
       total += out.size * math.prod(equation.invars[1].aval.shape[:3])
     elif name == 'conv_general_dilated':
       kernel = equation.invars[1].aval.shape

@@ -1,8 +1,8 @@
-"""Who leaves where: thresholds for a budget, and what accuracy the budget buys.
+"""Thresholds for a budget, and the accuracy that the budget buys.
 
-Confidence is the highest softmax probability. An image leaves at the first exit whose confidence
-reaches that exit's threshold; the last exit takes all. Everything here is arithmetic on
-probabilities [exit, image, class], NumPy or JAX arrays alike, and on costs an exit.
+Confidence is the highest softmax probability. An image leaves at the first exit at which its
+confidence reaches the threshold; the last exit takes all remaining images. Everything here is
+arithmetic on probabilities [exit, image, class], NumPy or JAX arrays alike, and on costs per exit.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ BUDGET_PARAMETERS = tuple(index / 20 for index in range(1, 41))
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-  """What a network reaches with one set of thresholds.
+  """Accuracy and cost of a network with one set of thresholds.
 
   Attributes:
-    parameter: The budget parameter p behind the thresholds.
-    thresholds: Confidence from which an image leaves, an exit.
+    parameter: The budget parameter p that gave the thresholds.
+    thresholds: [exit], the confidence from which an image leaves.
     validation_accuracy: Fraction of validation images classified correctly.
-    validation_madds: Average multiply-adds a validation image.
+    validation_madds: Average multiply-adds per validation image.
     validation_exit_fractions: Fraction of the validation images that leave at each exit.
     test_accuracy: Fraction of test images classified correctly.
-    test_madds: Average multiply-adds a test image.
+    test_madds: Average multiply-adds per test image.
     test_exit_fractions: Fraction of the test images that leave at each exit.
   """
 
@@ -40,10 +40,10 @@ class OperatingPoint:
 
 
 def geometric_shares(p: float, num_exits: int) -> np.ndarray:
-  """Shares of the images that exits shall take: exit k one proportional to p^k.
+  """Target shares of the images per exit: that of exit k is proportional to p^k.
 
   Args:
-    p: Budget parameter, above 0; below 1 early exits take most, above 1 late ones do.
+    p: Budget parameter, above 0; below 1 early exits take most images, above 1 late exits do.
     num_exits: The number of exits.
 
   Returns:
@@ -59,17 +59,17 @@ def geometric_shares(p: float, num_exits: int) -> np.ndarray:
 
 
 def find_thresholds(probabilities: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-  """Thresholds at which exits take given shares of these images.
+  """Thresholds at which the exits take given shares of these images.
 
-  Exit k's threshold is the confidence of the floor(n × share)-th most confident image among those
-  that no earlier exit took. Where that number is 0, no image leaves there.
+  The threshold of exit k is the confidence of the floor(n × share)-th most confident image among
+  those that no earlier exit has taken. If that number is 0, no image leaves there.
 
   Args:
     probabilities: [exit, image, class], of validation images.
-    shares: [exit], the fraction of the images that each exit shall take.
+    shares: [exit], the target fraction of images per exit.
 
   Returns:
-    [exit]; infinity where no image leaves, minus infinity at the last exit.
+    [exit]; infinity if no image leaves there, minus infinity at the last exit.
   """
   confidence = np.asarray(probabilities).max(axis=-1)
   return _thresholds(confidence, np.argsort(-confidence, axis=1, kind='stable'), shares)
@@ -80,13 +80,13 @@ def choose_exits(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndar
 
   Args:
     confidence: [exit, image].
-    thresholds: [exit]; an image leaves where its confidence is at least this.
+    thresholds: [exit]; an image leaves if its confidence is at least this.
 
   Returns:
     [image], integers.
   """
-  # Compared in the confidence's own precision: a threshold is the confidence of an image, and that
-  # image leaves.
+  # Compared in the precision of the confidence: a threshold is the confidence of an image, which
+  # must leave.
   confidence = np.asarray(confidence)
   leaves = confidence >= np.asarray(thresholds, confidence.dtype)[:, np.newaxis]
   leaves[-1] = True
@@ -108,14 +108,14 @@ def budget_sweep(
     validation_labels: [validation image].
     test_probabilities: [exit, test image, class].
     test_labels: [test image].
-    madds: [exit], multiply-adds an image up to and including each exit.
+    madds: [exit], multiply-adds per image up to and including each exit.
     parameters: Budget parameters p; see `geometric_shares`.
 
   Returns:
-    An operating point a parameter, in their order.
+    One operating point per parameter, in their order.
 
   Raises:
-    ValueError: If the arrays do not fit each other.
+    ValueError: If the shapes of the arrays do not match.
   """
   madds = np.asarray(madds, np.float64)
   validation = _judge('validation', validation_probabilities, validation_labels, len(madds))
@@ -144,11 +144,11 @@ def budget_sweep(
 def cheapest_as_accurate(
   points: Sequence[OperatingPoint], accuracy: float
 ) -> OperatingPoint | None:
-  """The cheapest operating point that reaches an accuracy, both on validation images.
+  """The cheapest operating point that reaches an accuracy on validation images.
 
   Args:
-    points: From `budget_sweep`.
-    accuracy: A fraction.
+    points: Operating points from `budget_sweep`.
+    accuracy: The accuracy to reach, a fraction.
 
   Returns:
     The point, or None if none reaches it.
@@ -167,7 +167,7 @@ def _thresholds(confidence, order, shares):
     takes = int(num_images * shares[index])
     candidates = order[index][(waiting & ~np.isnan(confidence[index]))[order[index]]]
     if takes and candidates.size:
-      # Ties at earlier exits can leave fewer images than the share; then all of them leave.
+      # After ties at earlier exits fewer images than the share may remain; then all of them leave.
       threshold = confidence[index, candidates[min(takes, candidates.size) - 1]]
       thresholds[index] = threshold
       waiting &= ~(confidence[index] >= threshold)
@@ -184,7 +184,7 @@ def _judge(split, probabilities, labels, num_exits):
     )
   prediction = probabilities.argmax(axis=-1)
   confidence = np.take_along_axis(probabilities, prediction[..., np.newaxis], axis=-1)[..., 0]
-  # An image whose probabilities are no numbers is not classified.
+  # An image with NaN probabilities counts as wrong.
   return confidence, (prediction == labels) & ~np.isnan(confidence)
 
 

@@ -1,4 +1,4 @@
-"""What a data set is to the trainer: batches for the local devices.
+"""The interface of data sets: batches for the local devices.
 
 A batch is {'image': float32, 'label': int32}, each [local devices, batch per device, …]; evaluation
 batches also have 'mask', which is false where a batch is padded. Training batches are a pure
@@ -14,13 +14,13 @@ Batch = dict[str, jax.Array]
 
 
 class Dataset(abc.ABC):
-  """A data set with its splits 'train', 'validation' and 'test'.
+  """A data set with the splits 'train', 'validation' and 'test'.
 
   Attributes:
-    class_names: A name a class.
-    image_shape: (height, width, channels) of what a network sees.
-    num_images: Images of each split.
-    steps_per_epoch: Training batches an epoch; images left over wait for another epoch's shuffle.
+    class_names: One name per class.
+    image_shape: (height, width, channels) of the images that a network reads.
+    num_images: Number of images in each split.
+    steps_per_epoch: Training batches per epoch; an epoch skips the images that fill no batch.
   """
 
   class_names: Sequence[str]
@@ -30,8 +30,8 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def train_batches(self, first_step: int) -> Iterator[Batch]:
-    """Endless training batches, starting with that of step `first_step`, counted from 0."""
+    """Endless training batches, starting with the one of step `first_step`, counted from 0."""
 
   @abc.abstractmethod
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    """Every image of a split exactly once, over all hosts together."""
+    """Batches with every image of a split exactly once, over all hosts together."""

@@ -1,4 +1,4 @@
-"""Image files as a network reads them: found, decoded, cropped and resized, by Pillow alone."""
+"""Finds image files, and decodes, crops and resizes them with Pillow."""
 
 import os
 import warnings
@@ -8,34 +8,33 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow knows more formats, some of which start other programs.
+# Pillow knows more formats, some of which run other programs.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
 EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 CROPS = ('none', 'center')
 _MODES = {1: 'L', 3: 'RGB'}
 
-# An image of this many pixels takes some 300 MB while it is decoded.
+# Decoding an image of this many pixels takes about 300 MB.
 MAX_PIXELS = 2**26
 
-# What Pillow warns of is refused here, or does no harm.
+# Images that Pillow warns about are refused below; its other warnings are harmless.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
 warnings.filterwarnings('ignore', category=UserWarning, module='PIL')
 
 
 class ImageError(ValueError):
-  """An image that cannot be read; its message says why, but not which."""
+  """An image that cannot be read; the message says why, but does not name the file."""
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
-  """Image files, as they are named or found in folders.
+  """Finds image files.
 
   Args:
-    paths: Files, which are taken whatever their name, and folders, which are searched with all
-      folders in them for `EXTENSIONS`.
+    paths: Files, with any extension, and folders, which are searched recursively for `EXTENSIONS`.
 
   Yields:
-    Paths, in the order given; those of a folder sorted by name.
+    Paths in the given order; those of a folder sorted by name.
   """
   for path in paths:
     if not os.path.isdir(path):
@@ -51,25 +50,25 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 def read_image(
   file: str | BinaryIO, shape: Sequence[int], crop: str, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-  """Reads an image, turned upright as its EXIF data says; of an animation the first picture.
+  """Reads an image, rotated as its EXIF data says; of an animation, the first frame.
 
   Args:
     file: A path, or an open file.
-    shape: (height, width, channels) of the result; 1 channel is grey, 3 are red, green and blue.
-    crop: 'center' takes what imta_jax.data.preprocess.decode_center_crop takes, the central square
-      of 7/8 of the shorter side; 'none' takes all.
-    max_pixels: Images of more are refused before they are decoded.
+    shape: (height, width, channels) of the result; 1 channel is grey, 3 channels are RGB.
+    crop: 'center' crops as imta_jax.data.preprocess.decode_center_crop does, to the central square
+      of 7/8 of the shorter side; 'none' keeps the whole image.
+    max_pixels: Larger images are refused before they are decoded.
 
   Returns:
     `shape`, uint8.
 
   Raises:
-    ImageError: If it is no image, damaged, or too large.
+    ImageError: If it is not an image, damaged, or too large.
     ValueError: If `crop` or the number of channels is unknown.
   """
   height, width, channels = shape
   if crop not in CROPS:
-    raise ValueError(f'crop {crop!r} is unknown: take one of {", ".join(CROPS)}')
+    raise ValueError(f'crop {crop!r} is unknown: choose one of {", ".join(CROPS)}')
   if channels not in _MODES:
     raise ValueError(f'{channels} channels cannot be read from image files: take 1 or 3')
   try:
@@ -79,7 +78,7 @@ def read_image(
       image = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
       if crop == 'center':
         image = image.crop(_central_square(*image.size))
-      # With Pillow it blurs what it shrinks, as TensorFlow does with antialias=True.
+      # Pillow antialiases when it shrinks, as TensorFlow does with antialias=True.
       image = image.resize((width, height), Image.Resampling.BILINEAR)
       return np.asarray(image).reshape(shape)
   except ImageError:
@@ -87,8 +86,8 @@ def read_image(
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise ImageError(_too_large('it', max_pixels)) from error
   except Image.UnidentifiedImageError as error:
-    raise ImageError(f'no image that can be read: expected {", ".join(_FORMATS)}') from error
-  except Exception as error:  # Damaged files make Pillow raise exceptions of any kind.
+    raise ImageError(f'not an image: expected {", ".join(_FORMATS)}') from error
+  except Exception as error:  # Pillow raises all kinds of exceptions for damaged files.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     raise ImageError(f'cannot be read: {reason or type(error).__name__}') from error
 
@@ -98,7 +97,7 @@ def _too_large(size, max_pixels):
 
 
 def _with_mode(image, mode):
-  if image.mode.startswith('I;16'):  # Pillow would cut off what exceeds 255.
+  if image.mode.startswith('I;16'):  # Pillow would clip values above 255.
     image = image.point(lambda value: value / 257, 'L')
   return image.convert(mode)
 

@@ -1,4 +1,4 @@
-"""Small data sets: read once, kept on every device, batches drawn there."""
+"""Small data sets, kept in the memory of every device, which draws its batches there."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from imta_jax.errors import UsageError
 
 
 def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
-  """Checks that a data set's images fit its config.
+  """Checks that the images of a data set match its config.
 
   Args:
-    shape: (height, width, channels), None where it varies.
-    dataset: The data set's config.
+    shape: (height, width, channels), None for sizes that vary.
+    dataset: Config of the data set.
 
   Raises:
     UsageError: If they do not.
@@ -30,7 +30,7 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
   if tuple(shape[:2]) != (side, side):
     raise UsageError(
       f'config.dataset.image_size is {side}, but images of {dataset.name} are {tuple(shape)}: '
-      'mend the size, or set config.dataset.in_memory to False to resize them'
+      'fix the size, or set config.dataset.in_memory to False to resize them'
     )
   if {len(dataset.mean), len(dataset.std)} != {shape[2]}:
     raise UsageError(
@@ -40,7 +40,7 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
 
 
 class InMemoryDataset(Dataset):
-  """A data set whose images, all of one shape, fit a device's memory.
+  """A data set of images of one shape that fits in the memory of a device.
 
   Attributes:
     arrays: The data set.
@@ -89,7 +89,7 @@ class InMemoryDataset(Dataset):
 
 
 def _draw(config, steps_per_epoch, device, images, labels, step):
-  """This device's part of the training batch of a step: a pure function of (seed, step)."""
+  """This device's part of a training batch, a pure function of (seed, step)."""
   epoch, position = step // steps_per_epoch, step % steps_per_epoch
   order_key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), epoch))
   order = jax.random.permutation(order_key, len(labels))
@@ -101,7 +101,7 @@ def _draw(config, steps_per_epoch, device, images, labels, step):
 
 
 def _prepare(config, device, start, batch, augments):
-  """An evaluation batch on its device."""
+  """Normalises an evaluation batch on its device."""
   image = batch['image']
   if augments:
     key = jax.random.fold_in(jax.random.key(config.seed), start)
@@ -110,7 +110,7 @@ def _prepare(config, device, start, batch, augments):
 
 
 def _augment(config, key, device, images):
-  # A key for each image of the global batch, so that the images do not depend on the devices.
+  # One key per image of the global batch, so that images do not depend on the number of devices.
   first = device * len(images)
   keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(images)))
   return preprocess.crop_and_flip(keys, images, config.dataset.padding, config.dataset.flip)

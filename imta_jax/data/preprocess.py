@@ -1,7 +1,7 @@
-"""From stored images to network inputs.
+"""From stored images to the inputs of networks.
 
-Small images are cropped and flipped on the device (JAX); large ones are decoded and cropped by
-tf.data. Both leave as unsigned bytes, which `normalize` turns into floats on the device.
+Small images are cropped and flipped on the device by JAX; large ones are decoded and cropped by
+tf.data. Both are uint8 until `normalize` turns them into floats on the device.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-  """Subtracts a mean and divides by a standard deviation, a channel.
+  """Subtracts the mean of each channel and divides by its standard deviation.
 
   Args:
-    images: [..., channels], unsigned bytes.
+    images: [..., channels], uint8.
     mean: [channels], of pixels between 0 and 1.
     std: [channels], likewise.
 
@@ -26,13 +26,13 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def crop_and_flip(keys: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-  """Zero-pads images, crops them back at random and mirrors half of them.
+  """Zero-pads images, crops them at random to their size and mirrors half of them.
 
   Args:
-    keys: [batch] PRNG keys, one an image.
+    keys: [batch] PRNG keys, one per image.
     images: [batch, height, width, channels].
-    padding: Zeros on every side.
-    flip: Whether to mirror.
+    padding: Number of zeros on every side.
+    flip: Whether to mirror images.
 
   Returns:
     The same shape and type.
@@ -52,15 +52,15 @@ def crop_and_flip(keys: jax.Array, images: jax.Array, padding: int, flip: bool) 
 
 
 def decode_random_crop(encoded, size: int, flip: bool, seed):
-  """Decodes a random part of an image, resized and perhaps mirrored (Szegedy et al., 2015).
+  """Decodes a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
 
-  The part covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
+  The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
 
   Args:
-    encoded: A scalar string tensor, an encoded image.
+    encoded: An encoded image, a scalar string tensor.
     size: Side of the result, in pixels.
     flip: Whether to mirror half of the images.
-    seed: [2] integer tensor; the result is a function of it and the image.
+    seed: [2] integer tensor, which determines the crop.
 
   Returns:
     [size, size, 3], uint8.
@@ -84,7 +84,7 @@ def decode_random_crop(encoded, size: int, flip: bool, seed):
 def decode_center_crop(encoded, size: int):
   """Decodes the central square of an image, 7/8 of its shorter side, resized.
 
-  At 224 pixels this is the usual evaluation: resize the shorter side to 256, crop the centre.
+  At 224 pixels this is the usual evaluation: the shorter side resized to 256, then a centre crop.
 
   Args:
     encoded: A scalar string tensor, an encoded image.
@@ -112,7 +112,7 @@ def _encoded_shape(encoded):
 
 
 def _decode_window(encoded, window, size):
-  """The part (top, left, height, width) of an image, resized; JPEG decodes no more than that."""
+  """The window (top, left, height, width) of an image, resized; a JPEG is decoded only there."""
   import tensorflow as tf
 
   def crop_decoded():

@@ -1,4 +1,4 @@
-"""Large data sets: files read, decoded and cropped by tf.data while the devices compute."""
+"""Large data sets, which tf.data reads, decodes and crops while the devices compute."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -13,25 +13,23 @@ from imta_jax.data import preprocess
 from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
 
-# Images a host shuffles among, beyond the order of the files.
+# Size of the buffer in which a host shuffles images, besides shuffling the files.
 _SHUFFLE_BUFFER = 16_384
-# Batches that travel to the devices ahead of use.
+# Batches that are sent to the devices ahead of use.
 _BATCHES_AHEAD = 2
 
 
 class StreamedDataset(Dataset):
-  """A data set of encoded images of any size; each host reads its own part of every split."""
+  """A data set of encoded images of any size; each host reads its part of every split."""
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
     self._builder, self._splits, self._config = builder, splits, config
     if len(config.dataset.mean) != 3 or len(config.dataset.std) != 3:
-      raise UsageError(
-        'config.dataset.mean and std need 3 numbers each: streamed images have colours'
-      )
+      raise UsageError('config.dataset.mean and std need 3 numbers each: streamed images are RGB')
     self.class_names = builder.info.features['label'].names
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
     self.num_images = {name: count for name, (_, count) in splits.items()}
-    # Every host must have a whole batch's share.
+    # Every host must have its part of each batch.
     self.steps_per_epoch = (self.num_images['train'] // jax.process_count()) // (
       config.batch_size // jax.process_count()
     )
@@ -50,14 +48,14 @@ class StreamedDataset(Dataset):
       epoch, position = epoch + 1, 0
 
   def _epoch(self, epoch, position):
-    """This host's batches of an epoch from a position on: a pure function of (seed, epoch)."""
+    """This host's batches of an epoch from a position on, a pure function of (seed, epoch)."""
     import tensorflow as tf
 
     seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
     batch_size = self._config.batch_size // jax.process_count()
     examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
     examples = examples.take(self.steps_per_epoch * batch_size)
-    # Skipped before anything is decoded.
+    # Skips before decoding.
     examples = examples.enumerate().skip(position * batch_size)
 
     def decode(index, example):
@@ -87,7 +85,7 @@ class StreamedDataset(Dataset):
         image = preprocess.decode_center_crop(example['image'], dataset.image_size)
       return {'image': image, 'label': tf.cast(example['label'], tf.int32), 'mask': True}
 
-    # Hosts whose part is smaller send as many batches as the others, the last ones empty.
+    # Hosts with a smaller part send as many batches as the others; their last batches are padding.
     largest_part = -(-self.num_images[split] // jax.process_count())
     num_batches = -(-largest_part // batch_size)
     examples = self._read(split).enumerate().map(decode, tf.data.AUTOTUNE)
@@ -96,7 +94,7 @@ class StreamedDataset(Dataset):
     return self._batch(filled.take(num_batches * batch_size), batch_size).as_numpy_iterator()
 
   def _read(self, split, shuffle_seed=None):
-    """This host's encoded examples of a split, in an order that the seed alone decides."""
+    """This host's encoded examples of a split, in an order that depends only on the seed."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -112,7 +110,7 @@ class StreamedDataset(Dataset):
     return examples.with_options(options)
 
   def _image_seed(self, seed, index):
-    """A seed of its own for each image, whichever host reads it."""
+    """A different seed for each image, on whichever host it is read."""
     import tensorflow as tf
 
     return tf.stack(
@@ -120,7 +118,7 @@ class StreamedDataset(Dataset):
     )
 
   def _batch(self, examples, batch_size):
-    """Batches [local devices, batch a device, …]."""
+    """Batches [local devices, batch per device, …]."""
     import tensorflow as tf
 
     local = jax.local_device_count()
@@ -128,7 +126,7 @@ class StreamedDataset(Dataset):
     return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
   def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-    """Normalised batches on the devices, some of them ahead of use."""
+    """Yields normalised batches on the devices, and sends some ahead of use."""
     ahead = collections.deque()
     for batch in batches:
       ahead.append(self._normalize(batch))

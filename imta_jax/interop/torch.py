@@ -53,14 +53,14 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
   missing = [pair.theirs for pair in pairs if pair.theirs not in state]
   if missing or surplus:
     wrong = f'it lacks {missing[0]!r}' if missing else f'it also has {surplus[0]!r}'
-    raise UsageError(f"the checkpoint is not of this network: {wrong}; mend the model's fields")
+    raise UsageError(f"the checkpoint is not of this network: {wrong}; fix the model's fields")
   variables = {}
   for pair in pairs:
     value = _from_torch(np.asarray(state[pair.theirs], np.float32))
     if value.shape != shapes[pair.ours].shape:
       raise UsageError(
         f'the checkpoint is not of this network: {pair.theirs!r} has shape {value.shape} here and '
-        f"the network {shapes[pair.ours].shape}; mend the model's fields"
+        f"the network {shapes[pair.ours].shape}; fix the model's fields"
       )
     variables[pair.ours] = value
   return unflatten_dict(variables, sep='/')

@@ -1,4 +1,4 @@
-"""Networks with exits, by name."""
+"""Multi-exit networks by name."""
 
 import difflib
 import inspect
@@ -26,34 +26,34 @@ def create(
   remat: bool = False,
   **fields: Any,
 ) -> MultiExitNetwork:
-  """Makes a network.
+  """Creates a network.
 
   Args:
     name: 'msdnet' or 'resnet'.
-    num_classes: Classes.
+    num_classes: Number of classes.
     gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
     collaboration: 'off', 'identity' or 'network'; see MultiExitNetwork.
     stop_collaboration_gradient: See MultiExitNetwork.
-    dtype: What the network computes in, 'float32' or 'bfloat16'.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None for
-      statistics a device.
+    dtype: The type of the computation, 'float32' or 'bfloat16'.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged; None for
+      statistics per device.
     remat: See MultiExitNetwork.
-    **fields: The architecture's own fields; see `msdnet` and `resnet`.
+    **fields: Fields of the architecture; see `msdnet` and `resnet`.
 
   Returns:
-    A Flax module; `model.apply(variables, images)` gives logits [num_exits, batch, num_classes].
+    A Flax module; `model.apply(variables, images)` returns logits [num_exits, batch, num_classes].
 
   Raises:
     ValueError: If the name, a field or a field's value is unknown.
   """
   if name not in ARCHITECTURES:
-    raise ValueError(f'model {name!r} is unknown: take one of {", ".join(ARCHITECTURES)}')
+    raise ValueError(f'model {name!r} is unknown: choose one of {", ".join(ARCHITECTURES)}')
   for field, value, choices in (
     ('gradient_equilibrium', gradient_equilibrium, GRADIENT_EQUILIBRIA),
     ('collaboration', collaboration, COLLABORATIONS),
   ):
     if value not in choices:
-      raise ValueError(f'{field} {value!r} is unknown: take one of {", ".join(choices)}')
+      raise ValueError(f'{field} {value!r} is unknown: choose one of {", ".join(choices)}')
   known = [
     field
     for function in (ARCHITECTURES[name], create)
@@ -68,7 +68,7 @@ def create(
   try:
     dtype = jnp.dtype(dtype)
   except TypeError:
-    raise ValueError(f"dtype {dtype!r} is unknown: take 'float32' or 'bfloat16'") from None
+    raise ValueError(f"dtype {dtype!r} is unknown: use 'float32' or 'bfloat16'") from None
   stages, exits = ARCHITECTURES[name](dtype=dtype, batch_norm_axis=batch_norm_axis, **fields)
   return MultiExitNetwork(
     stages=stages,

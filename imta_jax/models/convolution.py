@@ -1,8 +1,8 @@
-"""Convolutions, computed in the form that each platform runs fastest.
+"""Convolutions in the form that is fastest on each platform.
 
-GPUs and TPUs have XLA's own convolution. Its CPU backend is slow where few channels leave vector
-lanes idle, and in the input gradients of strided convolutions; both are faster as matrix products
-(experiments/benchmarks has the measurements).
+GPUs and TPUs use XLA's convolution. Its CPU backend is slow if there are few channels, which leaves
+vector lanes idle, and for input gradients of strided convolutions; both are faster as matrix
+products (measurements are in experiments/benchmarks).
 """
 
 from functools import partial
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A 3×3 convolution is narrow, and faster as a banded product, up to this many weights a tap.
+# A 3×3 convolution with at most this many weights per tap is faster as a banded product.
 _NARROW = 128
-# Values of a row that such a product reads for a block of outputs, neighbours aside, and writes:
-# with fewer of them vector lanes are idle, with more most are multiplied by zero, and compiling
-# takes longer.
+# Number of values in a row that such a product reads (without neighbours) and writes for a block of
+# outputs: with fewer values vector lanes are idle; with more, most are multiplied by zero and
+# compilation takes longer.
 _LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 56, 14
 
 
@@ -26,8 +26,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
   Args:
     x: [batch, height, width, inputs].
     kernel: [side, side, inputs, outputs].
-    stride: In both directions.
-    padding: Zeros on every side.
+    stride: The stride in both directions.
+    padding: Number of zeros on every side.
 
   Returns:
     [batch, height, width, outputs].
@@ -62,7 +62,7 @@ def _backward(stride, residuals, gradient):
     return jax.vjp(lambda x: _direct(x, kernel, stride), x)[1](gradient)[0]
 
   def of_input_on_cpu(x, kernel, gradient):
-    if stride == 1:  # The gradient, convolved with the kernel turned around.
+    if stride == 1:  # The gradient convolved with the rotated kernel.
       return _convolve_3x3(1, gradient, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
     block = _block_width(stride, x, kernel)
     form = partial(_banded, block=block) if block else _patches_product
@@ -92,7 +92,7 @@ def _output_size(size, stride):
 
 
 def _block_width(stride, x, kernel):
-  """How many neighbours in a row `_banded` computes together; None where it does not pay."""
+  """The number of neighbours that `_banded` computes together; None if it does not pay."""
   inputs, outputs = kernel.shape[2:]
   if inputs * outputs > _NARROW:
     return None
@@ -105,7 +105,7 @@ def _block_width(stride, x, kernel):
 
 
 def _banded(x, kernel, stride, block):
-  """Outputs of `block` neighbours in a row are one product with a banded matrix.
+  """Computes `block` neighbouring outputs of a row as a product with a banded matrix.
 
   It multiplies some zeros, but reads whole vectors.
   """
@@ -115,8 +115,8 @@ def _banded(x, kernel, stride, block):
   missing = stride * out_width - width
   if missing:
     x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
-  # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: each block's inputs and the
-  # neighbours that its outputs read besides; a block that is the whole row has none.
+  # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: the inputs of each block
+  # and the neighbours that its outputs also read; a block that is the whole row has none.
   blocks = x.reshape(batch, height, out_width // block, stride * block * inputs)
   parts = [blocks]
   if block < out_width:
@@ -138,7 +138,7 @@ def _banded(x, kernel, stride, block):
 
 
 def _patches_product(x, kernel, stride):
-  """The convolution as a product of patches and kernel, whose input gradient is fast."""
+  """The convolution as a product of patches and kernel, which has a fast input gradient."""
   batch, height, width, inputs = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   ends = [(size - 1) // stride * stride + 1 for size in (height, width)]

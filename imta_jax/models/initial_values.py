@@ -1,6 +1,6 @@
 """Initial values of a network, drawn on the host.
 
-Compiling the hundreds of separate draws of a large network takes XLA minutes; NumPy needs no
+XLA would take minutes to compile the hundreds of draws of a large network; NumPy needs no
 compilation.
 """
 
@@ -16,16 +16,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[str, Any]:
-  """Variables of a network at the start of training.
+  """Draws the variables of a network at the start of training.
 
   Convolutions are normal with standard deviation sqrt(2 / (kernel area × output channels)), dense
-  kernels uniform in ±1/sqrt(inputs), biases 0, batch norm 1 and 0: what `model.init` would draw.
-  The values of a layer depend on the seed and its name alone, so networks that differ elsewhere
-  start alike where they agree.
+  kernels uniform in ±1/sqrt(inputs), biases 0, and batch norm 1 and 0, as `model.init` would draw
+  them. The values of a layer depend only on the seed and its name, so networks that share layers
+  start with the same values there.
 
   Args:
-    model: The network; its modules' kernels, biases and batch norms are all that it may have.
-    seed: Seed of the draw.
+    model: The network; it may have only kernels, biases and batch norms.
+    seed: The random seed.
     image_shape: (height, width, channels).
 
   Returns:
@@ -40,17 +40,17 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 
 
 def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-  """Puts a trained network's values into another that agrees with it but in its last layers.
+  """Copies the values of a trained network into one that differs only in its last layers.
 
-  Where a dense layer has gained inputs, the rows of the new ones start at zero, so that the network
-  starts as the function that the donor is.
+  If a dense layer has gained inputs, their rows start at zero, so that the network starts as the
+  same function as the donor.
 
   Args:
     donor: Variables of the trained network.
-    fresh: Initial variables of the other.
+    fresh: Initial variables of the other network.
 
   Returns:
-    Variables of the other's structure.
+    Variables with the structure of `fresh`.
   """
   donor, fresh = (flatten_dict(variables, sep='/') for variables in (donor, fresh))
   return unflatten_dict(

@@ -1,7 +1,7 @@
 """Layers that the architectures share.
 
 Convolution and batch norm are functions under `jax.jit`: a large network repeats few shapes, and
-what has been traced, differentiated and lowered once is reused.
+each shape is traced, differentiated and lowered only once.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from imta_jax.models.convolution import convolve
 _EPSILON = 1e-5
 _MOMENTUM = 0.9
 
-# Flax traces an initializer each time that it reads the parameter; under jit, once a shape.
+# Flax traces an initializer whenever it reads the parameter; under jit, once per shape.
 _normal = jax.jit(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), static_argnums=(1, 2))
 _zeros = jax.jit(nn.initializers.zeros, static_argnums=(1, 2))
 _ones = jax.jit(nn.initializers.ones, static_argnums=(1, 2))
@@ -31,12 +31,12 @@ class ConvNorm(nn.Module):
   sqrt(2 / (kernel area × output channels)), batch norm at 1 and 0.
 
   Attributes:
-    features: Output channels.
+    features: Number of output channels.
     kernel_size: Side of the square kernel.
     stride: Stride in both directions.
     relu: Whether ReLU follows.
-    use_bias: Whether the convolution has a bias of its own.
-    dtype: What it computes in; parameters and batch statistics are float32.
+    use_bias: Whether the convolution has a bias.
+    dtype: The type of the computation; parameters and batch statistics are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
 
@@ -53,7 +53,7 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def parts(self, inputs: int) -> tuple['ConvParams', 'BatchNormVars']:
-    """The layer's variables, for a number of input channels."""
+    """The variables of the layer for a number of input channels."""
     shape = (self.kernel_size, self.kernel_size, inputs, self.features)
     return (
       ConvParams(shape, self.use_bias, name='conv')(),
@@ -62,7 +62,7 @@ class ConvNorm(nn.Module):
 
 
 class ConvParams(nn.Module):
-  """The parameters of a convolution: kernel, and bias or None."""
+  """The parameters of a convolution: the kernel, and the bias or None."""
 
   shape: Sequence[int]
   use_bias: bool
@@ -75,7 +75,7 @@ class ConvParams(nn.Module):
 
 
 class BatchNormVars(nn.Module):
-  """The variables of batch norm: scale, bias, and the running statistics to read and write."""
+  """The variables of batch norm: scale, bias and running statistics."""
 
   features: int
 
@@ -91,12 +91,12 @@ class BatchNormVars(nn.Module):
 
 
 def run_together(layers: Sequence[ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
-  """Runs layers that read the same map, and differ in width alone, as one.
+  """Runs layers that read the same map and differ only in width as one layer.
 
   Args:
     layers: The layers.
     x: [batch, height, width, channels].
-    train: Whether batch norm uses, and records, the batch's own statistics.
+    train: Whether batch norm uses and records the statistics of the batch.
 
   Returns:
     [batch, height, width, features] of each layer.
@@ -139,10 +139,10 @@ def _scale_and_shift(x, mean, var, scale, bias, relu):
 def batch_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Normalises by the batch's own statistics, then applies ReLU if wished.
+  """Normalises with the statistics of the batch, then optionally applies ReLU.
 
-  The gradient is written out: its trace is a fraction of what differentiation gives, and it keeps
-  nothing but the input.
+  The gradient is written out: it takes a fraction of the operations that automatic differentiation
+  would trace, and keeps only the input.
 
   Args:
     x: [..., channels].
@@ -152,7 +152,7 @@ def batch_norm(
     axis_name: Name of the mapped axis over which statistics are averaged, or None.
 
   Returns:
-    The result, in the type of `x`; mean and variance [channels], float32, behind stop_gradient.
+    The result, in the type of `x`; mean and variance [channels], float32, without gradients.
   """
   y, mean, var = _batch_norm(relu, axis_name, x, scale, bias)
   return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
@@ -189,10 +189,10 @@ _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def _mean(x):
-  """Means [channels] of [batch, ..., channels], each image's first.
+  """Means [channels] of [batch, ..., channels], first per image and then over images.
 
-  XLA's CPU programs add term by term, which loses digits in long sums: all pixels of a batch at
-  once cost two decimal places.
+  XLA's CPU programs add term by term, which loses precision in long sums: two decimal digits if all
+  pixels of a batch are summed at once.
   """
   return x.mean(tuple(range(1, x.ndim - 1))).mean(0)
 
@@ -202,10 +202,10 @@ def _average(axis_name, *values):
 
 
 class PooledExit(nn.Module):
-  """An exit's own layers: convolutions of stride 2, then average pooling and flattening.
+  """The layers of an exit: convolutions of stride 2, then average pooling and flattening.
 
   Attributes:
-    convolutions: Modules applied in turn.
+    convolutions: Modules that are applied one after another.
     pool: Side of the pooling window; None pools the whole map.
   """
 

@@ -16,7 +16,7 @@ ConvNormFactory = Callable[..., ConvNorm]
 
 
 class FirstLayer(nn.Module):
-  """From images to the first map of every scale; each halves the resolution of the one before."""
+  """Maps images to the first map of every scale; each scale halves the resolution."""
 
   widths: Sequence[int]
   stem: str
@@ -37,7 +37,7 @@ class FirstLayer(nn.Module):
 
 
 class Branch(nn.Module):
-  """A 3×3 convolution, behind a 1×1 one that bounds its input width where there is a bottleneck."""
+  """A 3×3 convolution, optionally after a 1×1 bottleneck that limits its input width."""
 
   features: int
   stride: int
@@ -46,7 +46,7 @@ class Branch(nn.Module):
 
   @nn.compact
   def parts(self, inputs: int) -> tuple[ConvNorm | None, ConvNorm]:
-    """The bottleneck, if there is one, and the 3×3 convolution."""
+    """The bottleneck or None, and the 3×3 convolution."""
     bottleneck = None
     if self.bottleneck_width is not None:
       bottleneck = self.conv_norm(min(inputs, self.bottleneck_width), 1, name='bottleneck')
@@ -54,7 +54,7 @@ class Branch(nn.Module):
 
 
 def run_branches(branches: Sequence[Branch], x: jax.Array, train: bool) -> list[jax.Array]:
-  """Runs branches that read the same map, their bottlenecks as one."""
+  """Runs branches that read the same map; their bottlenecks run as one layer."""
   bottlenecks, convolutions = zip(*(branch.parts(x.shape[-1]) for branch in branches), strict=True)
   has_bottlenecks = bottlenecks[0] is not None
   narrowed = run_together(bottlenecks, x, train) if has_bottlenecks else [x] * len(branches)
@@ -62,14 +62,14 @@ def run_branches(branches: Sequence[Branch], x: jax.Array, train: bool) -> list[
 
 
 class DenseLayer(nn.Module):
-  """One multi-scale layer: every scale keeps its map and gains what it and the finer one yield.
+  """A multi-scale dense layer: every scale adds features of its own and of the next finer map.
 
   Attributes:
-    scales: Indices of the scales written, fine to coarse.
+    scales: Indices of the scales that are written, fine to coarse.
     drops_scale: Whether the layer reads one scale more than it writes; finer ones are not read.
-    growth: Channels that each written scale gains.
+    growth: Number of channels that each written scale gains.
     bottleneck_factors: By scale index; None for no bottleneck.
-    conv_norm: Makes the convolutions.
+    conv_norm: Creates the convolutions.
   """
 
   scales: Sequence[int]
@@ -88,7 +88,7 @@ class DenseLayer(nn.Module):
       width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
       return source, Branch(growth, stride, width, self.conv_norm, name=name)
 
-    gains = {}  # What each written scale gains: where a branch reads, and the branch.
+    gains = {}  # For each written scale: the scale that a branch reads, and the branch.
     for scale, growth in zip(self.scales, self.growth, strict=True):
       if scale == first_read:
         gains[scale] = [branch(scale, growth, 1, f'normal_{scale}')]
@@ -108,7 +108,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-  """A 1×1 convolution of every scale that narrows it."""
+  """A 1×1 convolution per scale that reduces its width."""
 
   widths: Sequence[int]
   conv_norm: ConvNormFactory
@@ -122,7 +122,7 @@ class Transition(nn.Module):
 
 
 class Stage(nn.Module):
-  """Layers in turn."""
+  """A sequence of layers."""
 
   layers: Sequence[nn.Module]
 
@@ -149,29 +149,29 @@ def msdnet(
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-  """The stages and exits of an MSDNet; the defaults are Table 1's network.
+  """The stages and exits of an MSDNet; the defaults are the network of Table 1.
 
   Args:
-    num_exits: Exits, and stages.
-    base: Layers of the first stage.
-    step: Layers that a further stage has, or the slope at which their number grows.
-    step_mode: 'even': `step` layers a stage. 'lin_grow': `step * i + 1` in stage i + 1.
-    channels: Channels of the first layer, a unit of scale factor.
-    growth_rate: Channels that a layer adds, a unit of scale factor.
-    scale_factors: Width of each scale, fine to coarse; as many as there are scales.
-    bottleneck_factors: Width of each scale's bottlenecks, in units of what the 3×3 conv gives.
-    prune: 'max': scales are dropped in equal intervals. 'min': only as late as possible.
-    reduction: What transitions leave of the channels, a fraction; 0 for no transitions.
+    num_exits: Number of exits and of stages.
+    base: Number of layers of the first stage.
+    step: Number of layers of each further stage, or the slope at which it grows.
+    step_mode: 'even': `step` layers per stage. 'lin_grow': `step * i + 1` in stage i + 1.
+    channels: Channels of the first layer, per unit of the scale factor.
+    growth_rate: Channels that a layer adds, per unit of the scale factor.
+    scale_factors: Relative width of each scale, fine to coarse; one per scale.
+    bottleneck_factors: Width of the bottlenecks of each scale, relative to the 3×3 convolution.
+    prune: 'max': scales are dropped at equal intervals. 'min': as late as possible.
+    reduction: The fraction of the channels that transitions keep; 0 for no transitions.
     bottleneck: Whether a 1×1 convolution precedes each 3×3 one.
-    stem: 'cifar' for small images, 'imagenet' divides the resolution by 4 first.
-    dtype: What the network computes in.
+    stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
+    dtype: The type of the computation.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
 
   Raises:
-    ValueError: If an option is not one of those above.
+    ValueError: If an argument is invalid.
   """
   for field, value, choices in (
     ('step_mode', step_mode, ('even', 'lin_grow')),
@@ -179,7 +179,7 @@ def msdnet(
     ('stem', stem, ('cifar', 'imagenet')),
   ):
     if value not in choices:
-      raise ValueError(f'{field} {value!r} is unknown: take one of {", ".join(choices)}')
+      raise ValueError(f'{field} {value!r} is unknown: choose one of {", ".join(choices)}')
   for field, value in (
     ('num_exits', num_exits),
     ('base', base),
@@ -196,11 +196,11 @@ def msdnet(
   if any(growth_rate * factor < 2 for factor in scale_factors[1:]):
     raise ValueError(
       f'growth_rate {growth_rate} is too small: with scale_factors {tuple(scale_factors)} half of '
-      'what a scale gains is nothing'
+      'the channels that a scale gains is zero'
     )
   if bottleneck and len(bottleneck_factors) != num_scales:
     raise ValueError(
-      f'bottleneck_factors {tuple(bottleneck_factors)} must be as many as the scale_factors '
+      f'bottleneck_factors {tuple(bottleneck_factors)} must have the length of scale_factors '
       f'{tuple(scale_factors)}'
     )
 
@@ -208,7 +208,7 @@ def msdnet(
   num_layers = sum(depths)
 
   def scales_after(layer):
-    """How many scales layer number `layer` writes; layer 0 is the first layer, which writes all."""
+    """The number of scales that a layer writes; layer 0 is the first layer, which writes all."""
     if not layer:
       return num_scales
     if prune == 'max':
@@ -240,7 +240,7 @@ def msdnet(
       if reduction and narrows:
         width = math.floor(reduction * width)
         if not width:
-          raise ValueError(f'reduction {reduction} is too small: it leaves no channels')
+          raise ValueError(f'reduction {reduction} is too small: no channels are left')
         layers.append(Transition([width * scale_factors[scale] for scale in scales], conv_norm))
     stages.append(Stage(layers))
     exit_width = 128 if stem == 'cifar' else width * scale_factors[-1]

@@ -1,4 +1,4 @@
-"""The network with exits: any architecture's stages and exits, wired with GE and ISC."""
+"""The multi-exit network: stages and exits of any architecture, wired with GE and ISC."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,23 +18,23 @@ class MultiExitNetwork(nn.Module):
   """k stages and k exits; stage i feeds exit i and stage i+1.
 
   A stage maps a tuple of feature maps, fine to coarse (for the first stage: the images alone), to
-  the next. An exit reads the last, coarsest, map and gives an embedding. A classifier turns the
-  embedding, and by collaboration the previous exit's logits, into logits. Classifiers are what
-  phase II trains: their variables lie under the names `classifiers_0` … `classifiers_{k-1}`.
+  the next. An exit reads the last, coarsest map and returns an embedding. A classifier turns the
+  embedding and, with collaboration, the logits of the previous exit into logits. Phase II trains
+  only the classifiers: their variables have the names `classifiers_0` … `classifiers_{k-1}`.
 
   Attributes:
     stages: Modules (features, train) -> features.
     exits: Modules (feature map, train) -> embedding [batch, width].
-    num_classes: Classes.
-    gradient_equilibrium: Which maps GE rescales where they go on to the next stage: 'all' (the
-      paper), 'coarsest' (the last one alone, its published code), or 'off'.
+    num_classes: Number of classes.
+    gradient_equilibrium: Which maps GE rescales on their way to the next stage: 'all' (the
+      paper), 'coarsest' (only the last one, as in its published code), or 'off'.
     collaboration: ISC between exits: 'off', 'identity' or 'network'.
     stop_collaboration_gradient: See CollaborativeClassifier.
-    dtype: What the network computes in; variables and logits are float32.
+    dtype: The type of the computation; variables and logits are float32.
     batch_norm_axis: Name of the mapped axis over which the classifiers' batch statistics are
       averaged, or None.
-    remat: Whether training keeps only what passes from stage to stage, and computes the rest of a
-      stage again for its gradient: less memory, a third more computation.
+    remat: Whether training keeps only what passes between stages and recomputes the rest in the
+      backward pass: less memory, a third more computation.
   """
 
   stages: Sequence[nn.Module]
@@ -68,7 +68,7 @@ class MultiExitNetwork(nn.Module):
 
     Args:
       images: [batch, height, width, channels], normalised.
-      train: Whether batch norm uses, and records, the batch's own statistics.
+      train: Whether batch norm uses and records the statistics of the batch.
 
     Returns:
       [num_exits, batch, num_classes], float32.
@@ -76,7 +76,7 @@ class MultiExitNetwork(nn.Module):
     return self.classify(self.embed(images, train), train)
 
   def embed(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-    """The embedding [batch, width] of every exit: all of the network but its last layers."""
+    """The embedding [batch, width] of every exit: the network without its last layers."""
     features = self.start(images)
     embeddings = []
     for index in range(self.num_exits):
@@ -92,22 +92,22 @@ class MultiExitNetwork(nn.Module):
     return jnp.stack(logits)
 
   def start(self, images: jax.Array) -> Features:
-    """What the first stage reads, for `run_stage`."""
+    """The input of the first stage, for `run_stage`."""
     return (images.astype(self.dtype),)
 
   def run_stage(
     self, index: int, features: Features, previous_logits: jax.Array | None = None
   ) -> tuple[Features, jax.Array]:
-    """Runs one stage and its exit, in evaluation mode: inference that may stop after any exit.
+    """Runs one stage and its exit in evaluation mode, for inference that may stop at any exit.
 
         features, logits = model.apply(variables, images, method='start'), None
         for index in range(model.num_exits):
           features, logits = model.apply(variables, index, features, logits, method='run_stage')
 
     Args:
-      index: The stage, from 0.
-      features: What the stage before gave; `start(images)` for the first.
-      previous_logits: [batch, num_classes] of the exit before; None for the first.
+      index: The stage, counted from 0.
+      features: Features from the previous stage; `start(images)` for the first one.
+      previous_logits: [batch, num_classes] of the previous exit; None for the first one.
 
     Returns:
       The features for the next stage, and this exit's logits [batch, num_classes].
@@ -116,7 +116,7 @@ class MultiExitNetwork(nn.Module):
     return features, self.classifiers[index](embedding, previous_logits)
 
   def _advance(self, index: int, features: Features, train: bool) -> tuple[Features, jax.Array]:
-    """Runs stage `index` and its exit; GE acts where the two part (Eq. 4 and 5)."""
+    """Runs stage `index` and its exit; GE acts where the exit branches off (Eq. 4 and 5)."""
     run = nn.remat(_run, static_argnums=2) if self.remat and train else _run
     features = run(self.stages[index], features, train)
     coarsest = features[-1]

@@ -13,7 +13,7 @@ from imta_jax.models.multi_exit import Features
 
 ConvNormFactory = Callable[..., ConvNorm]
 
-# Blocks in each group of the ImageNet networks, and whether they have bottlenecks.
+# Number of blocks per group of the ImageNet networks, and whether they have bottlenecks.
 _IMAGENET_DEPTHS = {
   18: ((2, 2, 2, 2), False),
   34: ((3, 4, 6, 3), False),
@@ -22,7 +22,7 @@ _IMAGENET_DEPTHS = {
 
 
 class Stem(nn.Module):
-  """From images to the first map."""
+  """Maps images to the first map."""
 
   stem: str
   conv_norm: ConvNormFactory
@@ -41,10 +41,10 @@ class Block(nn.Module):
   Attributes:
     width: Channels of the 3×3 convolutions.
     stride: Of the first 3×3 convolution.
-    bottleneck: Whether the block is of the second kind.
+    bottleneck: Whether the block has the second form.
     projects: Whether a shortcut that changes shape is a 1×1 convolution, as in the ImageNet
       networks; otherwise it skips pixels and pads channels with zeros, as in the CIFAR ones.
-    conv_norm: Makes the convolutions.
+    conv_norm: Creates the convolutions.
   """
 
   width: int
@@ -102,8 +102,8 @@ def resnet(
       'imagenet' one.
     exits_after: Numbers, from 1, of the blocks after which an exit branches off; the last block
       always has one. Empty for the plain network.
-    stem: 'cifar' for small images, 'imagenet' divides the resolution by 4 first.
-    dtype: What the network computes in.
+    stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
+    dtype: The type of the computation.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
 
   Returns:
@@ -119,7 +119,7 @@ def resnet(
   elif stem == 'imagenet':
     if depth not in _IMAGENET_DEPTHS:
       choices = ', '.join(map(str, _IMAGENET_DEPTHS))
-      raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: take one of {choices}')
+      raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: choose one of {choices}')
     (group_sizes, bottleneck), base_width = _IMAGENET_DEPTHS[depth], 64
   else:
     raise ValueError(f"stem {stem!r} is unknown: take 'cifar' or 'imagenet'")

@@ -1,7 +1,7 @@
 """Gradient Equilibrium (GE), Section 3.1 of the paper.
 
-The gradient that a stage receives is a sum over every exit behind it, so it grows towards the
-input. GE rescales it where an exit branches off; the forward pass is untouched.
+The gradient that a stage receives is a sum over all later exits, so it grows towards the input. GE
+rescales it where an exit branches off; the forward pass does not change.
 
     exit_factor, onward_factor = equilibrium_factors(exit, num_exits)
     logits = exit_head(scale_gradient(features, exit_factor))
@@ -19,7 +19,7 @@ def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
   Args:
     x: An array of any shape.
-    factor: The gradient's factor, a Python number.
+    factor: The factor of the gradient, a Python number.
 
   Returns:
     `x` itself.
@@ -41,17 +41,17 @@ scale_gradient.defvjp(_forward, _backward)
 
 
 def equilibrium_factors(exit: int, num_exits: int) -> tuple[float, float]:
-  """The two gradient factors at the branch of an exit (the text before Eq. 5).
+  """The two gradient factors where an exit branches off (the text before Eq. 5).
 
   Along any path the factors multiply to 1/(k-i+1) for features at stage i, whichever exit j >= i
   the gradient comes from (Eq. 5); the variance of their sum is therefore bounded (Eq. 6).
 
   Args:
-    exit: The exit's number i, from 1 to `num_exits`.
-    num_exits: The number of exits k.
+    exit: The number i of the exit, from 1 to `num_exits`.
+    num_exits: The number k of exits.
 
   Returns:
-    (1/(k-i+1), (k-i)/(k-i+1)): the factor of what the exit reads, and of what the next stage reads.
+    (1/(k-i+1), (k-i)/(k-i+1)): the factors of the exit's input and of the next stage's input.
 
   Raises:
     ValueError: If there is no such exit.

@@ -1,7 +1,7 @@
 """Inline Subnetwork Collaboration (ISC), Section 3.2 of the paper.
 
-An exit's logits are knowledge for the exit after it. They travel behind `stop_gradient`, so that a
-later exit cannot harm an earlier one.
+The logits of an exit are passed on to the next exit. They pass through `stop_gradient`, so that a
+later exit cannot disturb an earlier one.
 
     first = CollaborativeClassifier(num_classes, 'off')(embedding_1)
     second = CollaborativeClassifier(num_classes, 'network')(embedding_2, first)
@@ -17,16 +17,16 @@ COLLABORATIONS = ('off', 'identity', 'network')
 
 
 class CollaborativeClassifier(nn.Module):
-  """The last layer of an exit: a dense layer that may also see the previous exit's logits.
+  """The last layer of an exit: a dense layer that can also read the previous exit's logits.
 
   Attributes:
-    num_classes: Classes.
-    collaboration: 'off': the dense layer alone. 'identity': the previous logits are added to its
+    num_classes: Number of classes.
+    collaboration: 'off': only the dense layer. 'identity': the previous logits are added to its
       output, which makes it a residual. 'network': they pass a dense layer as wide as the
       embedding, batch norm and ReLU, and the result is concatenated to the embedding.
     stop_collaboration_gradient: Whether the previous logits are constants in the backward pass, as
-      the paper says; its published code lets the gradient through.
-    dtype: What it computes in; parameters and the returned logits are float32.
+      in the paper; its published code does not stop the gradient.
+    dtype: The type of the computation; parameters and returned logits are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
 
@@ -44,8 +44,8 @@ class CollaborativeClassifier(nn.Module):
 
     Args:
       embedding: [batch, width].
-      previous_logits: [batch, num_classes] of the exit before; None at the first exit.
-      train: Whether batch norm uses, and records, the batch's own statistics.
+      previous_logits: [batch, num_classes] of the previous exit; None at the first exit.
+      train: Whether batch norm uses and records the statistics of the batch.
 
     Returns:
       [batch, num_classes], float32.
@@ -55,7 +55,8 @@ class CollaborativeClassifier(nn.Module):
     """
     if self.collaboration not in COLLABORATIONS:
       raise ValueError(
-        f'collaboration {self.collaboration!r} is unknown: take one of {", ".join(COLLABORATIONS)}'
+        f'collaboration {self.collaboration!r} is unknown: '
+        f'choose one of {", ".join(COLLABORATIONS)}'
       )
     collaborates = self.collaboration != 'off' and previous_logits is not None
     if collaborates and self.stop_collaboration_gradient:

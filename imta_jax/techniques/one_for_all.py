@@ -19,29 +19,29 @@ def one_for_all_loss(
   temperature: float,
   class_reduction: str = 'sum',
 ) -> jax.Array:
-  """The loss of a network whose last exit teaches the others (Eq. 7 and 8).
+  """The loss of a network whose last exit teaches the other exits (Eq. 7 and 8).
 
   Summed over the exits i = 1 … k and averaged over images,
 
       L_i = alpha CE_i + (1 - alpha) T² KL(softmax(teacher / T) || softmax(logits_i / T)),  i < k
       L_k = CE_k
 
-  The factor T² keeps the size of the gradient independent of T (Hinton et al., 2015).
+  The factor T² makes the scale of the gradient independent of T (Hinton et al., 2015).
 
   Args:
     logits: [num_exits, batch, num_classes].
     labels: [batch], class indices.
     teacher_logits: [batch, num_classes]; no gradient flows to them.
-    alpha: Weight of the labels against the teacher, between 0 and 1.
+    alpha: Weight of the labels, against the teacher, from 0 to 1.
     temperature: T, above 0.
-    class_reduction: 'sum' is the divergence; 'mean' divides it by the number of classes, as the
-      paper's published code does.
+    class_reduction: 'sum' for the divergence; 'mean' divides it by the number of classes, as the
+      published code does.
 
   Returns:
     The loss, a float32 scalar.
 
   Raises:
-    ValueError: If an option is out of its range.
+    ValueError: If an argument is out of range.
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f'alpha {alpha} is out of range: it must be between 0 and 1')
@@ -49,7 +49,7 @@ def one_for_all_loss(
     raise ValueError(f'temperature {temperature} is out of range: it must be above 0')
   if class_reduction not in CLASS_REDUCTIONS:
     raise ValueError(
-      f'class_reduction {class_reduction!r} is unknown: take one of {", ".join(CLASS_REDUCTIONS)}'
+      f'class_reduction {class_reduction!r} is unknown: choose one of {", ".join(CLASS_REDUCTIONS)}'
     )
   logits = logits.astype(jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))

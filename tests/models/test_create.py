@@ -48,19 +48,19 @@ def test_fields_reach_the_network():
 @pytest.mark.parametrize(
   ('name', 'fields', 'message'),
   [
-    ('msdnt', {}, "model 'msdnt' is unknown: take one of msdnet, resnet"),
+    ('msdnt', {}, "model 'msdnt' is unknown: choose one of msdnet, resnet"),
     ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
     ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
     ('resnet', {'exit_after': 3}, "model 'resnet' has no field 'exit_after': .*'exits_after'.*"),
     (
       'msdnet',
       {'gradient_equilibrium': 'on'},
-      "gradient_equilibrium 'on' is unknown: take one of all, coarsest, off",
+      "gradient_equilibrium 'on' is unknown: choose one of all, coarsest, off",
     ),
     (
       'resnet',
       {'collaboration': 'sum'},
-      "collaboration 'sum' is unknown: take one of off, identity, network",
+      "collaboration 'sum' is unknown: choose one of off, identity, network",
     ),
   ],
 )

@@ -283,9 +283,9 @@ def test_stages_run_one_at_a_time_give_what_the_whole_gives(random_variables, co
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'step_mode': 'odd'}, "step_mode 'odd' is unknown: take one of even, lin_grow"),
-    ({'prune': 'none'}, "prune 'none' is unknown: take one of max, min"),
-    ({'stem': 'mnist'}, "stem 'mnist' is unknown: take one of cifar, imagenet"),
+    ({'step_mode': 'odd'}, "step_mode 'odd' is unknown: choose one of even, lin_grow"),
+    ({'prune': 'none'}, "prune 'none' is unknown: choose one of max, min"),
+    ({'stem': 'mnist'}, "stem 'mnist' is unknown: choose one of cifar, imagenet"),
     ({'num_exits': 0}, 'num_exits 0 is out of range: it must be 1 or more'),
     ({'base': 0}, 'base 0 is out of range: it must be 1 or more'),
     ({'step': -1}, 'step -1 is out of range: it must be 1 or more'),

@@ -123,7 +123,7 @@ def test_logits_are_computed(random_variables):
   [
     ({'depth': 21}, r'depth 21 is not one of the CIFAR ResNets: take 6n \+ 2'),
     ({'depth': 2}, 'depth 2 is not one of the CIFAR ResNets'),
-    ({'depth': 20, 'stem': 'imagenet'}, 'depth 20 is not .* ImageNet .*take one of 18, 34, 50$'),
+    ({'depth': 20, 'stem': 'imagenet'}, 'depth 20 is not .* ImageNet .*choose one of 18, 34, 50$'),
     ({'stem': 'mnist'}, "stem 'mnist' is unknown: take 'cifar' or 'imagenet'"),
     ({'depth': 20, 'exits_after': (0,)}, r'exits_after \(0,\) must be .* from 1 to 9$'),
     ({'depth': 20, 'exits_after': (3, 10)}, r'exits_after \(3, 10\) must be .* from 1 to 9$'),

@@ -1,14 +1,14 @@
-"""Inference that runs only the stages an image needs.
+"""Inference that runs only the stages that an image needs.
 
-These files need JAX and NumPy alone, but for `from_workdir` and `from_model`: an export carries a
-copy of them, which classifies where imta_jax is not installed.
+Except for `from_workdir` and `from_model`, these files need only JAX and NumPy: an export carries a
+copy of them and so runs where imta_jax is not installed.
 
     from engine import AdaptiveClassifier  # In an export; else from imta_jax.adaptive.engine.
     classifier = AdaptiveClassifier.load('exported', budget=20e6)
     answers = classifier.predict(images)
 
-`classifier` is what users see; `runner` runs stages, as `programs` that are compiled, on `batches`
-of images, by a `plan`; `exported` reads an export.
+`classifier` is the interface for users. `runner` runs stages, compiled as `programs`, on `batches`
+of images, in the sizes that `plan` chooses. `exported` reads an export.
 """
 
 from .batches import Answers

@@ -1,4 +1,4 @@
-"""Images on their way through the stages: in batches, and waiting for the next."""
+"""Batches of images on their way through the stages, and the queues between them."""
 
 import collections
 import dataclasses
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a stage reads and writes: (features, logits), or the images where the first one reads.
+# What a stage reads and writes: (features, logits); the first stage reads images.
 Carry = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What was decided about images.
+  """Answers for images.
 
   Attributes:
-    indices: [image], the number of each image in the order in which they were given.
-    probabilities: [image, class], float32, of the exit that each image took.
+    indices: [image], the position of each image in the input.
+    probabilities: [image, class], float32, at the exit that the image took.
     exits: [image], counted from 0.
   """
 
@@ -40,11 +40,11 @@ class Answers:
 
 
 def in_order(parts: Sequence[Answers], num_classes: int) -> Answers:
-  """All answers of several parts, by the numbers of the images.
+  """Joins answers in the order of the images.
 
   Args:
-    parts: None, or more; those of a single one are in order.
-    num_classes: Classes.
+    parts: Any number of answers; a single one is already in order.
+    num_classes: Number of classes.
   """
   if len(parts) == 1:
     return parts[0]
@@ -59,12 +59,12 @@ def in_order(parts: Sequence[Answers], num_classes: int) -> Answers:
 
 
 class Batch(NamedTuple):
-  """Images that a stage runs at once.
+  """A batch of images for a stage.
 
   Attributes:
-    carry: What the stage reads, of all places; some places are no image's.
-    rows: [image], its place.
-    indices: [image], its number.
+    carry: The input of the stage; some of its rows may be padding.
+    rows: [image], the row of each image in the carry.
+    indices: [image], the position of each image in the input.
     thresholds: [image, exit].
   """
 
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
   thresholds: np.ndarray
 
   def bounds(self, exits: int | slice = slice(None)) -> np.ndarray:
-    """Thresholds [place, exit] or [place] of one exit; where there is no image, none stays."""
+    """Thresholds per row, [row, exit] or [row] for one exit; minus infinity for padding."""
     thresholds = self.thresholds[:, exits]
     bounds = np.full((capacity(self.carry), *thresholds.shape[1:]), -np.inf, np.float32)
     bounds[self.rows] = thresholds
@@ -83,35 +83,35 @@ class Batch(NamedTuple):
   def divide(
     self, carry: Carry, probabilities: jax.Array, exits: np.ndarray
   ) -> tuple[Answers | None, 'Batch']:
-    """Images that left, and images that stay.
+    """Splits the batch into images that have left and images that remain.
 
     Args:
-      carry: What the next stage reads.
-      probabilities: [place, class].
-      exits: [place], negative where the image stays.
+      carry: The input of the next stage.
+      probabilities: [row, class].
+      exits: [row], negative if the image remains.
 
     Returns:
-      Answers, None if no image left, and those who stay, at their places in the carry.
+      Answers, or None if no image has left, and a batch of the remaining images.
     """
     exits = exits[self.rows]
     left = exits >= 0
     answers = None
-    if left.any():  # Else probabilities need not be fetched.
+    if left.any():  # Otherwise the probabilities need not be fetched.
       probabilities = np.asarray(probabilities)[self.rows[left]]
       answers = Answers(self.indices[left], probabilities, exits[left])
     stay = ~left
     return answers, Batch(carry, self.rows[stay], self.indices[stay], self.thresholds[stay])
 
 
-# Makes one carry of so many places of rows of several.
+# Joins rows of several carries into one of a given capacity.
 Join = Callable[[Sequence[Carry], Sequence[np.ndarray], int], Carry]
 
 
 class Queue:
-  """Images that wait for a stage.
+  """A queue of images for a stage.
 
   Attributes:
-    count: Images that wait.
+    count: Number of queued images.
   """
 
   def __init__(self, join: Join):
@@ -125,7 +125,7 @@ class Queue:
       self.count += len(part.rows)
 
   def take(self, size: int) -> Batch:
-    """Removes up to `size` images, which get a carry of exactly `size` places."""
+    """Removes up to `size` images and returns them in a carry of exactly that capacity."""
     taken, room = [], size
     while room and self._parts:
       carry, *fields = self._parts.popleft()
@@ -137,7 +137,7 @@ class Queue:
     self.count -= size - room
     carries, rows, indices, thresholds = zip(*taken, strict=True)
     if len(carries) == 1 and capacity(carries[0]) == size:
-      # What has left makes no smaller batch, and nobody waits.
+      # The batch does not shrink and no other images are queued, so it needs no copy.
       carry, rows = carries[0], rows[0]
     else:
       carry, rows = self._join(carries, rows, size), np.arange(size - room)
@@ -145,23 +145,23 @@ class Queue:
 
 
 def capacity(carry: Carry) -> int:
-  """How many images a carry has room for."""
+  """The number of images that a carry can hold."""
   return len(jax.tree.leaves(carry)[0])
 
 
 def zeros(one: Carry, size: int) -> Carry:
-  """A carry of `size` zeros on the device, shaped like the one of one image."""
+  """A carry of zeros on the device, of capacity `size`, shaped like the carry of one image."""
   return jax.device_put(jax.tree.map(lambda x: np.zeros((size, *x.shape[1:]), x.dtype), one))
 
 
 def join_on_host(carries: Sequence[Carry], rows: Sequence[np.ndarray], size: int) -> Carry:
-  """A `Join` of carries on the host, or on a device whose memory is the host's."""
+  """A `Join` for carries on the host, or on a device that shares its memory."""
 
   def join(*arrays):
     joined, start = np.zeros((size, *arrays[0].shape[1:]), arrays[0].dtype), 0
     for array, part in zip(arrays, rows, strict=True):
       into = joined[start : start + len(part)]
-      np.take(np.asarray(array), part, axis=0, out=into, mode='clip')  # Other modes copy twice.
+      np.take(np.asarray(array), part, axis=0, out=into, mode='clip')  # The other modes copy twice.
       start += len(part)
     return joined
 
@@ -169,7 +169,7 @@ def join_on_host(carries: Sequence[Carry], rows: Sequence[np.ndarray], size: int
 
 
 def join_on_device(carries: Sequence[Carry], rows: Sequence[np.ndarray], size: int) -> Carry:
-  """A `Join` of carries that stay where they are."""
+  """A `Join` for carries that remain on the device."""
   joined, start = None, 0
   for carry, part in zip(carries, rows, strict=True):
     taken = np.full(size, -1, np.int32)
@@ -180,11 +180,11 @@ def join_on_device(carries: Sequence[Carry], rows: Sequence[np.ndarray], size: i
 
 
 def compile_join_on_device(one: Carry, sizes: Sequence[int]) -> None:
-  """Compiles all that `join_on_device` can need.
+  """Compiles everything that `join_on_device` can need.
 
   Args:
     one: The carry of one image.
-    sizes: The batch sizes that there are.
+    sizes: All batch sizes.
   """
   for before in sizes:
     for size in sizes:
@@ -200,7 +200,7 @@ def _select(carry, rows):
 
 @partial(jax.jit, donate_argnums=0)
 def _fill(joined, carry, rows):
-  """Puts rows of a carry in the places of another where the row's number is not negative."""
+  """Writes rows of a carry into another one wherever the row number is not negative."""
 
   def fill(into, x):
     is_taken = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))

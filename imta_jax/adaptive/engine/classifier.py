@@ -1,4 +1,4 @@
-"""The classifier: what users see of the engine."""
+"""The classifier, the interface of the engine."""
 
 import dataclasses
 import time
@@ -17,12 +17,12 @@ from .runner import BATCH_SIZES, Runner
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-  """Thresholds, and what they were measured to do on validation images.
+  """Thresholds, with their effect measured on validation images.
 
   Attributes:
-    thresholds: [exit]; an image leaves where its confidence is at least this.
+    thresholds: [exit]; an image leaves if its confidence is at least this.
     exit_fractions: [exit], the fraction of the images that left at each exit.
-    accuracy: The fraction that was classified correctly.
+    accuracy: The fraction of the images that was classified correctly.
   """
 
   thresholds: tuple[float, ...]
@@ -31,16 +31,16 @@ class OperatingPoint:
 
 
 class AdaptiveClassifier:
-  """Classifies images, each of which leaves at the first exit that is sure enough of it.
+  """Classifies images; each image leaves at the first exit that is confident enough.
 
   Attributes:
-    thresholds: [exit], float32; what `predict` uses unless told otherwise.
-    operating_points: What thresholds may be chosen from.
+    thresholds: [exit], float32; the default of `predict`.
+    operating_points: The operating points that `choose` selects from.
     madds: [exit], multiply-adds of an image that leaves there.
-    class_names: A name a class.
-    num_classes: Classes.
+    class_names: One name per class.
+    num_classes: Number of classes.
     image: Shape (height, width, channels) and type of an image.
-    preprocessing: How an image file becomes such an image, see imta_jax.predict.
+    preprocessing: How image files are turned into such images; see imta_jax.predict.
   """
 
   def __init__(
@@ -56,12 +56,12 @@ class AdaptiveClassifier:
     preprocessing: dict[str, Any] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
   ):
-    """Makes a classifier of stages; see also `from_workdir`, `from_model` and `load`.
+    """Creates a classifier from stages; see also `from_workdir`, `from_model` and `load`.
 
     Args:
-      stages: Functions (weights, carry) → carry. The first reads images, the others
-        (features, logits [batch, class]), which all of them give.
-      weights: What each stage gets as its weights.
+      stages: Functions (weights, carry) → carry. The first one reads images, the others read
+        (features, logits [batch, class]), which all of them return.
+      weights: The weights of each stage.
       thresholds: [exit].
       image: See the class.
       madds: See the class.
@@ -71,7 +71,7 @@ class AdaptiveClassifier:
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
 
     Raises:
-      ValueError: If thresholds or multiply-adds are not one an exit.
+      ValueError: If there is not one threshold and one multiply-adds count per exit.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
     self.image, self.operating_points, self.class_names = (
@@ -83,7 +83,9 @@ class AdaptiveClassifier:
     self.thresholds = np.asarray(thresholds, np.float32)
     for name, values in (('thresholds', thresholds), ('madds', madds)):
       if np.shape(values) != (len(self.stages),):
-        raise ValueError(f'{name} {values} must be one for each of {len(self.stages)} exits')
+        raise ValueError(
+          f'{name} {values} must have one value for each of the {len(self.stages)} exits'
+        )
     known_exit_fractions = [
       (point.thresholds, point.exit_fractions) for point in self.operating_points
     ]
@@ -101,19 +103,19 @@ class AdaptiveClassifier:
     latency: float | None = None,
     phase: int = -1,
   ) -> 'AdaptiveClassifier':
-    """The network that a run has trained and evaluated.
+    """Loads the network that a run has trained and evaluated.
 
     Args:
       workdir: The run's folder.
       budget: See `choose`.
       latency: See `choose`.
-      phase: The phase whose network it shall be, an index.
+      phase: Index of the training phase.
 
     Returns:
-      A classifier of images of unsigned bytes.
+      A classifier of uint8 images.
 
     Raises:
-      UsageError: If the folder is no run's, or the run is not through its evaluation.
+      UsageError: If the folder is not a workdir, or the run has not been evaluated.
     """
     from imta_jax import networks
 
@@ -132,18 +134,18 @@ class AdaptiveClassifier:
     madds: Sequence[float] | None = None,
     **fields: Any,
   ) -> 'AdaptiveClassifier':
-    """A network at hand.
+    """Wraps a Flax network.
 
     Args:
       model: An imta_jax.models.multi_exit.MultiExitNetwork.
       variables: Its variables.
       thresholds: [exit].
       image_shape: (height, width, channels).
-      mean: [channels], of pixels between 0 and 1; if given, images are unsigned bytes and are
-        normalised here, else they are normalised floats.
+      mean: [channels], of pixels between 0 and 1; if given, images are uint8 and are normalised by
+        the classifier, otherwise they are normalised floats.
       std: [channels], likewise.
       madds: See the class; counted if not given.
-      **fields: Of the constructor.
+      **fields: Further arguments of the constructor.
 
     Returns:
       A classifier.
@@ -180,7 +182,7 @@ class AdaptiveClassifier:
   def load(
     cls, folder: Any, budget: float | None = None, *, latency: float | None = None
   ) -> 'AdaptiveClassifier':
-    """Reads what experiments/export.py wrote.
+    """Loads an export of experiments/export.py.
 
     Args:
       folder: The export.
@@ -188,10 +190,10 @@ class AdaptiveClassifier:
       latency: See `choose`.
 
     Returns:
-      A classifier of images of unsigned bytes.
+      A classifier of uint8 images.
 
     Raises:
-      ValueError: If the folder is no export, or a file is not as it was written.
+      ValueError: If the folder is not an export, or a file has changed.
     """
     manifest, stages, weights = read_export(folder)
     operating_points = [
@@ -215,20 +217,21 @@ class AdaptiveClassifier:
   def choose(
     self, budget: float | None = None, latency: float | None = None
   ) -> 'AdaptiveClassifier':
-    """Sets `thresholds` to those that are most accurate within a budget, on validation images.
+    """Sets `thresholds` to the most accurate ones within a budget, on validation images.
 
     Args:
-      budget: Average multiply-adds an image.
-      latency: Average seconds an image, one at a time, on this machine, which is timed for it.
+      budget: Average multiply-adds per image.
+      latency: Average seconds per image, one image at a time; each exit is timed on this machine
+        first.
 
     Returns:
-      This classifier. Without a budget its thresholds stay as they are.
+      This classifier. Without a budget its thresholds do not change.
 
     Raises:
-      ValueError: If nothing lies within the budget, or two are given.
+      ValueError: If no operating point is within the budget, or both budgets are given.
     """
     if budget is not None and latency is not None:
-      raise ValueError('budget and latency are both given: give one')
+      raise ValueError('budget and latency are both given: give only one')
     if budget is not None:
       self.thresholds = self.thresholds_within(budget, self.madds)
     elif latency is not None:
@@ -236,17 +239,17 @@ class AdaptiveClassifier:
     return self
 
   def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
-    """The thresholds that are most accurate, on validation images, within a budget.
+    """The most accurate thresholds within a budget, on validation images.
 
     Args:
-      budget: Average cost an image.
-      costs: [exit], of an image that leaves there, in the budget's unit.
+      budget: Average cost per image.
+      costs: [exit], cost of an image that leaves there, in the unit of the budget.
 
     Returns:
       [exit], float32.
 
     Raises:
-      ValueError: If no setting lies within the budget.
+      ValueError: If no operating point is within the budget.
     """
     averages = [float(np.dot(point.exit_fractions, costs)) for point in self.operating_points]
     within = [
@@ -255,39 +258,39 @@ class AdaptiveClassifier:
       if average <= budget
     ]
     if not within:
-      least = f'{min(averages):.4g}' if averages else 'none, for there are no operating_points'
-      raise ValueError(f'budget {budget:g} is too small: the least that can be had is {least}')
+      least = f'{min(averages):.4g}' if averages else 'undefined: there are no operating points'
+      raise ValueError(f'budget {budget:g} is too small: the smallest possible budget is {least}')
     return np.asarray(max(within)[-1], np.float32)
 
   def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
     """Classifies images.
 
     Args:
-      images: [image, height, width, channels], as many as one likes, none included.
-      thresholds: [exit] or [image, exit], in place of `self.thresholds`.
+      images: [image, height, width, channels], any number of images, including none.
+      thresholds: [exit] or [image, exit], instead of `self.thresholds`.
 
     Returns:
-      The answers, in the images' order.
+      The answers, in the order of the images.
 
     Raises:
-      ValueError: If images or thresholds do not fit.
+      ValueError: If images or thresholds have the wrong shape or type.
     """
     return in_order(list(self.predict_as_decided(images, thresholds)), self.num_classes)
 
   def predict_as_decided(
     self, images: np.ndarray, thresholds: np.ndarray | None = None
   ) -> Iterator[Answers]:
-    """Classifies images; who leaves early is answered early.
+    """Classifies images and yields the answers of those that leave early first.
 
     Args:
       images: See `predict`.
       thresholds: See `predict`.
 
     Yields:
-      Answers as they are decided, not in the images' order: see `Answers.indices`.
+      Answers as they are decided, not in the order of the images; see `Answers.indices`.
 
     Raises:
-      ValueError: If images or thresholds do not fit.
+      ValueError: If images or thresholds have the wrong shape or type.
     """
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
@@ -299,20 +302,20 @@ class AdaptiveClassifier:
   def stream(
     self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None
   ) -> Iterator[Answers]:
-    """Classifies images as they come; places that images leave are filled by those that wait.
+    """Classifies a stream of images; slots of images that have exited are refilled from the queue.
 
-    Every stage works on full batches, however few images reach it, and at most two batches an exit
-    wait.
+    Every stage runs on full batches, however few images reach it; at most two batches per exit are
+    queued.
 
     Args:
-      batches: [image, height, width, channels] each, of any size.
-      thresholds: [exit], in place of `self.thresholds`.
+      batches: Arrays [image, height, width, channels] of any number of images.
+      thresholds: [exit], instead of `self.thresholds`.
 
     Yields:
-      Answers as they are decided, not in the images' order: see `Answers.indices`.
+      Answers as they are decided, not in the order of the images; see `Answers.indices`.
 
     Raises:
-      ValueError: If images or thresholds do not fit.
+      ValueError: If images or thresholds have the wrong shape or type.
     """
     checked = map(self._check, batches)
     source = ((images, self._rows(thresholds, len(images))) for images in checked)
@@ -322,15 +325,15 @@ class AdaptiveClassifier:
     """Times classification on this machine.
 
     Args:
-      batch_size: Images at once.
-      repeats: Runs to each exit, of which the median counts.
+      batch_size: Images per batch.
+      repeats: Number of runs per exit, of which the median is taken.
 
     Returns:
-      [exit], seconds an image that leaves there.
+      [exit], seconds per image that leaves there.
     """
     images = np.zeros((batch_size, *self.image.shape), self.image.dtype)
     num_exits = len(self.stages)
-    # With row i, no image leaves before exit i, and all leave there.
+    # With row i, all images leave at exit i.
     rows = np.where(np.eye(num_exits, dtype=bool), np.float32(-np.inf), np.float32(np.inf))
     thresholds = [np.broadcast_to(row, (batch_size, num_exits)) for row in rows]
     run = self._runner.all_stages
@@ -340,18 +343,19 @@ class AdaptiveClassifier:
       start = time.perf_counter()
       jax.block_until_ready(run(images, thresholds[exit]))
       seconds[repeat, exit] = time.perf_counter() - start
-    # Whoever goes on takes no less, whatever disturbed a clock.
+    # Later exits cannot take less time; where they seem to, the clock was disturbed.
     return np.maximum.accumulate(np.median(seconds, axis=0)) / batch_size
 
   def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
-    """Compiles ahead of use all that `predict` and `stream` can need, and times it.
+    """Compiles everything that `predict` and `stream` can need, and times it.
 
-    From then on images go in the batches that are quickest on this machine. Until then batches are
-    chosen by multiply-adds: alike everywhere, and with them the last bits of probabilities.
+    Afterwards images are processed in the batch sizes that are fastest on this machine. Before,
+    batch sizes are chosen by multiply-adds and thus the same on every machine, as are the last bits
+    of probabilities.
 
     Args:
-      largest: The most images at once to be ready for, more go in several batches; any number by
-        default.
+      largest: The largest number of images per call to prepare for; larger calls use several
+        batches. Default: any number.
 
     Returns:
       This classifier.
@@ -369,7 +373,7 @@ class AdaptiveClassifier:
     return images
 
   def _rows(self, thresholds, count):
-    """Thresholds an image, [image, exit]."""
+    """Thresholds per image, [image, exit]."""
     thresholds = np.asarray(self.thresholds if thresholds is None else thresholds)
     rows = np.empty((count, len(self.stages)), np.float32)
     try:

@@ -1,4 +1,4 @@
-"""Reads what experiments/export.py writes."""
+"""Reads exports of experiments/export.py."""
 
 import hashlib
 import io
@@ -17,16 +17,16 @@ FORMAT = 1
 
 
 def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
-  """Reads an export whose files are as they were written.
+  """Reads an export and verifies its checksums.
 
   Args:
     folder: The export.
 
   Returns:
-    What the manifest tells, stages, and the weights of each.
+    The manifest, the stages, and the weights of each stage.
 
   Raises:
-    ValueError: If the folder is no export, or a file is not as it was written.
+    ValueError: If the folder is not an export, or a file has changed.
   """
   manifest = _read_manifest(folder)
   contents = {
@@ -44,19 +44,19 @@ def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-  """The checksum of a manifest without the field that holds it."""
+  """The checksum of a manifest, without the field that holds it."""
   return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def thresholds_from_json(thresholds: list[float | None]) -> tuple[float, ...]:
-  """Thresholds; null is that of an exit where no image leaves, for JSON has no infinity."""
+  """Thresholds; null stands for infinity, which JSON does not have."""
   return tuple(np.inf if threshold is None else threshold for threshold in thresholds)
 
 
 def _read_manifest(folder):
   path = os.path.join(folder, MANIFEST)
   if not os.path.exists(path):
-    raise ValueError(f'{folder} is no export: it has no {MANIFEST}')
+    raise ValueError(f'{folder} is not an export: it has no {MANIFEST}')
   with open(path, 'rb') as file:
     try:
       manifest = json.load(file)
@@ -64,7 +64,7 @@ def _read_manifest(folder):
     except (ValueError, KeyError, AttributeError) as error:
       raise ValueError(f'{path} is damaged: export again') from error
   if checksum != manifest_checksum(manifest):
-    raise ValueError(f'{path} is not as it was written: export again')
+    raise ValueError(f'{path} has changed since it was written: export again')
   if manifest['format'] != FORMAT:
     raise ValueError(f'{folder} has format {manifest["format"]}, expected {FORMAT}')
   return manifest
@@ -78,7 +78,7 @@ def _read_checked(folder, name, checksum):
   except OSError as error:
     raise ValueError(f'{path} cannot be read ({error.strerror}): export again') from error
   if hashlib.sha256(content).hexdigest() != checksum:
-    raise ValueError(f'{path} is not as it was written: export again')
+    raise ValueError(f'{path} has changed since it was written: export again')
   return content
 
 

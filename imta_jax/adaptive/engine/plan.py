@@ -1,33 +1,33 @@
-"""In which batches images are run, by what batches cost."""
+"""Chooses batch sizes by the cost of batches."""
 
 import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# A batch size → what a batch costs, in any unit.
+# Batch size → cost of a batch, in any unit.
 Costs = Mapping[int, float]
 
-# What running a program is taken to cost besides its images until programs are timed, in
-# multiply-adds that take as long: 20 to 40 million on two CPU cores, where small batches fill no
-# vectors; an estimate for accelerators, where it is the host's time against a far faster device's.
+# Assumed cost of running a program besides its images, until programs are timed, in multiply-adds
+# that take as long: measured as 20 to 40 million on two CPU cores, where small batches fill no
+# vectors; estimated for accelerators, where it is the time of the host relative to a faster device.
 _OVERHEAD = {'cpu': 4e7}
 _OVERHEAD_OF_ACCELERATORS = 1e9
 
-# One program of all stages is compiled for batch sizes at which it is expected to spare at least
-# this part of the cost of a batch.
+# The fused program is compiled for batch sizes at which it is expected to save at least this part
+# of the cost of a batch.
 _LEAST_TO_SPARE = 0.1
 
-# Of batch sizes at which an image costs alike, but for this part, the largest is used.
+# Among batch sizes within 10 % of the lowest cost per image, the largest is used.
 _TIE = 0.1
 
 
 class BatchPlan:
-  """In which batches images are run, and which of these as one program that runs all stages.
+  """Batch sizes, and which batches run as the fused program of all stages.
 
   Attributes:
-    full_batch: The size of a batch where images suffice. One size for all stages, so that a batch
-      that nobody leaves goes from stage to stage as it is.
+    full_batch: The batch size if there are enough images. It is the same for all stages, so that a
+      batch that no image leaves passes from stage to stage unchanged.
   """
 
   def __init__(
@@ -36,11 +36,11 @@ class BatchPlan:
     fused_costs: Costs,
     known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
   ):
-    """Makes the plan.
+    """Creates the plan.
 
     Args:
-      stage_costs: [stage], of a batch.
-      fused_costs: Of a batch as one program, of which no image leaves before the last exit.
+      stage_costs: [stage], cost of a batch.
+      fused_costs: Cost of a batch in the fused program if no image leaves before the last exit.
       known_exit_fractions: Pairs (thresholds [exit], fraction of the images that leave at each
         exit [exit]).
     """
@@ -57,25 +57,25 @@ class BatchPlan:
       np.float32(thresholds).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
       for thresholds, fractions in known_exit_fractions
     }
-    # The same thresholds come again and again, and this takes as long as some of a small stage.
+    # The same thresholds are used again and again, and this takes as long as part of a small stage.
     self._expect_faster_fused = functools.lru_cache(maxsize=256)(self._expect_faster_fused)
 
   def first_batch(self, stage: int, count: int) -> int:
-    """The size of the batch to run next.
+    """The size of the next batch.
 
     Args:
-      stage: Counted from 0.
-      count: Images that wait for it; more than a full batch make a full batch.
+      stage: The stage, counted from 0.
+      count: Number of images queued for it.
     """
     return self._first_batches[stage][min(count, self.full_batch)]
 
   def is_faster_fused(self, size: int, thresholds: np.ndarray, total: float) -> bool:
-    """Whether a batch is likely to be done sooner by one program than stage by stage.
+    """Whether the fused program is likely to be faster for a batch than stage by stage.
 
     Args:
-      size: Places of the batch.
+      size: Capacity of the batch.
       thresholds: [image, exit], float32, of the images in it.
-      total: Images of which those that go on make batches together, these included.
+      total: Number of images that share batches in later stages, these included.
     """
     return self._expect_faster_fused(size, thresholds.tobytes(), total)
 
@@ -89,11 +89,11 @@ class BatchPlan:
     else:
       reached = np.mean([self.reached_stages(row) for row in thresholds], axis=0)
     costs = np.array([costs[size] for costs in self._stage_costs])
-    # All places run a stage that any image reaches, each at what one program costs less than many.
+    # Every row runs a stage that any image reaches; each stage costs less than as its own program.
     runs = 1 - (1 - reached) ** count
     spared = (costs.sum() - self._fused_costs[size]) / max(1, len(costs) - 1)
     fused = costs[0] + np.dot(costs[1:] - spared, runs[1:])
-    # Alone, the images that reach a stage do.
+    # Stage by stage, only the images that reach a stage run it.
     by_stages = costs[0]
     for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
       if fraction:
@@ -102,10 +102,10 @@ class BatchPlan:
     return bool(fused < by_stages)
 
   def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:
-    """[stage], the fraction of images that is likely to run each.
+    """[stage], the expected fraction of images that runs each stage.
 
-    Where no shares are known, images are taken to leave in equal numbers at each exit that is left,
-    unless a threshold lets all leave, or none.
+    If no exit fractions are known, images are assumed to leave in equal numbers at all remaining
+    exits, unless a threshold lets all images leave, or none.
 
     Args:
       thresholds: [exit], float32.
@@ -120,15 +120,15 @@ class BatchPlan:
 def expected_costs(
   madds: Sequence[float], sizes: Sequence[int], platform: str
 ) -> tuple[list[Costs], Costs]:
-  """What batches are taken to cost until they are timed, in multiply-adds.
+  """Assumed costs of batches until they are timed, in multiply-adds.
 
   Args:
     madds: [exit], of an image that leaves there.
-    sizes: The batch sizes that there are.
-    platform: That of JAX: cpu, gpu or tpu.
+    sizes: All batch sizes.
+    platform: The platform of JAX: cpu, gpu or tpu.
 
   Returns:
-    Costs of each stage, and of one program of all stages at the sizes where it is worth compiling.
+    Costs of each stage, and of the fused program at the sizes where it is worth compiling.
   """
   overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
   stages = [{size: overhead + size * work for size in sizes} for work in np.diff(madds, prepend=0)]
@@ -142,15 +142,15 @@ def expected_costs(
 
 
 def cheapest_batches(costs: Costs, most: int) -> tuple[np.ndarray, list[int]]:
-  """How batches of images that are left are cheapest to run.
+  """The cheapest way to divide a number of images into batches.
 
   Args:
-    costs: Of a batch.
+    costs: Cost of a batch.
     most: The largest batch size to use.
 
   Returns:
-    [count], the least cost of `count` images, up to `most`, and the size of the first of the
-    batches that have it.
+    [count], for each number of images up to `most`: the lowest cost, and the size of the first
+    batch to run for it.
   """
   costs = {size: cost for size, cost in costs.items() if size <= most}
   least, first = [0], [0]

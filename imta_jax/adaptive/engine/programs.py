@@ -1,4 +1,4 @@
-"""What is compiled: a stage, or all of them as one program."""
+"""The compiled programs: one per stage, and the fused program of all stages."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,43 +11,43 @@ from .batches import Carry
 from .compiler import compiler_options
 
 Tree = Any
-# (weights, what the stage before gave) → what the next one reads.
+# (weights, carry of the previous stage) → carry for the next one.
 Stage = Callable[[Tree, Carry], Carry]
 
-# A threshold is the confidence of a validation image, which shall leave. Rounding differs between
-# programs, so thresholds are lowered by this part of what they lack of certainty; confidences of
-# trained networks were seen to differ by up to 7e-6 of it.
+# A threshold is the confidence of a validation image, which must leave. Programs round differently,
+# so thresholds are lowered by this fraction of (1 - threshold); for trained networks confidences
+# were measured to differ by up to 7e-6 of it.
 _SLACK = 1e-5
 
-# Bytes of weights up to which a program has them as constants. Handing over some hundred arrays
-# takes as long as a small stage; large ones would take long to compile.
+# Largest size of weights, in bytes, that are compiled into a program as constants. Passing hundreds
+# of arrays takes as long as a small stage; large constants would take long to compile.
 _MOST_CONSTANTS = 2**25
 
 
 def stage_program(stage: Stage, weights: Tree) -> Callable:
-  """One stage.
+  """The program of one stage.
 
   Args:
-    stage: Which.
+    stage: The stage.
     weights: Its weights.
 
   Returns:
     A function of (carry, thresholds [image] of this exit), compiled when first called with a shape,
-    which gives the carry, probabilities [image, class] and who leaves, [image].
+    that returns the next carry, probabilities [image, class], and which images leave [image].
   """
   return _program(partial(_run_stage, stage), weights)
 
 
 def all_stages_program(stages: Sequence[Stage], weights: Sequence[Tree]) -> Callable:
-  """All stages; the device alone decides where images leave, and is done when all have.
+  """The fused program of all stages; it stops on the device when all images have left.
 
   Args:
-    stages: All.
-    weights: Of each.
+    stages: All stages.
+    weights: The weights of each stage.
 
   Returns:
-    A function of (images, thresholds [image, exit]), compiled when first called with a shape, which
-    gives probabilities [image, class] and exits [image].
+    A function of (images, thresholds [image, exit]), compiled when first called with a shape, that
+    returns probabilities [image, class] and exits [image].
   """
   return _program(partial(_run_all_stages, stages), weights)
 
@@ -58,7 +58,7 @@ def _program(function, weights):
     return partial(jax.jit(function, compiler_options=compiler_options()), weights)
 
   def with_constants(*rest):
-    # Behind the barrier, for what XLA computes of constants differs from program to program.
+    # The barrier prevents constant folding, whose results differ from program to program.
     return function(jax.lax.optimization_barrier(weights), *rest)
 
   return jax.jit(with_constants, compiler_options=compiler_options())
@@ -83,9 +83,9 @@ def _run_all_stages(stages, weights, images, thresholds):
     )
     if is_last:
       return answers
-    everyone_left = (answers[1] >= 0).all()
+    all_exited = (answers[1] >= 0).all()
     return jax.lax.cond(
-      everyone_left, lambda _, answers: answers, partial(run, index + 1), carry, answers
+      all_exited, lambda _, answers: answers, partial(run, index + 1), carry, answers
     )
 
   return run(0, images, (jnp.zeros((len(images), 1)), jnp.full(len(images), -1, jnp.int32)))

@@ -1,4 +1,4 @@
-"""Runs stages for the images that need them."""
+"""Runs each stage for the images that need it."""
 
 import collections
 import itertools
@@ -23,28 +23,28 @@ from .batches import (
 from .plan import BatchPlan, expected_costs
 from .programs import Stage, Tree, all_stages_program, stage_program
 
-# The batch sizes that are compiled. Images left over make smaller batches.
+# The batch sizes that are compiled. Remaining images use smaller batches.
 BATCH_SIZES = (1, 4, 16, 64, 256)
 
-# How often `Runner.compile` times programs, in turns; the least time counts.
+# How often `Runner.compile` times the programs, in turns; the shortest time counts.
 _TIMINGS = 5
 
-# Batches of each size run for at least so many seconds in a turn: a busy machine interrupts long
-# batches more often than short ones, but not a second of these more often than a second of those.
+# In a turn, batches of each size run for at least this long: a busy machine interrupts long batches
+# more often than short ones, but a second of long ones as often as a second of short ones.
 _SECONDS_A_TURN = 0.2
 
-# Seconds of batches that one turn times well enough.
+# One turn suffices for batches that take this many seconds.
 _LONG = 1.0
 
 
 class Runner:
-  """Runs stages for the images that need them.
+  """Runs each stage for the images that need it.
 
   Attributes:
-    stages: What runs one stage, see `stage_program`.
-    all_stages: What runs all, see `all_stages_program`.
-    join: Makes one carry of rows of several.
-    plan: In which batches images are run.
+    stages: The program of each stage, see `stage_program`.
+    all_stages: The fused program, see `all_stages_program`.
+    join: Joins rows of several carries.
+    plan: The batch sizes to use.
   """
 
   def __init__(
@@ -56,12 +56,12 @@ class Runner:
     known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
   ):
-    """Prepares programs, which are compiled when first run.
+    """Prepares the programs, which are compiled when first run.
 
     Args:
       stages: Functions (weights, carry) → carry. The first reads images, the others
         (features, logits [batch, class]), which all of them give.
-      weights: Of each stage.
+      weights: The weights of each stage.
       image: Shape (height, width, channels) and type of an image.
       madds: [exit], multiply-adds of an image that leaves there.
       known_exit_fractions: See `BatchPlan`.
@@ -75,19 +75,19 @@ class Runner:
     stage_costs, fused_costs = expected_costs(madds, self._batch_sizes, platform)
     self._fused_sizes = tuple(fused_costs)
     self.plan = BatchPlan(stage_costs, fused_costs, known_exit_fractions)
-    # [stage], of one image.
+    # [stage], the input of each stage for one image.
     self._carries = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
     for stage, of_stage in zip(stages, weights, strict=True):
       self._carries.append(jax.eval_shape(stage, of_stage, self._carries[-1]))
 
   @property
   def num_classes(self) -> int:
-    """Classes, by the logits."""
+    """The number of classes."""
     _, logits = self._carries[-1]
     return logits.shape[-1]
 
   def run_one(self, images: np.ndarray, thresholds: np.ndarray) -> Answers:
-    """Runs a single image without the host in between.
+    """Runs a single image as one program.
 
     Args:
       images: [1, height, width, channels].
@@ -99,16 +99,16 @@ class Runner:
   def run(self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float) -> Iterator[Answers]:
     """Runs stages until all images of a source have left.
 
-    A full batch runs as soon as there is one, of the last stage that has one, so that little waits.
-    When no more images come, the first stages empty themselves into the later ones. The device
-    works on a batch while the host sorts the images of the one before.
+    A stage runs as soon as it has a full batch, the last such stage first, so that queues stay
+    short. When the source is exhausted, queues are emptied from the first stage to the last. The
+    device works on a batch while the host sorts the images of the previous one.
 
     Args:
-      source: Images [image, height, width, channels] with thresholds [image, exit].
-      total: How many images there are.
+      source: Pairs of images [image, height, width, channels] and thresholds [image, exit].
+      total: Number of images in the source.
 
     Yields:
-      Answers as they are decided; images are counted through the source.
+      Answers as they are decided; indices count all images of the source.
     """
     queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
     first_index, open_source, started = 0, True, collections.deque()
@@ -132,16 +132,16 @@ class Runner:
         return
       if not full or len(started) > 1:
         next_queue, results = started.popleft()
-        answers, stayers = results()
-        next_queue.put(stayers)
+        answers, remaining = results()
+        next_queue.put(remaining)
         if answers is not None:
           yield answers
 
   def compile(self, largest: int | None = None) -> None:
-    """Compiles all that `run` can need, times it, and plans by these times.
+    """Compiles everything that `run` can need, times it, and plans by these times.
 
     Args:
-      largest: The most images at once to be ready for; any number by default.
+      largest: The largest number of images per call to prepare for; default: any number.
     """
     sizes = [
       size
@@ -153,7 +153,7 @@ class Runner:
       for carry in carries[1:]:
         compile_join_on_device(carry, sizes)
     costs = {size: np.full(len(carries) + 1, np.inf) for size in sizes}
-    for turn in range(1 + _TIMINGS):  # The first one compiles.
+    for turn in range(1 + _TIMINGS):  # The first turn compiles.
       for size, least in costs.items():
         if turn < 2 or least.sum() < _LONG:
           costs[size] = np.minimum(least, self._time(carries, size))
@@ -165,11 +165,11 @@ class Runner:
     """Times batches of which no image leaves before the last exit.
 
     Args:
-      carries: [stage], of one image, what it reads.
-      size: Images in a batch.
+      carries: [stage], the input of each stage for one image.
+      size: Images per batch.
 
     Returns:
-      Seconds of each stage, and of all as one program; 0 if there is none of this size.
+      Seconds of each stage and of the fused program; 0 if it is not used at this size.
     """
     rows = np.arange(size)
     thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
@@ -182,7 +182,7 @@ class Runner:
     while seconds.sum() < _SECONDS_A_TURN:
       for index, (run, carry) in enumerate(runs):
         start = time.perf_counter()
-        # What comes of a stage before is joined.
+        # The carries of a previous stage are joined.
         joined = self.join([carry], [rows], size) if isinstance(carry, tuple) else carry
         run(Batch(joined, rows, rows, thresholds))()
         seconds[index] += time.perf_counter() - start
@@ -193,12 +193,12 @@ class Runner:
     """Starts the next batch of a stage.
 
     Args:
-      index: The stage's.
-      queues: Of all stages.
-      total: Images of which those that go on make batches together, these included.
+      index: The stage, counted from 0.
+      queues: The queues of all stages.
+      total: Number of images that share batches in later stages, these included.
 
     Returns:
-      The queue of those who stay, and what waits for the results, see `_run_stage`.
+      The queue for the remaining images, and the function that waits for results, see `_run_stage`.
     """
     batch = queues[index].take(self.plan.first_batch(index, queues[index].count))
     fused = index == 0 and self.plan.is_faster_fused(capacity(batch.carry), batch.thresholds, total)
@@ -209,13 +209,13 @@ class Runner:
     """Starts a stage on a batch.
 
     Returns:
-      What waits for the results: answers of those who leave, if any do, and of the others what
-      `Queue.put` takes.
+      A function that waits for the results: the answers of images that leave, or None, and a batch
+      of the remaining images.
     """
     carry, probabilities, leaves = self.stages[index](batch.carry, batch.bounds(index))
 
     def results():
-      # The last exit takes all, whatever the threshold, and what is not a number.
+      # The last exit takes all images, NaN included.
       leaving = np.asarray(leaves) | (index + 1 == len(self.stages))
       return batch.divide(carry, probabilities, np.where(leaving, index, -1))
 

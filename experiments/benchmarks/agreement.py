@@ -1,0 +1,165 @@
+"""Do logits and gradients on this device agree with those of a CPU?
+
+    JAX_PLATFORMS=cpu python experiments/benchmarks/agreement.py --write=reference.npz
+    python experiments/benchmarks/agreement.py --check=reference.npz
+
+The first command, on a CPU, writes the logits of all exits and random projections of the gradient
+of phase I, in float32, for weights and images that a seed decides. The second one compares what the
+device at hand computes, in float32 at the highest and at the default precision, and in bfloat16.
+"""
+
+import argparse
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from imta_jax import command_line
+from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
+
+_IMAGES = 16
+# The mean square of a projection on random signs is the square of the norm.
+_PROJECTIONS = 16
+# Types and precisions, with the error up to which they agree: TF32 has 10 bits, bfloat16 has 7, and
+# errors add up over the layers.
+_MODES = (('float32', 'highest', 1e-3), ('float32', 'default', 3e-2), ('bfloat16', 'default', 0.3))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line.
+
+  Raises:
+    UsageError: If there is no reference, or it is of another network.
+  """
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', default='configs/cifar100.py', help='default: %(default)s')
+  action = parser.add_mutually_exclusive_group(required=True)
+  action.add_argument('--write', help='file to write the reference to')
+  action.add_argument('--check', help='file with the reference')
+  parser.add_argument('--output', help='JSON file for the errors')
+  options = parser.parse_args(arguments)
+  config = config_lib.load_file(options.config)
+  if options.write:
+    np.savez_compressed(options.write, **outcome(config, 'float32', 'highest'))
+    return
+  errors = check(config, options.check)
+  print(common.machine())
+  print()
+  print(
+    common.table(
+      ('type', 'precision', 'error of logits', 'error of the gradient', 'agrees'),
+      [
+        (
+          row['dtype'],
+          row['precision'],
+          f'{row["logits"]:.1e}',
+          f'{row["gradient"]:.1e}',
+          'yes' if row['agrees'] else 'NO',
+        )
+        for row in errors
+      ],
+    )
+  )
+  common.write_json(options.output, {'machine': common.machine(), 'errors': errors})
+
+
+def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
+  """Compares this device with a reference.
+
+  Args:
+    config: A whole config.
+    path: The reference.
+
+  Returns:
+    For each mode its relative errors: norm of the difference by norm of the reference.
+
+  Raises:
+    UsageError: If the reference cannot be read or is of other weights or images.
+  """
+  try:
+    with np.load(path) as file:
+      reference = dict(file)
+  except OSError as error:
+    raise UsageError(f'--check={path} cannot be read ({error.strerror})') from error
+  rows = []
+  for dtype, precision, tolerance in _MODES:
+    result = outcome(config, dtype, precision)
+    if result['checksum'] != reference['checksum']:
+      raise UsageError(f'--check={path} is of another config or seed: write it again')
+    errors = {
+      name: float(np.linalg.norm(result[name] - reference[name]) / np.linalg.norm(reference[name]))
+      for name in ('logits', 'gradient')
+    }
+    agrees = max(errors.values()) < tolerance
+    rows.append({'dtype': dtype, 'precision': precision, **errors, 'agrees': agrees})
+  return rows
+
+
+def outcome(config: ConfigDict, dtype: str, precision: str) -> dict[str, np.ndarray]:
+  """Logits and projected gradients of a network on this device.
+
+  Args:
+    config: A whole config.
+    dtype: What the network computes in.
+    precision: JAX's default precision of matrix products.
+
+  Returns:
+    'logits' [exit, image, class] in evaluation mode, 'gradient' [array, projection] of phase I's
+    loss, and 'checksum' of weights and images.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.dtype = dtype
+  config.global_batch_norm = False  # One device computes all.
+  task = common.make_task(config, 0, _IMAGES * jax.device_count())
+  model, variables = task.phase.model, jax.device_get(task.phase.state.variables)
+  images, labels = task.images[:_IMAGES], task.labels[:_IMAGES]
+
+  @jax.jit
+  def logits_of(variables, images):
+    return model.apply(variables, images)
+
+  @jax.jit
+  def gradient_of(variables, images, labels):
+    def loss_of(params):
+      logits, _ = model.apply(
+        {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+      )
+      labels_of_exits = jnp.broadcast_to(labels, logits.shape[:-1])
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels_of_exits)
+      return losses.mean(-1).sum()
+
+    return jax.grad(loss_of)(variables['params'])
+
+  with jax.default_matmul_precision(precision):
+    logits = np.asarray(logits_of(variables, images))
+    gradient = jax.tree.leaves(jax.device_get(gradient_of(variables, images, labels)))
+  checksum = 0
+  for leaf in (*jax.tree.leaves(variables), images, labels):
+    checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+  return {
+    'logits': logits,
+    'gradient': np.stack([_project(index, leaf) for index, leaf in enumerate(gradient)]),
+    'checksum': np.array(checksum),
+  }
+
+
+def _project(index, leaf):
+  """[projection], float64: an array's products with signs that its number decides."""
+  random = np.random.default_rng(index)
+  flat = leaf.ravel().astype(np.float64)
+  return np.array(
+    [flat @ (2.0 * random.integers(2, size=flat.size) - 1) for _ in range(_PROJECTIONS)]
+  )
+
+
+if __name__ == '__main__':
+  command_line.run(main)
