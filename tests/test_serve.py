@@ -274,15 +274,15 @@ def test_budgets_hold_for_a_request_alone(client_of):
 
 
 REFUSED = {
-  'budget too small': ({'query': '?budget=5'}, 422, 'least that can be had is 1e+06'),
+  'budget too small': ({'query': '?budget=5'}, 422, 'smallest possible budget is 1e+06'),
   'latency too small': ({'query': '?latency_ms=1e-9'}, 422, 'too small'),
   'budget no number': ({'query': '?budget=many'}, 422, "'many' is no number"),
   'budget not a number': ({'query': '?budget=nan'}, 422, 'too small'),
   'two budgets': ({'query': '?budget=3e6&latency_ms=3'}, 422, 'one of budget='),
   'unknown query': ({'query': '?buget=3e6'}, 422, 'buget=3e6'),
   'damaged': ({'content': PNGS[0][:50]}, 422, 'the image: cannot be read'),
-  'no image': ({'content': b'hello'}, 422, 'the image: no image'),
-  'empty': ({'content': b''}, 422, 'the image: no image'),
+  'no image': ({'content': b'hello'}, 422, 'the image: not an image'),
+  'empty': ({'content': b''}, 422, 'the image: not an image'),
   'many pixels': ({'content': png(np.zeros((50, 41, 1), np.uint8))}, 422, '41 x 50 exceeds 2,000'),
   'many bytes': ({'content': bytes(5001)}, 413, 'at most 0.005 MB'),
   'another type': ({'headers': {'Content-Type': 'text/plain'}}, 415, "'text/plain'"),

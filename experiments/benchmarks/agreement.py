@@ -1,11 +1,12 @@
-"""Do logits and gradients on this device agree with those of a CPU?
+"""Checks that logits and gradients on this device agree with those of a CPU.
 
     JAX_PLATFORMS=cpu python experiments/benchmarks/agreement.py --write=reference.npz
     python experiments/benchmarks/agreement.py --check=reference.npz
 
-The first command, on a CPU, writes the logits of all exits and random projections of the gradient
-of phase I, in float32, for weights and images that a seed decides. The second one compares what the
-device at hand computes, in float32 at the highest and at the default precision, and in bfloat16.
+The first command runs on a CPU. It writes the logits of all exits and random projections of phase
+I's gradient, in float32, for weights and images that depend on the config's seed. The second command
+compares them with the results of this device: in float32 at the highest and at the default
+precision, and in bfloat16.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
 
 _IMAGES = 16
-# The mean square of a projection on random signs is the square of the norm.
+# Number of projections per gradient array. A projection is the sum of all elements with random
+# signs; its mean square is the squared norm of the array.
 _PROJECTIONS = 16
-# Types and precisions, with the error up to which they agree: TF32 has 10 bits, bfloat16 has 7, and
-# errors add up over the layers.
+# Types, precisions and the errors below which they agree. The mantissa of TF32 has 10 bits and that
+# of bfloat16 has 7, and errors accumulate over the layers.
 _MODES = (('float32', 'highest', 1e-3), ('float32', 'default', 3e-2), ('bfloat16', 'default', 0.3))
 
 
@@ -36,15 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If there is no reference, or it is of another network.
+    UsageError: If the reference cannot be read, or was written for other weights or images.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', default='configs/cifar100.py', help='default: %(default)s')
   action = parser.add_mutually_exclusive_group(required=True)
-  action.add_argument('--write', help='file to write the reference to')
-  action.add_argument('--check', help='file with the reference')
+  action.add_argument('--write', help='file to write the reference to (.npz)')
+  action.add_argument('--check', help='reference file to compare with')
   parser.add_argument('--output', help='JSON file for the errors')
   options = parser.parse_args(arguments)
   config = config_lib.load_file(options.config)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   print()
   print(
     common.table(
-      ('type', 'precision', 'error of logits', 'error of the gradient', 'agrees'),
+      ('type', 'precision', 'error of the logits', 'error of the gradient', 'agrees'),
       [
         (
           row['dtype'],
@@ -76,14 +78,15 @@ def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
   """Compares this device with a reference.
 
   Args:
-    config: A whole config.
-    path: The reference.
+    config: A complete config.
+    path: The reference file.
 
   Returns:
-    For each mode its relative errors: norm of the difference by norm of the reference.
+    A record for each type and precision, with the relative errors (norm of the difference divided
+    by the norm of the reference) of logits and gradient, and whether they agree.
 
   Raises:
-    UsageError: If the reference cannot be read or is of other weights or images.
+    UsageError: If the reference cannot be read, or was written for other weights or images.
   """
   try:
     with np.load(path) as file:
@@ -94,7 +97,7 @@ def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
   for dtype, precision, tolerance in _MODES:
     result = outcome(config, dtype, precision)
     if result['checksum'] != reference['checksum']:
-      raise UsageError(f'--check={path} is of another config or seed: write it again')
+      raise UsageError(f'--check={path} was written for another config or seed: write it again')
     errors = {
       name: float(np.linalg.norm(result[name] - reference[name]) / np.linalg.norm(reference[name]))
       for name in ('logits', 'gradient')
@@ -105,20 +108,20 @@ def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
 
 
 def outcome(config: ConfigDict, dtype: str, precision: str) -> dict[str, np.ndarray]:
-  """Logits and projected gradients of a network on this device.
+  """Computes logits and projected gradients of a network on this device.
 
   Args:
-    config: A whole config.
-    dtype: What the network computes in.
+    config: A complete config.
+    dtype: The type that the network computes in.
     precision: JAX's default precision of matrix products.
 
   Returns:
     'logits' [exit, image, class] in evaluation mode, 'gradient' [array, projection] of phase I's
-    loss, and 'checksum' of weights and images.
+    loss, and the 'checksum' of weights and images.
   """
   config = config.copy_and_resolve_references()
   config.model.dtype = dtype
-  config.global_batch_norm = False  # One device computes all.
+  config.global_batch_norm = False  # A single device computes everything.
   task = common.make_task(config, 0, _IMAGES * jax.device_count())
   model, variables = task.phase.model, jax.device_get(task.phase.state.variables)
   images, labels = task.images[:_IMAGES], task.labels[:_IMAGES]
@@ -153,7 +156,7 @@ def outcome(config: ConfigDict, dtype: str, precision: str) -> dict[str, np.ndar
 
 
 def _project(index, leaf):
-  """[projection], float64: an array's products with signs that its number decides."""
+  """Returns [projection], float64: an array's products with signs that depend on its index."""
   random = np.random.default_rng(index)
   flat = leaf.ravel().astype(np.float64)
   return np.array(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: phases as training sets them up, the peer, timing, tables."""
+"""Shared by the benchmarks: phases set up as in training, the PyTorch peer, timing and tables."""
 
 import dataclasses
 import functools
@@ -23,26 +23,26 @@ from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
 from imta_jax.models.multi_exit import MultiExitNetwork
 
-# Training images before any are held out, and classes.
+# Number of training images, before any are held out for validation, and number of classes.
 DATASETS = {
   'cifar10': (50_000, 10),
   'cifar100': (50_000, 100),
   'imagenet2012': (1_281_167, 1000),
   'mnist5k': (4_000, 10),
 }
-# Least seconds per timing if its number of runs is not given.
-_SECONDS_A_TIMING = 0.5
-# Steps dispatched ahead, as in training.
+# Seconds that a turn takes, approximately, if its number of runs is not given.
+_SECONDS_PER_TURN = 0.5
+# Number of steps dispatched ahead, as in training.
 _STEPS_IN_FLIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A phase as training sets it up, and noise to train on.
+  """A phase, set up as in training, and noise to train on.
 
   Attributes:
-    phase: The phase; none of its state's values is special, as initial zeros are.
-    predecessor: Network and variables of the previous phase, or None.
+    phase: The phase; its variables are perturbed, so that none has a special value such as 0.
+    predecessor: Network and variables of the previous phase, or None for the first phase.
     images: [batch, height, width, channels], float32, on the host.
     labels: [batch], int32.
   """
@@ -54,7 +54,7 @@ class Task:
 
   @property
   def batch(self) -> dict[str, jax.Array]:
-    """Images and labels on the devices, [local devices, batch per device, …]."""
+    """Images and labels on the local devices, [local devices, batch per device, …]."""
     parts = {
       name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
       for name, array in (('image', self.images), ('label', self.labels))
@@ -62,27 +62,27 @@ class Task:
     return jax.pmap(lambda batch: batch)(parts)
 
   def train_step(self) -> tuple[Callable, steps.TrainState, Any]:
-    """The mapped training step, with the state and the teacher's variables on the devices."""
+    """Returns the mapped training step, the state and the teacher's variables on the devices."""
     step = steps.on_devices(self.phase.train_step, num_replicated=2)
     return step, *devices.replicate((self.phase.state, self.phase.teacher))
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
-  """Makes a phase's task.
+  """Makes the task of a phase.
 
   Args:
-    config: A whole config.
+    config: A complete config.
     index: The phase, counted from 0.
-    batch_size: Images per step, over all devices.
+    batch_size: Images per step, on all devices together.
 
   Raises:
-    UsageError: If the config, the phase or the batch size is wrong.
+    UsageError: If the config, the phase or the batch size is invalid.
   """
   if batch_size < 1 or batch_size % jax.device_count():
-    raise UsageError(f'batch size {batch_size} must be a multiple of {jax.device_count()} devices')
+    raise UsageError(f'batch size {batch_size} is not a multiple of {jax.device_count()} devices')
   random = np.random.default_rng(config.seed)
-  disturb = functools.partial(_disturb, random)
-  phase, predecessor = set_up_without_data(config, index, batch_size, disturb)
+  perturb = functools.partial(_perturb, random)
+  phase, predecessor = set_up_without_data(config, index, batch_size, perturb)
   shape, num_classes = image_shape(config), phase.model.num_classes
   images = random.standard_normal((batch_size, *shape), np.float32)
   labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
@@ -98,19 +98,19 @@ def set_up_without_data(
   """Sets up a phase as training does, without its data set.
 
   Args:
-    config: A whole config, of a data set that `DATASETS` knows.
+    config: A complete config whose data set is in `DATASETS`.
     index: The phase, counted from 0.
-    batch_size: Images per step, over all devices.
-    change: What is done to each variable of each phase.
+    batch_size: Images per step, on all devices together.
+    change: Function that is applied to each variable of each phase.
 
   Returns:
-    The phase, and network and variables of the previous phase, or None.
+    The phase, and network and variables of the previous phase, or None for the first phase.
 
   Raises:
-    UsageError: If the config or the phase is wrong.
+    UsageError: If the config or the phase is invalid.
   """
   if not 0 <= index < len(config.phases):
-    raise UsageError(f'phase {index + 1} does not exist: the config has {len(config.phases)}')
+    raise UsageError(f'phase {index + 1} does not exist: the config has 1 to {len(config.phases)}')
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size
   num_images, num_classes = _dataset(config)
@@ -135,13 +135,13 @@ def set_up_without_data(
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """(height, width, channels) of a config's images."""
+  """Returns (height, width, channels) of a config's images."""
   side = config.dataset.image_size
   return side, side, len(config.dataset.mean)
 
 
-def _disturb(random, leaf):
-  """A variable a little off, by less than would change the scale of what a network computes."""
+def _perturb(random, leaf):
+  """Adds noise to a variable, too little to change the scale of the network's activations."""
   fan_in = leaf.size // leaf.shape[-1]
   return leaf + random.uniform(-0.1, 0.1, leaf.shape).astype(np.float32) / np.sqrt(fan_in)
 
@@ -151,13 +151,13 @@ def _dataset(config):
     return DATASETS[config.dataset.name]
   except KeyError:
     raise UsageError(
-      f'config.dataset.name is {config.dataset.name!r}, whose size the benchmarks do not know: '
-      f'they know {", ".join(DATASETS)}'
+      f'config.dataset.name is {config.dataset.name!r}, but the benchmarks only know the sizes of '
+      f'{", ".join(DATASETS)}'
     ) from None
 
 
 def ours(task: Task) -> Callable[[int], None]:
-  """A function that runs a number of training steps and waits for them."""
+  """Returns a function that runs a given number of training steps and waits for them."""
   train, state, teacher = task.train_step()
   batch = task.batch
 
@@ -175,24 +175,30 @@ def ours(task: Task) -> Callable[[int], None]:
 
 
 def has_torch() -> bool:
-  """Whether PyTorch, and so the peer, is installed."""
+  """Returns whether PyTorch, which the peer needs, is installed."""
   return importlib.util.find_spec('torch') is not None
 
 
 def peer_network(config: ConfigDict, task: Task) -> Any:
-  """The task's network in PyTorch, with the same weights, on the device.
+  """Returns the task's network in PyTorch, with the same weights, on the device.
 
   Raises:
-    UsageError: If the peer has no such network.
+    UsageError: If the peer does not implement this network or would need several devices.
   """
   import torch_peer
 
   phase, fields = task.phase.config, {**config.model}
   del fields['dtype']
   if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
-    raise UsageError('the peer knows MSDNets, without collaboration or with the network: --peers=')
+    raise UsageError(
+      "the peer implements only MSDNet with collaboration 'off' or 'network': "
+      'run training_step.py with --peers= to measure without it'
+    )
   if jax.device_count() > 1:
-    raise UsageError(f'the peer runs on one device and there are {jax.device_count()}: --peers=')
+    raise UsageError(
+      f'the peer runs on one device, but there are {jax.device_count()}: '
+      'run training_step.py with --peers= to measure without it'
+    )
   fields.pop('remat', None)
   num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
   network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
@@ -207,12 +213,12 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
 
 
 def torch_device() -> str:
-  """The device for PyTorch: the kind of device that JAX uses."""
+  """Returns the name of PyTorch's device, of the same kind as the one that JAX uses."""
   return 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
 
 
 def to_torch(task: Task) -> tuple[Any, Any]:
-  """The task's images [batch, channels, height, width] and labels as tensors on the device."""
+  """Returns images [batch, channels, height, width] and labels as tensors on the device."""
   import torch
 
   images = torch.from_numpy(np.ascontiguousarray(task.images.transpose(0, 3, 1, 2)))
@@ -221,17 +227,17 @@ def to_torch(task: Task) -> tuple[Any, Any]:
 
 
 def check_peer(config: ConfigDict, index: int) -> float:
-  """Compares the logits of every exit, ours and the peer's, in float32 on four images.
+  """Compares the peer's logits of all exits with ours, in float32 on four images.
 
   Args:
-    config: A whole config.
-    index: The phase, from 0.
+    config: A complete config.
+    index: The phase, counted from 0.
 
   Returns:
-    The largest difference, as a fraction of the largest logit.
+    The largest difference, relative to the largest logit.
 
   Raises:
-    RuntimeError: If it is above 1e-4.
+    RuntimeError: If the difference is not below 1e-4.
   """
   import torch
 
@@ -249,7 +255,7 @@ def check_peer(config: ConfigDict, index: int) -> float:
   torch.set_float32_matmul_precision(allowed[1])
   difference = float(np.abs(logits - peers).max() / np.abs(logits).max())
   if not difference < 1e-4:
-    raise RuntimeError(f'the networks differ: logits by {difference:.1e} of the largest')
+    raise RuntimeError(f'the logits of the peer differ from ours by {difference:.1e} of the largest logit')
   return difference
 
 
@@ -259,24 +265,24 @@ def interleave(
   """Times functions in turns, A B A B, so that other load on the machine affects all alike.
 
   Args:
-    contestants: Functions that do something a given number of times and wait for it.
+    contestants: Functions that run something a given number of times and wait until it is done.
     repeats: Number of turns per function.
-    count: Number of times per turn; by default enough for half a second.
+    count: Number of runs per turn; by default as many as take about half a second.
 
   Returns:
-    Average seconds per time, for every turn of every function.
+    For each function, the average seconds per run of each turn.
   """
   counts = {}
   for name, run in contestants.items():
-    run(1)  # Compiles.
+    run(1)  # Compile.
     start = time.perf_counter()
     run(1)
     seconds = time.perf_counter() - start
-    counts[name] = count or max(1, round(_SECONDS_A_TIMING / seconds))
+    counts[name] = count or max(1, round(_SECONDS_PER_TURN / seconds))
   timings = {name: [] for name in contestants}
   for _ in range(repeats):
     for name, run in contestants.items():
-      run(1)  # Refills caches and wakes threads.
+      run(1)  # Refill the caches and wake the threads.
       start = time.perf_counter()
       run(counts[name])
       timings[name].append((time.perf_counter() - start) / counts[name])
@@ -284,7 +290,7 @@ def interleave(
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-  """The median of values, with the lowest and the highest if they differ."""
+  """Formats the median of values, with the lowest and the highest if they differ."""
   low, middle, high = min(values), statistics.median(values), max(values)
   extremes = f' ({low:,.{digits}f}–{high:,.{digits}f})' if low < high else ''
   return f'{middle:,.{digits}f}{extremes}'
@@ -293,11 +299,11 @@ def spread(values: Sequence[float], digits: int) -> str:
 def set_up() -> None:
   """Lets JAX and PyTorch share the device, and keeps compiled programs between runs.
 
-  Must be called before either of them computes.
+  Must be called before JAX or PyTorch computes anything.
   """
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   set_up_compilation_cache()
-  jax.devices()  # First, so that the CUDA libraries in use are those that JAX needs.
+  jax.devices()  # Load the CUDA libraries that JAX needs before PyTorch loads its own.
   if has_torch():
     import torch
 
@@ -306,7 +312,7 @@ def set_up() -> None:
 
 
 def machine() -> str:
-  """The machine of a measurement: devices, processor and versions."""
+  """Describes this machine: devices, processor and versions."""
   cpu = platform.processor()
   if Path('/proc/cpuinfo').exists():
     lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -321,7 +327,7 @@ def machine() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A Markdown table with aligned columns."""
+  """Returns a Markdown table with aligned columns."""
   cells = [list(map(str, row)) for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = ['| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in cells]
@@ -330,6 +336,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_json(path: str | None, content: Any) -> None:
-  """Writes results if a path is given."""
+  """Writes results to a file, if a path is given."""
   if path:
     Path(path).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

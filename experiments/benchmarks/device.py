@@ -1,15 +1,16 @@
-"""All measurements on an accelerator in one go, for as many minutes as it is at hand.
+"""Runs all measurements on an accelerator within a given number of minutes, then trains.
 
     JAX_PLATFORMS=cpu python experiments/benchmarks/agreement.py --write=kit/reference.npz
     python -m imta_jax.prepare --config=configs/cifar100.py kit/arrays
     python experiments/benchmarks/device.py --minutes=9 --kit=kit --output=results
 
-The first two commands run anywhere; their folder travels. The third one runs on the device: the
-measurements in their order, each as a process of its own, as far as time allows; then training, for
-the time that remains. It needs no TensorFlow and no network. Without PyTorch there are no peers.
+The first two commands run on any machine; copy the folder that they write to the device. The third
+command runs there. It runs the measurements in a fixed order, the most important first, each in its
+own process, and skips those for which too little time is left. In the remaining time it trains. It
+needs neither TensorFlow nor a network connection; without PyTorch it measures no peers.
 
-It writes device.json and device.md, and what the next stretch resumes the training from: the files
-run_0, run_1 and so on, of at most 15 MB each, to be given back with --resume=FOLDER.
+It writes device.json and device.md, and the state of the training as files run_0, run_1 and so on,
+of at most 15 MB each. To continue the training in another session, pass their folder as --resume.
 """
 
 import argparse
@@ -32,9 +33,9 @@ from imta_jax.command_line import positive
 from imta_jax.errors import UsageError
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FOLDER = Path(__file__).resolve().parent
+_BENCHMARKS = Path(__file__).resolve().parent
 _PART_BYTES = 15_000_000
-# Seconds in which a training that is told to stop has saved its state, and all is packed.
+# Seconds reserved for the training to save its state on SIGTERM, and for packing it.
 _SECONDS_TO_STOP = 45
 
 
@@ -43,9 +44,9 @@ class Measurement:
   """One of the measurements.
 
   Attributes:
-    name: What the page calls it.
+    name: Its name in the report and in --skip.
     command: The program and its arguments.
-    least_seconds: With less time left it is skipped.
+    least_seconds: It is skipped if fewer seconds are left.
     output: The JSON file that the program writes, or None.
   """
 
@@ -59,23 +60,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If the kit is not there.
+    UsageError: If the kit is incomplete, or the state to resume from is missing or incomplete.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--minutes', type=positive(float), default=9.0, help='default: 9')
-  parser.add_argument('--kit', default='kit', help='folder with reference.npz and arrays/')
-  parser.add_argument('--output', required=True, help='folder to write')
-  parser.add_argument('--config', default='configs/cifar100.py', help='default: %(default)s')
   parser.add_argument(
-    '--large_config', default='configs/imagenet.py', help='default: %(default)s; may be empty'
+    '--minutes', type=positive(float), default=9.0, help='total time in minutes; default: 9'
   )
-  parser.add_argument('--batch_sizes', default='64,512', help='default: 64,512')
-  parser.add_argument('--large_batch_size', default='256', help='default: 256')
-  parser.add_argument('--dtype', default='bfloat16', help='default: bfloat16')
-  parser.add_argument('--resume', help='folder with the run_0, run_1 … of the stretch before')
-  parser.add_argument('--skip', default='', help='names of measurements to leave out')
+  parser.add_argument(
+    '--kit', default='kit', help='folder with reference.npz and arrays/; default: %(default)s'
+  )
+  parser.add_argument('--output', required=True, help='folder to write')
+  parser.add_argument(
+    '--config',
+    default='configs/cifar100.py',
+    help='config to measure and to train; default: %(default)s',
+  )
+  parser.add_argument(
+    '--large_config',
+    default='configs/imagenet.py',
+    help='config for the large training step; default: %(default)s; may be empty',
+  )
+  parser.add_argument(
+    '--batch_sizes',
+    default='64,512',
+    help='batch sizes of training steps and memory, separated by commas; evaluation uses the last '
+    'one; default: %(default)s',
+  )
+  parser.add_argument(
+    '--large_batch_size', default='256', help='batch size for --large_config; default: %(default)s'
+  )
+  parser.add_argument(
+    '--dtype', default='bfloat16', help='type that networks compute in; default: %(default)s'
+  )
+  parser.add_argument(
+    '--resume', help='folder with run_0, run_1 and so on of a previous session, to resume from'
+  )
+  parser.add_argument(
+    '--skip', default='', help='names of measurements to leave out, separated by commas'
+  )
   options = parser.parse_args(arguments)
   start, kit, output = time.monotonic(), Path(options.kit).resolve(), Path(options.output).resolve()
   deadline = start + 60 * options.minutes
@@ -83,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not path.exists():
       raise UsageError(f'--kit={options.kit} has no {path.relative_to(kit)}: see --help')
   output.mkdir(parents=True, exist_ok=True)
-  runs = output / 'runs'  # Not packed: the machine's own.
+  runs = output / 'runs'  # Workdirs; only the training in it is packed.
 
   results = []
   skipped = options.skip.split(',')
@@ -101,18 +125,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measurements(
   options: argparse.Namespace, kit: Path, output: Path, runs: Path
 ) -> list[Measurement]:
-  """The measurements, in the order of their worth."""
+  """Returns the measurements, the most important first."""
 
   def script(name, title, least_seconds, *flags):
     path = output / f'{title.replace(" ", "_")}.json'
-    command = (sys.executable, str(_FOLDER / name), *flags, f'--output={path}')
+    command = (sys.executable, str(_BENCHMARKS / name), *flags, f'--output={path}')
     return Measurement(title, command, least_seconds, path)
 
   config, dtype = f'--config={options.config}', f'--dtype={options.dtype}'
   sizes = f'--batch_sizes={options.batch_sizes}'
   largest = f'--batch_size={options.batch_sizes.split(",")[-1]}'
   data = _data_flags(kit)
-  latency = str(_FOLDER.parent / 'latency.py')
+  latency = str(_BENCHMARKS.parent / 'latency.py')
   short_run = str(runs / 'short')
   chosen = [
     script('agreement.py', 'agreement', 30, config, f'--check={kit / "reference.npz"}'),
@@ -129,7 +153,7 @@ def measurements(
       'start_up.py', 'start-up', 60, options.config, f'--overrides={" ".join(data)}', '--repeats=1'
     ),
     script('evaluation.py', 'evaluation', 40, config, dtype, largest),
-    # The engine's latency needs a network; how well it is trained does not change its time.
+    # Measuring latency needs a network; how well it is trained does not change its speed.
     Measurement(
       'short training for latency',
       (
@@ -161,14 +185,14 @@ def _train_command(options, data, workdir):
 
 
 def run(measurement: Measurement, deadline: float) -> dict[str, Any]:
-  """Runs a measurement if there is time for it.
+  """Runs a measurement if enough time is left for it.
 
   Args:
-    measurement: What to run.
-    deadline: When it is ended at the latest, by the monotonic clock.
+    measurement: The measurement to run.
+    deadline: Time of `time.monotonic()` at which it is killed if it is still running.
 
   Returns:
-    'name', 'status', 'seconds', 'text' that it printed, and the 'results' that it wrote.
+    'name', 'status', 'seconds', the 'text' that it printed, and the 'results' that it wrote.
   """
   start = time.monotonic()
   left = deadline - start
@@ -192,7 +216,7 @@ def run(measurement: Measurement, deadline: float) -> dict[str, Any]:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
     text, _ = process.communicate()
-    status = 'ended before it was done: no time left'
+    status = 'stopped before it finished: no time left'
   path = measurement.output
   results = json.loads(path.read_text()) if path is not None and path.exists() else None
   seconds = time.monotonic() - start
@@ -206,10 +230,16 @@ def run(measurement: Measurement, deadline: float) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace, kit: Path, workdir: Path, deadline: float) -> dict[str, Any]:
-  """Trains until there is just the time to save, from where the stretch before stopped.
+  """Trains, from the state of the previous session if any, until it is time to save the state.
+
+  Args:
+    options: The options of the command line.
+    kit: The folder with the data set.
+    workdir: The workdir of the training.
+    deadline: Time of `time.monotonic()` by which the state must be saved.
 
   Returns:
-    As `run`; its results are the lines of metrics.jsonl.
+    A record as from `run`; its results are the lines of metrics.jsonl.
   """
   start = time.monotonic()
   if options.resume:
@@ -230,13 +260,13 @@ def train(options: argparse.Namespace, kit: Path, workdir: Path, deadline: float
   try:
     text, _ = process.communicate(timeout=left)
   except subprocess.TimeoutExpired:
-    process.send_signal(signal.SIGTERM)  # It saves its state.
+    process.send_signal(signal.SIGTERM)  # The training saves its state and exits.
     try:
       text, _ = process.communicate(timeout=_SECONDS_TO_STOP)
     except subprocess.TimeoutExpired:
       process.kill()
       text, _ = process.communicate()
-  status = {0: 'finished', 128 + signal.SIGTERM: 'saved, to be resumed'}.get(
+  status = {0: 'finished', 128 + signal.SIGTERM: 'stopped; can be resumed'}.get(
     process.returncode, f'failed with status {process.returncode}'
   )
   metrics = workdir / 'metrics.jsonl'
@@ -251,17 +281,17 @@ def train(options: argparse.Namespace, kit: Path, workdir: Path, deadline: float
 
 
 def pack(workdir: Path, folder: Path) -> list[Path]:
-  """Packs what a training is resumed from into files that travel.
+  """Packs everything that resuming a training needs into files that are easy to copy.
 
-  Of each phase the newest checkpoint goes along, and of a phase that is over all of them, since the
-  next one starts from the best.
+  Packs the newest checkpoint of the current phase, and all checkpoints of completed phases, since
+  the next phase may start from the best one.
 
   Args:
-    workdir: The run's folder.
-    folder: Where to write run_0, run_1 and so on.
+    workdir: The workdir of the training.
+    folder: The folder to write run_0, run_1 and so on to.
 
   Returns:
-    The files.
+    The files; none if the training has not started.
   """
   for old in folder.glob('run_*'):
     old.unlink()
@@ -288,28 +318,32 @@ def pack(workdir: Path, folder: Path) -> list[Path]:
 
 
 def unpack(folder: Path, workdir: Path) -> None:
-  """Unpacks what `pack` wrote; a run that is there already stays.
+  """Unpacks the files that `pack` wrote, unless the workdir already holds a run.
+
+  Args:
+    folder: The folder with run_0, run_1 and so on.
+    workdir: The workdir to write.
 
   Raises:
-    UsageError: If nothing is there, or not all of it.
+    UsageError: If there are no such files, or some of them are missing.
   """
   if (workdir / 'config.json').exists():
     return
   parts = sorted(folder.glob('run_*'), key=lambda path: int(path.name.removeprefix('run_')))
   if not parts:
-    raise UsageError(f'--resume={folder} has no run_0: name the folder of the stretch before')
+    raise UsageError(f'--resume={folder} has no run_0: pass the output folder of the previous session')
   content = b''.join(part.read_bytes() for part in parts)
   try:
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
       tar.extractall(workdir, filter='data')
   except tarfile.TarError as error:
-    raise UsageError(f'--resume={folder} is not whole ({error}): a part is missing') from error
+    raise UsageError(f'--resume={folder} is incomplete ({error}): a part is missing') from error
 
 
 def write_page(
   results: Sequence[dict[str, Any]], options: argparse.Namespace, folder: Path
 ) -> None:
-  """Writes device.json, and device.md for readers."""
+  """Writes device.json, and device.md as a readable report."""
   content = json.dumps({'options': vars(options), 'results': results}, indent=2) + '\n'
   (folder / 'device.json').write_text(content, encoding='utf-8')
   lines = [
@@ -325,7 +359,7 @@ def write_page(
   for result in results:
     if result['text']:
       lines += ['', f'## {result["name"][:1].upper()}{result["name"][1:]}', '']
-      # Tables stand as they are; other lines as paragraphs.
+      # Tables are kept as they are; other lines become code blocks.
       for line in result['text'].strip().splitlines():
         is_table = line.startswith('|')
         lines.append(line if is_table or not line.strip() else f'    {line}')

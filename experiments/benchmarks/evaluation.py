@@ -1,11 +1,11 @@
-"""Time of an evaluation: the logits of all exits, and the sweep over budgets.
+"""Measures the parts of an evaluation: the logits of all exits, and the sweep over budgets.
 
     python experiments/benchmarks/evaluation.py --config=configs/cifar100.py --images=10000
 
-Logits: ours are those of `evaluate.predict` with the pmapped step that training uses, on a batch
-that lies on the device, again and again; the peer's those of the same network in PyTorch. Both
-bring the logits to the host. The sweep: `budget_sweep` over its 40 budgets for 5 exits, 50,000
-validation and 50,000 test images.
+Logits: `evaluate.predict` with the mapped step that training uses is compared with the same network
+in PyTorch. Both process one batch, which lies on the device, again and again, and copy the logits to
+the host. Sweep: `budget_sweep` runs with its 40 budgets for 5 exits, 50,000 validation images and
+50,000 test images.
 """
 
 import argparse
@@ -29,10 +29,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
-  parser.add_argument('--phase', type=int, help="which phase's network; default: the last")
+  parser.add_argument('--config', required=True, help='config file as in training, for example configs/cifar100.py:exits=5')
+  parser.add_argument('--phase', type=int, help='training phase, counted from 1; default: the last')
   parser.add_argument('--images', type=int, default=10_000, help='images per turn; default: 10,000')
-  parser.add_argument('--batch_size', type=int, help="default: the config's, for evaluation")
+  parser.add_argument('--batch_size', type=int, help="default: the config's for evaluation")
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--repeats', type=int, default=3, help='turns per contestant; default: 3')
   parser.add_argument('--output', help='JSON file for all timings')
@@ -42,7 +42,7 @@ def main() -> None:
   index = (len(config.phases) if options.phase is None else options.phase) - 1
   batch_size = options.batch_size or config.evaluation_batch_size
   if options.images < 1 or options.repeats < 1:
-    raise UsageError('--images and --repeats must be 1 or more')
+    raise UsageError('--images and --repeats must be at least 1')
   common.set_up()
 
   task = common.make_task(config, index, batch_size)
@@ -51,7 +51,7 @@ def main() -> None:
     common.check_peer(config, index)
     contestants['eager'] = peer(config, task)
   else:
-    print('PyTorch is not installed: no peer.')
+    print('PyTorch is not installed: the peer is not measured.')
   num_batches = -(-options.images // batch_size)
   timings = common.interleave(contestants, options.repeats, num_batches)
   print(common.machine())
@@ -76,7 +76,7 @@ def main() -> None:
   print()
   print(
     common.table(
-      ('classes', f'seconds of a sweep over {len(BUDGET_PARAMETERS)} budgets'),
+      ('classes', f'seconds per sweep over {len(BUDGET_PARAMETERS)} budgets'),
       [(num_classes, common.spread(seconds, 2)) for num_classes, seconds in sweeps.items()],
     )
   )
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def ours(task: common.Task) -> Callable[[int], None]:
-  """A function that predicts a number of batches."""
+  """Returns a function that predicts a given number of batches."""
   predict = steps.on_devices(task.phase.predict_step, num_replicated=1)
   variables = devices.replicate(task.phase.state.variables)
   mask = np.ones((jax.local_device_count(), len(task.images) // jax.device_count()), bool)
@@ -94,24 +94,31 @@ def ours(task: common.Task) -> Callable[[int], None]:
 
 
 def peer(config: Any, task: common.Task) -> Callable[[int], None]:
-  """A function that predicts a number of batches with the peer."""
+  """Returns a function that predicts a given number of batches with the peer."""
   import torch
 
   network = common.peer_network(config, task).eval()
   images, _ = common.to_torch(task)
 
   def run(count):
-    lower = config.model.dtype == 'bfloat16'
-    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=lower):
+    is_mixed = config.model.dtype == 'bfloat16'
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=is_mixed):
       torch.cat([network(images).cpu() for _ in range(count)], dim=1)
 
   return run
 
 
 def sweep_seconds(num_classes: int, repeats: int) -> list[float]:
-  """Seconds of some sweeps, on probabilities of 5 exits that are noise.
+  """Times budget sweeps on random probabilities of 5 exits.
 
-  Validation and test images are the same arrays, which halves the memory.
+  The same arrays serve as validation and as test images, which halves the memory.
+
+  Args:
+    num_classes: The number of classes.
+    repeats: The number of sweeps.
+
+  Returns:
+    The seconds of each sweep.
   """
   random = np.random.default_rng(0)
   probabilities = random.random((5, 50_000, num_classes), np.float32)

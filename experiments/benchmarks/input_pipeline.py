@@ -1,12 +1,13 @@
-"""Images per second that reach training from encoded files: ours, and PyTorch's way of reading.
+"""Measures images per second from encoded files to training batches: ours, and PyTorch's.
 
     TFDS_DATA_DIR=… python experiments/benchmarks/input_pipeline.py --config=configs/imagenet.py
 
-Ours: the batches that training takes, decoded, cropped, flipped and normalised on the device, over
-a data set made of as many links to the prepared files as --images takes; one whole epoch's worth,
-across the border of two epochs. The peer: the same encoded images, already in memory, through
+Ours: the batches that training uses, decoded, cropped, flipped, and normalised on the device. Links
+to the prepared files enlarge the data set to --images. A turn reads as many images as an epoch has
+and crosses from one epoch to the next. The peer: the same encoded images, already in memory, through
 Pillow (JPEG draft mode, random resized crop, flip) in worker processes of torch's DataLoader, or of
-multiprocessing where PyTorch is not installed; it leaves bytes. Neither has another at its side.
+multiprocessing if PyTorch is not installed; its batches are uint8. The two take turns and never run
+at the same time.
 """
 
 import argparse
@@ -45,14 +46,16 @@ def main() -> None:
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
   if config.dataset.in_memory:
-    raise UsageError(f'{options.config} keeps its images in memory: name one that streams')
+    raise UsageError(
+      f'{options.config} keeps its images in memory: choose a config that streams its data set'
+    )
   if not 0 < 4 * options.batch_size <= options.images or options.repeats < 1:
-    raise UsageError('--images must be four batches or more, --repeats 1 or more')
+    raise UsageError('--images must be at least four batches, and --repeats at least 1')
   config.batch_size = options.batch_size
   config.dataset.validation_size = 1
 
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  open_dataset(config)  # Prepared if need be, or it says what is wrong.
+  open_dataset(config)  # Prepare the data set if necessary, or report what is wrong with it.
   rates = {'ours': [], 'peer': []}
   with tempfile.TemporaryDirectory() as folder:
     config.dataset.data_dir = multiply(config.dataset, options.images, folder)
@@ -78,12 +81,12 @@ def main() -> None:
 
 
 def multiply(dataset: Any, num_images: int, folder: str) -> str:
-  """Makes a TFDS folder whose training split is a prepared one many times over, by links.
+  """Makes a TFDS folder whose training split repeats the shards of a prepared one, by links.
 
   Args:
-    dataset: The config's.
-    num_images: Training images that there shall be, at least.
-    folder: Where.
+    dataset: The config of the data set.
+    num_images: The minimum number of training images.
+    folder: The folder to write.
 
   Returns:
     The folder, a `data_dir` for TFDS.
@@ -113,7 +116,7 @@ def multiply(dataset: Any, num_images: int, folder: str) -> str:
 
 
 def encoded_images(config: Any) -> list[bytes]:
-  """The files of up to 1,000 training images."""
+  """Returns the encoded files of up to 1,000 training images."""
   import tensorflow_datasets as tfds
 
   dataset = config.dataset
@@ -125,7 +128,7 @@ def encoded_images(config: Any) -> list[bytes]:
 
 
 def ours(config: Any, num_images: int) -> float:
-  """Images a second, over an epoch's worth from the midst of an epoch to that of the next."""
+  """Measures images per second over one epoch's number of images, across the end of an epoch."""
   import jax
 
   from imta_jax.data.pipeline import open_dataset
@@ -137,7 +140,7 @@ def ours(config: Any, num_images: int) -> float:
 def peer(
   encoded: Sequence[bytes], size: int, batch_size: int, num_images: int, workers: int
 ) -> float:
-  """Images per second of worker processes with Pillow."""
+  """Measures images per second of worker processes that use Pillow."""
   try:
     from torch.utils.data import DataLoader
   except ImportError:
@@ -156,7 +159,7 @@ def peer(
 
 
 def _rate(batches: Iterator[Any], batch_size: int, num_images: int) -> float:
-  """Images per second, after the first quarter of them."""
+  """Measures images per second, after skipping the first quarter of the images."""
   num_batches = num_images // batch_size
   for _ in range(num_batches // 4):
     next(batches)
@@ -167,7 +170,7 @@ def _rate(batches: Iterator[Any], batch_size: int, num_images: int) -> float:
 
 
 class Crops:
-  """A data set for DataLoader: random crops of encoded images, over and over."""
+  """A data set for DataLoader: random crops of encoded images, repeated up to a length."""
 
   def __init__(self, encoded: Sequence[bytes], size: int, length: int):
     self._encoded, self._size, self._length = encoded, size, length
@@ -183,7 +186,7 @@ _kept = None
 
 
 def _keep(encoded, size):
-  """Starts a worker process with its data."""
+  """Initialises a worker process with its data."""
   global _kept
   _kept = Crops(encoded, size, 1)
 
@@ -193,21 +196,21 @@ def _crop_kept(index):
 
 
 def random_crop(encoded: bytes, size: int) -> np.ndarray:
-  """A random part of an image, 8 to 100 % of it, at aspect ratios from 3/4 to 4/3.
+  """Crops a random part of an image: 8 to 100 % of its area, at aspect ratios from 3/4 to 4/3.
 
   Args:
-    encoded: The image's file.
+    encoded: The content of the image file.
     size: Side of the result, in pixels.
 
   Returns:
-    [size, size, 3], uint8, mirrored half the time.
+    [size, size, 3], uint8, flipped horizontally with probability 0.5.
   """
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded)) as image:
     full_width, full_height = image.size
     left, top, width, height = _random_box(full_width, full_height)
-    # JPEGs are decoded at the smallest of the full, half, quarter … size that the crop needs.
+    # A JPEG is decoded at the smallest size (full, half, quarter, …) that suffices for the crop.
     reduction = min(width, height) / size
     if reduction > 1:
       image.draft('RGB', (int(full_width / reduction), int(full_height / reduction)))
@@ -221,7 +224,7 @@ def random_crop(encoded: bytes, size: int) -> np.ndarray:
 
 
 def _random_box(width, height):
-  """Left, top, width and height of a random part; the whole where ten draws do not fit."""
+  """Draws left, top, width and height of a crop; the whole image if none of ten draws fits."""
   for _ in range(10):
     area = width * height * random.uniform(0.08, 1)
     ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))

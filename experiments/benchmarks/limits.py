@@ -1,4 +1,4 @@
-"""What a training step cannot do without, and the rates of the machine at hand."""
+"""The least work of a training step, and the rates at which this machine can do it."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,15 @@ from imta_jax.phases import Phase
 
 
 def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> dict[str, float]:
-  """Matrix operations and bytes of memory traffic that a step needs on one device.
+  """Counts the matrix operations and bytes of memory traffic that a step needs on one device.
 
-  Operations, two per multiply-add, of convolutions and dense layers: the forward pass and, for
-  layers that are trained, the gradients of the weights and of the layer's input unless that is an
-  image. Bytes: the result of each convolution is written once and read once; in phase I it, or its
-  gradient, is read twice more. Parameters are read, and those trained are written, with their
-  momentum. Caches that hold whole maps can do with fewer bytes.
+  Operations: two per multiply-add of convolutions and dense layers. In phase I these are the forward
+  pass, the gradients of all weights, and the gradients of all layers' inputs except the images. In
+  phase II they are the forward pass and the gradients of the dense layers' weights.
+
+  Bytes: the result of each layer is written once and read once; in phase I, the result or its
+  gradient is read twice more. Parameters are read; trained parameters are also written, and their
+  momentum is read and written. If the caches hold whole feature maps, fewer bytes suffice.
 
   Args:
     phase: The phase.
@@ -25,7 +27,7 @@ def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> di
     image_shape: (height, width, channels).
 
   Returns:
-    'operations' and 'bytes'.
+    The numbers of 'operations' and 'bytes'.
   """
   images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
   products = _matrix_products(phase, images)
@@ -48,7 +50,7 @@ def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> di
 
 
 def _matrix_products(phase, images):
-  """(is dense layer, multiply-adds, output elements) of each layer of a forward pass, in order."""
+  """Lists (is dense layer, multiply-adds, output elements) of all layers of the forward pass."""
   products = []
 
   def walk(jaxpr):
@@ -67,13 +69,14 @@ def _matrix_products(phase, images):
 
 
 def matrix_product(dtype: str) -> tuple[Callable[[int], None], float]:
-  """A yardstick for operations: a large matrix product on one device.
+  """Makes the yardstick for operations: a large matrix product on one device.
 
   Args:
     dtype: Type of the matrices.
 
   Returns:
-    A function that multiplies a number of times, and the operations per time, two per multiply-add.
+    A function that multiplies a given number of times, and the number of operations of each product,
+    two per multiply-add.
   """
   size = 2048 if jax.default_backend() == 'cpu' else 8192
   matrix = jnp.full((size, size), 1 / size, dtype)
@@ -89,14 +92,15 @@ def matrix_product(dtype: str) -> tuple[Callable[[int], None], float]:
 
 
 def triad() -> tuple[Callable[[int], None], float]:
-  """A yardstick for memory traffic: a large sum a + 2 b on one device.
+  """Makes the yardstick for memory traffic: a large sum a + 2 b on one device.
 
   Returns:
-    A function that adds a number of times, and the bytes per time: two arrays read, one written.
+    A function that adds a given number of times, and the number of bytes of each sum: two arrays are
+    read and one is written.
   """
   size = 2**26 if jax.default_backend() == 'cpu' else 2**28
   total, addend = jnp.zeros(size), jnp.ones(size)
-  # A CPU's first write to new pages is slow, so the sum takes the place of `a`.
+  # The sum overwrites `a`, since the first write to new pages is slow on CPU.
   add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0)
 
   def run(count):

@@ -1,11 +1,11 @@
-"""Memory of a training step against batch size, and the largest batch that an accelerator holds.
+"""Measures memory of training steps, and finds the largest batch that fits an accelerator.
 
     python experiments/benchmarks/memory.py --config=configs/imagenet.py --batch_sizes=32,64,128
     python experiments/benchmarks/memory.py --config=configs/imagenet.py --remat=off,on --largest
 
-What XLA plans: arguments (state and batch), outputs (the next state) and temporary arrays of the
-compiled step. On an accelerator also the peak in use after two steps. Each figure is taken in a
-process of its own, whose peak and whose failures are its alone.
+Reports what XLA plans for the compiled step: arguments (state and batch), outputs (the next state)
+and temporary arrays; on an accelerator also the peak memory in use during two steps. Each batch size
+is measured in a fresh process, so that peaks and failures do not affect each other.
 """
 
 import argparse
@@ -28,23 +28,25 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
+  parser.add_argument('--config', required=True, help='config file as in training, for example configs/cifar100.py:exits=5')
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1], help='default: 1')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument(
-    '--remat', default='off', help="'off', 'on' or 'off,on': whether activations are recomputed"
+    '--remat',
+    default='off',
+    help="'off', 'on' or 'off,on': whether to recompute activations; default: %(default)s",
   )
   parser.add_argument(
     '--largest',
     action='store_true',
-    help='search the largest batch that a step runs with, from the last of --batch_sizes upwards',
+    help='search for the largest batch that fits, starting from the largest of --batch_sizes',
   )
   parser.add_argument('--output', help='JSON file for all figures')
   options = parser.parse_args()
   remats = options.remat.split(',')
   if not set(remats) <= {'off', 'on'}:
-    raise UsageError(f"--remat={options.remat} names others than 'off' and 'on'")
+    raise UsageError(f"--remat={options.remat}: choose from 'off' and 'on'")
   config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   batch_sizes = options.batch_sizes or [config.batch_size]
@@ -79,22 +81,24 @@ def main() -> None:
     )
   )
   if options.largest:
-    print('A row of dashes: that batch does not fit.')
+    print('A row of dashes means that the batch does not fit.')
   common.write_json(options.output, {'machine': machine, 'config': options.config, 'rows': rows})
 
 
 def search(fields: tuple, figures: dict[int, dict[str, Any]]) -> None:
-  """Doubles the largest batch until it does not fit, then closes in to an eighth.
+  """Searches for the largest batch that fits, to within an eighth.
+
+  Doubles the largest batch until a step fails, then bisects.
 
   Args:
-    fields: What `measure` takes, but the batch size.
-    figures: By batch size; those found are added.
+    fields: The arguments of `measure`, except the batch size.
+    figures: Results of `measure` for each batch size; new ones are added.
 
   Raises:
-    UsageError: If there is no accelerator, so that nothing says what fits.
+    UsageError: If there is no accelerator that reports its memory.
   """
   if any(figure and figure['peak'] is None for figure in figures.values()):
-    raise UsageError('--largest takes an accelerator that tells its memory')
+    raise UsageError('--largest needs an accelerator that reports its memory')
   fails = max(figures)
   while figures[fails]:
     fails *= 2
@@ -107,7 +111,7 @@ def search(fields: tuple, figures: dict[int, dict[str, Any]]) -> None:
 
 
 def in_own_process(*arguments: Any) -> dict[str, Any]:
-  """`measure` in a fresh process; nothing if the step does not fit, or takes the process down."""
+  """Runs `measure` in a fresh process; returns {} also if the process dies."""
   context = multiprocessing.get_context('spawn')
   with ProcessPoolExecutor(1, context) as pool:
     try:
@@ -119,14 +123,18 @@ def in_own_process(*arguments: Any) -> dict[str, Any]:
 def measure(
   path: str, phase: int, dtype: str, remat: str, batch_size: int
 ) -> dict[str, int | str | None]:
-  """Bytes of a training step per device; nothing if it does not fit.
+  """Measures the bytes of a training step per device.
 
   Args:
-    path: The config's, with its argument.
-    phase: From 1.
-    dtype: What the network computes in.
+    path: The config file, with its argument if any.
+    phase: The phase, counted from 1.
+    dtype: The type that the network computes in.
     remat: 'off' or 'on'.
-    batch_size: Images per step.
+    batch_size: Images per step, on all devices together.
+
+  Returns:
+    Bytes of 'arguments', 'outputs', 'temporary', 'planned' and 'peak' (None if unknown), and the
+    'machine'; {} if the step does not fit.
   """
   config = config_lib.load_file(path)
   config.model.dtype = dtype

@@ -1,11 +1,11 @@
-"""ONNX Runtime against XLA: all stages of a trained network, in turns.
+"""Compares ONNX Runtime with XLA on all stages of a trained network.
 
     pip install 'imta_jax[onnx]'
     python experiments/export_onnx.py runs/mnist5k exported_onnx
     python experiments/benchmarks/onnx_runtime.py runs/mnist5k exported_onnx
 
-Both run every stage of every image, ONNX Runtime a session a stage, as an export is used, XLA one
-program; logits are compared first. Both have all cores.
+Both run all stages for all images on all cores: ONNX Runtime with one session per stage, which is
+how an export is used, and XLA with one program. First, their logits are compared.
 """
 
 import argparse
@@ -30,8 +30,13 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('network', help='workdir of a run, or an exported folder')
-  parser.add_argument('onnx', help='what export_onnx.py wrote of it')
-  parser.add_argument('--batch_sizes', type=list_of(positive(int)), default=[1, 16, 64, 256])
+  parser.add_argument('onnx', help='folder that export_onnx.py wrote for this network')
+  parser.add_argument(
+    '--batch_sizes',
+    type=list_of(positive(int)),
+    default=[1, 16, 64, 256],
+    help='default: 1,16,64,256',
+  )
   parser.add_argument(
     '--repeats', type=positive(int), default=5, help='turns per contestant; default: 5'
   )
@@ -47,7 +52,10 @@ def main() -> None:
     logits, others = xla(images), onnx(images)
     difference = np.abs(logits - others).max() / np.abs(logits).max()
     if not difference < 1e-3:
-      raise UsageError(f'{options.onnx} is not of {options.network}: logits differ ({difference})')
+      raise UsageError(
+        f'{options.onnx} is not an export of {options.network}: '
+        f'its logits differ by {difference:.1e} of the largest logit'
+      )
     contestants = {'XLA': repeated(xla, images), 'ONNX Runtime': repeated(onnx, images)}
     timings = results[batch_size] = common.interleave(contestants, options.repeats)
     rows.append(
@@ -64,7 +72,7 @@ def main() -> None:
 
 
 def xla_runner(classifier: AdaptiveClassifier) -> Callable[[np.ndarray], np.ndarray]:
-  """Images → logits of the last exit, by one program."""
+  """Returns a function from images to logits of the last exit, computed by one program."""
 
   @jax.jit(compiler_options=compiler_options())
   def run(weights, carry):
@@ -76,17 +84,17 @@ def xla_runner(classifier: AdaptiveClassifier) -> Callable[[np.ndarray], np.ndar
 
 
 def onnx_runner(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Images → logits of the last exit, by a session a stage.
+  """Returns a function from images to logits of the last exit, with one session per stage.
 
   Raises:
-    UsageError: If the folder is no export, or ONNX Runtime is not installed.
+    UsageError: If the folder is not an export, or ONNX Runtime is not installed.
   """
   try:
     import onnxruntime
   except ModuleNotFoundError as error:
     raise UsageError("ONNX Runtime is not installed: pip install 'imta_jax[onnx]'") from error
   if not (folder / 'manifest.json').is_file():
-    raise UsageError(f'{folder} is no export: it has no manifest.json')
+    raise UsageError(f'{folder} is not an export: it has no manifest.json')
   stages = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))['stages']
   sessions = [onnxruntime.InferenceSession(str(folder / stage['file'])) for stage in stages]
 
@@ -101,7 +109,7 @@ def onnx_runner(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def repeated(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Callable[[int], None]:
-  """A function that classifies the images a number of times."""
+  """Returns a function that classifies the images a given number of times."""
 
   def times(count):
     for _ in range(count):

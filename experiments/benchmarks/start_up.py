@@ -1,10 +1,10 @@
-"""Seconds from the command to its first training step done.
+"""Measures the seconds from launching a training to the end of its first step.
 
     python experiments/benchmarks/start_up.py configs/cifar100.py configs/imagenet.py
 
-Runs `python -m imta_jax.main --config=…` as a user would, each time in a fresh workdir, on data
-where TFDS_DATA_DIR says, and stops it when it says that its first step is done. The first run finds
-empty caches; the second and third find what the runs before left there.
+Runs `python -m imta_jax.main --config=…` in a fresh workdir, with the data sets in TFDS_DATA_DIR,
+and stops it as soon as it reports that its first step is done. The first run starts with empty
+caches; the second and third runs use the caches of the runs before.
 """
 
 import argparse
@@ -33,15 +33,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('configs', nargs='+', help='as in training, with :exits=5 or the like')
+  parser.add_argument('configs', nargs='+', help='config file as in training, for example configs/cifar100.py:exits=5')
   parser.add_argument(
-    '--overrides', default='', help="flags for training, as in '--config.batch_size=32'"
+    '--overrides', default='', help="flags for training, for example '--config.batch_size=32'"
   )
-  parser.add_argument('--repeats', type=int, default=3, help='number of series; default: 3')
+  parser.add_argument('--repeats', type=int, default=3, help='number of times the three runs are repeated; default: 3')
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
   if options.repeats < 1:
-    raise UsageError(f'--repeats={options.repeats} must be 1 or more')
+    raise UsageError(f'--repeats={options.repeats} must be at least 1')
   for config in options.configs:
     config_lib.load_file(config)
 
@@ -70,17 +70,18 @@ def seconds_to_first_step(flags: Sequence[str], cache: str) -> float:
   """Runs training until its first step is done.
 
   Args:
-    flags: Of the program.
-    cache: The folder that it takes for the user's caches.
+    flags: The flags of the training program.
+    cache: The folder for its caches.
 
   Returns:
-    Seconds from its launch.
+    Seconds from the launch to the end of the first step.
 
   Raises:
-    UsageError: If it ends before.
+    UsageError: If the program exits before the end of its first step.
   """
   environment = {**os.environ, 'XDG_CACHE_HOME': cache, 'PYTHONUNBUFFERED': '1'}
-  environment.pop('JAX_COMPILATION_CACHE_DIR', None)  # The program then keeps it in the former.
+  # Without this variable, the compilation cache is in XDG_CACHE_HOME.
+  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workdir:
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -101,7 +102,7 @@ def seconds_to_first_step(flags: Sequence[str], cache: str) -> float:
       process.kill()
       process.wait()
   reason = last_lines[0] if last_lines else f'status {process.returncode}'
-  raise UsageError(f'{" ".join(flags)} ended before {_DONE!r}: {reason}')
+  raise UsageError(f'training with {" ".join(flags)} exited before its first step was done: {reason}')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,7 @@
-"""MSDNet and its two phases of training, as a PyTorch user would write them.
+"""MSDNet and its two training phases in plain PyTorch, as the benchmarks' peer.
 
-What imta_jax is measured against. Written for that purpose from the papers' rules, independent of
-imta_jax; parameters are named as in the published checkpoints, so that
-`imta_jax.interop.torch.to_state_dict` carries weights over.
+Written for the benchmarks from the papers, independently of imta_jax. Parameters have the names of
+the published checkpoints, so that `imta_jax.interop.torch.to_state_dict` converts weights.
 
     network = msdnet(100, 'all', **config.model)
     load(network, to_state_dict(variables, model))
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 
 class ScaleGradient(torch.autograd.Function):
-  """The identity; its gradient is multiplied by a factor."""
+  """The identity, whose gradient is multiplied by a factor."""
 
   @staticmethod
   def forward(ctx, x, factor):
@@ -34,7 +33,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
-  """A convolution without bias, batch norm and ReLU."""
+  """Returns a convolution without bias, a batch norm and a ReLU."""
   return [
     nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, bias=False),
     nn.BatchNorm2d(outputs),
@@ -43,7 +42,7 @@ def conv_norm_relu(inputs: int, outputs: int, kernel_size: int, stride: int = 1)
 
 
 class Net(nn.Module):
-  """Layers in turn, under the name `net`."""
+  """A sequence of layers; the names of their parameters start with `net`."""
 
   def __init__(self, *layers: nn.Module):
     super().__init__()
@@ -54,7 +53,7 @@ class Net(nn.Module):
 
 
 class FirstLayer(nn.Module):
-  """From images to the first map of every scale."""
+  """Maps images to the first feature map of every scale."""
 
   def __init__(self, image_channels: int, widths: Sequence[int], stem: str):
     super().__init__()
@@ -83,7 +82,7 @@ class FirstLayer(nn.Module):
 
 
 class ScaleLayer(nn.Module):
-  """One scale of a dense layer: keeps its map, gains what it and the finer one yield."""
+  """One scale of a dense layer: keeps its map, added what it and the finer one yield."""
 
   def __init__(self, conv_normal: nn.Module, conv_down: nn.Module | None):
     super().__init__()
@@ -91,14 +90,14 @@ class ScaleLayer(nn.Module):
     self.conv_down = conv_down
 
   def forward(self, same: Tensor, finer: Tensor | None) -> Tensor:
-    gained = [self.conv_normal(same)]
+    new = [self.conv_normal(same)]
     if self.conv_down is not None:
-      gained.insert(0, self.conv_down(finer))
-    return torch.cat([same, *gained], dim=1)
+      new.insert(0, self.conv_down(finer))
+    return torch.cat([same, *new], dim=1)
 
 
 class DenseLayer(nn.Module):
-  """One multi-scale layer; writes as many scales, the coarsest, as it has scale layers."""
+  """One multi-scale layer, with one scale layer for each scale that it writes, the coarsest ones."""
 
   def __init__(self, scale_layers: Sequence[ScaleLayer]):
     super().__init__()
@@ -114,7 +113,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-  """A 1×1 convolution per scale that reduces its width."""
+  """A 1×1 convolution for each scale, which reduces the number of channels."""
 
   def __init__(self, inputs: Sequence[int], outputs: Sequence[int]):
     super().__init__()
@@ -127,7 +126,7 @@ class Transition(nn.Module):
 
 
 class Exit(nn.Module):
-  """Two convolutions of stride 2 and average pooling; a linear layer makes the logits."""
+  """An exit: two convolutions of stride 2, average pooling and a linear layer."""
 
   def __init__(self, inputs: int, width: int, num_classes: int):
     super().__init__()
@@ -144,9 +143,10 @@ class PhaseOneNetwork(nn.Module):
   """Blocks and exits, with Gradient Equilibrium.
 
   Args:
-    blocks: Modules [maps] → [maps], fine to coarse.
-    exits: Each reads the coarsest map after its block.
-    gradient_equilibrium: 'all', 'coarsest' or 'off': the maps rescaled where they go on.
+    blocks: Modules from feature maps to feature maps, both ordered fine to coarse.
+    exits: One for each block; it reads the coarsest map that the block returns.
+    gradient_equilibrium: The maps between blocks whose gradients are rescaled: 'all', 'coarsest' or
+      'off'.
   """
 
   def __init__(self, blocks: Sequence[nn.Module], exits: Sequence[Exit], gradient_equilibrium: str):
@@ -156,7 +156,7 @@ class PhaseOneNetwork(nn.Module):
     self.gradient_equilibrium = gradient_equilibrium
 
   def embed(self, images: Tensor) -> list[Tensor]:
-    """The embedding [batch, width] of every exit, from images [batch, channels, height, width]."""
+    """Returns each exit's embedding [batch, width] of images [batch, channels, height, width]."""
     maps, embeddings = [images], []
     for index, (block, head) in enumerate(zip(self.blocks, self.classifier, strict=True)):
       maps = block(maps)
@@ -171,7 +171,7 @@ class PhaseOneNetwork(nn.Module):
     return embeddings
 
   def forward(self, images: Tensor) -> Tensor:
-    """Logits [exit, batch, class], float32."""
+    """Returns logits [exit, batch, class], float32."""
     embeddings = self.embed(images)
     return torch.stack(
       [head.linear(x).float() for head, x in zip(self.classifier, embeddings, strict=True)]
@@ -179,7 +179,7 @@ class PhaseOneNetwork(nn.Module):
 
 
 class PhaseTwoNetwork(nn.Module):
-  """Phase I's network, frozen and in evaluation mode, behind new collaborating classifiers."""
+  """The frozen network of phase I, in evaluation mode, with new collaborating classifiers."""
 
   def __init__(self, net: PhaseOneNetwork, stop_gradient: bool = True):
     super().__init__()
@@ -201,13 +201,13 @@ class PhaseTwoNetwork(nn.Module):
     return self
 
   def embed(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The embedding [batch, width] of every exit, and the teacher's logits [batch, class]."""
+    """Returns each exit's embedding [batch, width], and the teacher's logits [batch, class]."""
     with torch.no_grad():
       embeddings = self.net.embed(images)
       return embeddings, self.net.classifier[-1].linear(embeddings[-1]).float()
 
   def classify(self, embeddings: Sequence[Tensor]) -> Tensor:
-    """Logits [exit, batch, class], float32."""
+    """Returns logits [exit, batch, class], float32."""
     logits = [self.classifier[0](embeddings[0])]
     for transfer, linear, x in zip(
       self.isc_modules, self.classifier[1:], embeddings[1:], strict=True
@@ -217,7 +217,7 @@ class PhaseTwoNetwork(nn.Module):
     return torch.stack([x.float() for x in logits])
 
   def forward(self, images: Tensor) -> Tensor:
-    """Logits [exit, batch, class], float32."""
+    """Returns logits [exit, batch, class], float32."""
     embeddings, _ = self.embed(images)
     return self.classify(embeddings)
 
@@ -240,23 +240,24 @@ def msdnet(
   bottleneck: bool,
   stem: str,
 ) -> PhaseOneNetwork:
-  """An MSDNet.
+  """Makes an MSDNet.
 
   Args:
-    num_classes: Classes.
+    num_classes: Number of classes.
     gradient_equilibrium: See PhaseOneNetwork.
-    image_channels: Channels of the images.
-    num_exits: Exits, and blocks.
-    base: Layers of the first block.
-    step: Layers of a further block, or the slope at which their number grows.
-    step_mode: 'even' or 'lin_grow'.
-    channels: Channels of the first layer, a unit of scale factor.
-    growth_rate: Channels that a layer adds, a unit of scale factor.
-    scale_factors: Width of each scale, fine to coarse.
-    bottleneck_factors: Width of each scale's bottlenecks, in units of the 3×3 convolution's.
-    prune: 'max': scales are dropped in equal intervals. 'min': as late as possible.
-    reduction: What transitions leave of the channels; 0 for no transitions.
-    bottleneck: Whether a 1×1 convolution precedes each 3×3 one.
+    image_channels: Number of channels of the images.
+    num_exits: Number of exits, and of blocks.
+    base: Number of layers of the first block.
+    step: See `step_mode`.
+    step_mode: 'even': `step` layers per further block. 'lin_grow': `step * i + 1` in block i + 1.
+    channels: Channels of the first layer, multiplied by the factor of each scale.
+    growth_rate: Channels that a layer adds, multiplied by the factor of each scale.
+    scale_factors: The factor of each scale, fine to coarse.
+    bottleneck_factors: Largest width of each scale's bottlenecks, divided by the width of the 3×3
+      convolution that follows.
+    prune: 'max': scales are dropped at equal intervals. 'min': as late as possible.
+    reduction: The fraction of the channels that transitions keep; 0 for no transitions.
+    bottleneck: Whether a 1×1 convolution precedes each 3×3 convolution.
     stem: 'cifar' or 'imagenet'.
 
   Returns:
@@ -290,20 +291,20 @@ def msdnet(
       written = range(num_scales - num_written(layer), num_scales)
       read = sorted(widths)
       drops = len(read) > len(written)
-      scale_layers, gains = [], {}
+      scale_layers, added = [], {}
       for scale in written:
         growth = growth_rate * scale_factors[scale]
         if scale == read[0]:
           scale_layers.append(ScaleLayer(branch(widths[scale], growth, scale, 1), None))
-          gains[scale] = growth
+          added[scale] = growth
         else:
           half = growth // 2
           normal = branch(widths[scale], half, scale, 1)
           down = branch(widths[scale - 1], half, scale - 1, 2)
           scale_layers.append(ScaleLayer(normal, down))
-          gains[scale] = 2 * half
+          added[scale] = 2 * half
       layers.append(DenseLayer(scale_layers))
-      widths = {scale: widths[scale] + gains[scale] for scale in written}
+      widths = {scale: widths[scale] + added[scale] for scale in written}
       unit_width += growth_rate
       narrows = drops if prune == 'max' else layer in (num_layers // 3, 2 * num_layers // 3)
       if reduction and narrows:
@@ -318,20 +319,20 @@ def msdnet(
 
 
 def load(network: nn.Module, state: Mapping[str, np.ndarray]) -> None:
-  """Takes over all weights and batch statistics from {name: array}.
+  """Loads all weights and batch statistics from {name: array}.
 
   Raises:
-    RuntimeError: If one is missing, surplus or of another shape.
+    RuntimeError: If an array is missing, unexpected or has another shape.
   """
   tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
   missing, surplus = network.load_state_dict(tensors, strict=False)
   missing = [name for name in missing if not name.endswith('num_batches_tracked')]
   if missing or surplus:
-    raise RuntimeError(f'weights that are missing: {missing}, that are not known: {surplus}')
+    raise RuntimeError(f'missing weights: {missing}; unexpected weights: {surplus}')
 
 
 def loss_of_phase_one(network: PhaseOneNetwork, images: Tensor, labels: Tensor) -> Tensor:
-  """Cross-entropy, summed over exits and averaged over images."""
+  """Returns the cross-entropy, summed over exits and averaged over images."""
   logits = network(images)
   return sum(F.cross_entropy(x, labels) for x in logits)
 
@@ -345,7 +346,19 @@ def loss_of_phase_two(
   temperature: float,
   class_reduction: str,
 ) -> Tensor:
-  """One-for-all distillation from phase I's last exit, summed over exits, averaged over images."""
+  """Returns the loss of one-for-all distillation from phase I's last exit.
+
+  Args:
+    network: The network of phase II.
+    images: [batch, channels, height, width].
+    labels: [batch].
+    alpha: Weight of the cross-entropy against the distillation, at all exits but the last.
+    temperature: Temperature of the distillation.
+    class_reduction: 'sum' or 'mean' of the divergence over classes.
+
+  Returns:
+    The loss, summed over exits and averaged over images.
+  """
   embeddings, teacher_logits = network.embed(images)
   *earlier, last = network.classify(embeddings)
   teacher = F.log_softmax(teacher_logits / temperature, dim=1)
@@ -361,15 +374,15 @@ def loss_of_phase_two(
 
 
 class TrainingStep:
-  """A step of SGD; calling it gives the loss.
+  """A training step with SGD; calling it returns the loss.
 
   Args:
-    network: On its device.
-    loss_of: (network, images, labels) → loss.
-    learning_rate: Of SGD, constant.
-    momentum: Of SGD.
-    nesterov: Whether momentum is Nesterov's.
-    weight_decay: On every parameter that is trained.
+    network: The network, on its device.
+    loss_of: A function from (network, images, labels) to the loss.
+    learning_rate: The constant learning rate.
+    momentum: The momentum of SGD.
+    nesterov: Whether to use Nesterov momentum.
+    weight_decay: The weight decay of all trained parameters.
     dtype: 'float32', or 'bfloat16' for automatic mixed precision.
   """
 
@@ -406,25 +419,26 @@ class TrainingStep:
     return loss.detach()
 
   def tune(self, images: Tensor, labels: Tensor) -> str | None:
-    """Makes the step fast: channels last, a fused optimizer, loss and gradient compiled.
+    """Makes the step fast: channels last, a fused optimizer, compiled loss and gradient.
 
     Args:
-      images: [batch, channels, height, width], channels last, as all that follow must be.
+      images: [batch, channels, height, width] in channels-last memory format, which all later
+        batches must have, too.
       labels: [batch].
 
     Returns:
-      None; or, where nothing can be compiled, why: the step then runs uncompiled.
+      None, or the reason why nothing was compiled; the step then runs uncompiled.
     """
     self._network.to(memory_format=torch.channels_last)
     self._optimizer = self._sgd(fused=True)
     plain = self._loss_of
-    # CUDA graphs: networks of so many small layers wait for launches otherwise.
+    # With many small layers, most of the time would go to launching kernels without CUDA graphs.
     mode = 'reduce-overhead' if images.is_cuda else None
-    torch.compiler.reset()  # A second batch size would be compiled for any size.
+    torch.compiler.reset()  # Otherwise a second batch size is compiled for arbitrary sizes.
     self._loss_of = torch.compile(plain, mode=mode, dynamic=False)
     try:
       self(images, labels)
-    except Exception as error:  # Whatever a compiler that is missing or broken raises.
+    except Exception as error:  # A missing or broken compiler may raise anything.
       self._loss_of = plain
       return f'{type(error).__name__}: {error}'.strip().splitlines()[0]
     return None

@@ -1,12 +1,12 @@
-"""Time of a training step: ours, PyTorch's, and the least that the device allows.
+"""Compares the time of a training step with PyTorch's and with the limit of the device.
 
     python experiments/benchmarks/training_step.py --config=configs/cifar100.py --batch_sizes=64,512
     python experiments/benchmarks/training_step.py --config=configs/imagenet.py --dtype=bfloat16
 
-Ours is the step that training runs, on images that lie on the device. Peers are the same network
-with the same weights and the same step in PyTorch (torch_peer.py): 'eager', and 'tuned' by
-channels_last, a fused optimizer and torch.compile. All compute in --dtype. Without PyTorch, ours
-and the limit alone are measured.
+Ours is the step that training runs, on images that lie on the device. The peers run the same step of
+the same network with the same weights in PyTorch (torch_peer.py): 'eager', and 'tuned' with
+channels_last, a fused optimizer and torch.compile. All compute in --dtype. Without PyTorch, only our
+step and the limit are measured.
 """
 
 import argparse
@@ -44,12 +44,12 @@ def main() -> None:
   batch_sizes = options.batch_sizes or [config.batch_size]
   peers = [name for name in options.peers.split(',') if name]
   if not set(peers) <= {'eager', 'tuned'}:
-    raise UsageError(f"--peers={options.peers} names others than 'eager' and 'tuned'")
+    raise UsageError(f"--peers={options.peers}: choose from 'eager' and 'tuned'")
   if options.repeats < 1:
-    raise UsageError(f'--repeats={options.repeats} must be 1 or more')
+    raise UsageError(f'--repeats={options.repeats} must be at least 1')
   common.set_up()
   if peers and not common.has_torch():
-    print('PyTorch is not installed: no peers.')
+    print('PyTorch is not installed: the peers are not measured.')
     peers = []
 
   machine = common.machine()
@@ -58,7 +58,10 @@ def main() -> None:
   for number in options.phases:
     if peers:
       difference = common.check_peer(config, number - 1)
-      print(f'phase {number}: logits equal those of the peer to {difference:.0e} of the largest')
+      print(
+        f'phase {number}: the logits of the peer differ from ours by {difference:.0e} '
+        'of the largest logit'
+      )
     for batch_size in batch_sizes:
       result = measure(config, number - 1, batch_size, peers, options.repeats)
       results.append({'config': options.config, 'dtype': config.model.dtype, **result})
@@ -79,7 +82,19 @@ def main() -> None:
 def measure(
   config: ConfigDict, index: int, batch_size: int, peers: Sequence[str], repeats: int
 ) -> dict[str, Any]:
-  """Measures a phase at a batch size."""
+  """Measures the training step of a phase at a batch size.
+
+  Args:
+    config: A complete config.
+    index: The phase, counted from 0.
+    batch_size: Images per step, on all devices together.
+    peers: The peers to compare with, of 'eager' and 'tuned'.
+    repeats: Number of turns per contestant.
+
+  Returns:
+    The record for the JSON file: seconds per step of each contestant, the limit, the step's work
+    and the measured rates.
+  """
   task = common.make_task(config, index, batch_size)
   contestants = {'ours': common.ours(task)}
   for name in peers:
@@ -106,10 +121,10 @@ def measure(
 
 
 def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], None]:
-  """A function that runs a number of steps of the peer and waits for them.
+  """Returns a function that runs a given number of the peer's steps and waits for them.
 
   Raises:
-    UsageError: If the peer has no such phase.
+    UsageError: If the peer does not implement the phase.
   """
   import torch
   import torch_peer
@@ -126,7 +141,10 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
       class_reduction=phase.class_reduction,
     )
   else:
-    raise UsageError(f'the peer has no phase that trains {kind[0]} by {kind[1]}: --peers=')
+    raise UsageError(
+      f'the peer does not implement training {kind[0]} with the loss {kind[1]}: '
+      'pass --peers= to measure without it'
+    )
   step = torch_peer.TrainingStep(
     common.peer_network(config, task),
     loss_of,
@@ -141,7 +159,7 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
     images = images.to(memory_format=torch.channels_last)
     reason = step.tune(images, labels)
     if reason:
-      print(f"the tuned peer's step is not compiled: {reason}")
+      print(f'the step of the tuned peer is not compiled: {reason}')
 
   def run(count):
     for _ in range(count):
@@ -153,7 +171,10 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
 
 
 def format_table(results: list[dict[str, Any]]) -> str:
-  """A row for each contestant and the limit; times are divided by ours of the same turn."""
+  """Formats a table with a row for each contestant and for the limit.
+
+  The ratios divide each time by our time of the same turn.
+  """
   header = (
     *('network', 'phase', 'batch', 'dtype', 'step of', 'ms per step', 'images/s'),
     *('time / ours', 'hours'),
@@ -183,7 +204,7 @@ def format_table(results: list[dict[str, Any]]) -> str:
 
 
 def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[str]:
-  """Lines with the hours of a whole config, if all of its phases were measured."""
+  """Formats the hours of a complete training, for batch sizes at which all phases were measured."""
   lines = []
   for batch_size in dict.fromkeys(result['batch_size'] for result in results):
     phases = [result for result in results if result['batch_size'] == batch_size]

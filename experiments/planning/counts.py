@@ -16,6 +16,8 @@ _COLLECTIVES = (
   'all-gather', 'all-reduce', 'all-to-all', 'collective-broadcast', 'collective-permute',
   'ragged-all-to-all', 'reduce-scatter',
 )  # fmt: skip
+# Instructions that read a part of their first operand, and those that give it another shape.
+_SLICES, _VIEWS = {'slice', 'dynamic-slice', 'gather'}, {'bitcast', 'reshape'}
 _ITEM_BYTES = {'pred': 1, 'token': 0}
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -34,7 +36,8 @@ class Counts:
   Attributes:
     launches: Instructions that the device runs one after another: kernels, library calls, copies
       and collectives.
-    bytes: Operands and results of each of these, caches aside.
+    bytes: Operands and results of each of these, caches aside; of an operand that is only sliced,
+      the slices.
     hbm_bytes: The part of these bytes that lies in the device's main memory, and not on the chip as
       compilers for TPUs arrange; with the padding of tiles.
     collectives: How many of them exchange data between devices.
@@ -80,7 +83,7 @@ def count_hlo(text: str) -> Counts:
           if called in computations:
             walk(called, times * (int(trips[1]) if trips else 1))
         continue
-      read = sum((sizes[name] for name in instruction.operands if name in sizes), np.zeros(2))
+      read = _bytes_read(instruction, sizes, computations)
       moved, hbm = read + instruction.size
       total['launches'] += times
       total['bytes'] += times * moved
@@ -92,6 +95,36 @@ def count_hlo(text: str) -> Counts:
   walk(entry, 1)
   fields = (field.name for field in dataclasses.fields(Counts))
   return Counts(**{name: math.ceil(total[name]) for name in fields})
+
+
+def _bytes_read(instruction, sizes, computations):
+  """[2]: bytes of the operands of an instruction, as in `_Instruction.size`."""
+  full = [sizes.get(operand, np.zeros(2)) for operand in instruction.operands]
+  if instruction.opcode in _SLICES:
+    full[0] = np.minimum(full[0], instruction.size)
+  if instruction.opcode != 'fusion':
+    return sum(full, np.zeros(2))
+  fused = computations.get(_CALLED.search(instruction.text)[1], [])
+  users = collections.defaultdict(list)
+  for inner in fused:
+    for operand in inner.operands:
+      users[operand].append(inner)
+
+  def sliced(name):
+    """What the users of a value read of it, or None if one of them reads all."""
+    parts = [
+      user.size if user.opcode in _SLICES else sliced(user.name) if user.opcode in _VIEWS else None
+      for user in users[name]
+    ]
+    return None if not parts or any(part is None for part in parts) else sum(parts, np.zeros(2))
+
+  for inner in fused:
+    if inner.opcode == 'parameter':
+      number = int(re.match(r'.*? parameter\((\d+)\)', f' {inner.text}')[1])
+      part = sliced(inner.name)
+      if part is not None and number < len(full):
+        full[number] = np.minimum(full[number], part)
+  return sum(full, np.zeros(2))
 
 
 def _parse(text):

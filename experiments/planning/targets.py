@@ -106,6 +106,7 @@ def prepare_environment() -> None:
   """Keeps JAX from looking for accelerators; to be called before JAX is used."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # Else libtpu asks a server that only Cloud TPUs have.
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # Several plans may be compiled at once.
   jax.config.update('jax_platforms', 'cpu')
 
 

@@ -109,12 +109,12 @@ def test_the_central_crop_is_that_of_evaluation(shape):
 
 
 DAMAGED = {
-  'empty': (b'', 'no image'),
-  'text': (b'not an image at all', 'no image'),
+  'empty': (b'', 'not an image'),
+  'text': (b'not an image at all', 'not an image'),
   'half a PNG': (encoded(COLOUR)[:60], 'cannot be read'),
   'half a JPEG': (encoded(SMOOTH, 'JPEG')[:-300], 'cannot be read'),
-  'broken PNG': (encoded(COLOUR).replace(b'IDAT', b'IDXX'), 'no image'),
-  'another format': (encoded(GREY, 'ICO'), 'no image'),
+  'broken PNG': (encoded(COLOUR).replace(b'IDAT', b'IDXX'), 'not an image'),
+  'another format': (encoded(GREY, 'ICO'), 'not an image'),
   'pixels missing': (png_of_size(20, 30), 'cannot be read'),
 }
 

@@ -291,7 +291,7 @@ def test_stages_run_one_at_a_time_give_what_the_whole_gives(random_variables, co
     ({'step': -1}, 'step -1 is out of range: it must be 1 or more'),
     ({'reduction': 1.5}, 'reduction 1.5 is out of range: it must be between 0 and 1'),
     ({'reduction': -0.5}, 'reduction -0.5 is out of range: it must be between 0 and 1'),
-    ({'bottleneck_factors': (1, 2)}, r'bottleneck_factors \(1, 2\) must be as many as the .*4\)'),
+    ({'bottleneck_factors': (1, 2)}, r'bottleneck_factors \(1, 2\) must have the length of .*4\)'),
   ],
 )
 def test_a_bad_field_is_refused(fields, message):

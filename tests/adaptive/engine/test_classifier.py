@@ -297,13 +297,13 @@ def test_images_that_do_not_fit(classifier, images):
 def test_thresholds_or_costs_that_do_not_fit(network, classifier):
   with pytest.raises(ValueError, match='must be'):
     classifier.predict(network[2][:4], np.zeros(2))
-  with pytest.raises(ValueError, match='one for each of 3 exits'):
+  with pytest.raises(ValueError, match='one value for each of the 3 exits'):
     classifier_of(network, [0.5, 0.5])
-  with pytest.raises(ValueError, match='madds .* one for each of 3 exits'):
+  with pytest.raises(ValueError, match='madds .* one value for each of the 3 exits'):
     classifier_of(network, [0.5] * 3, madds=[1.0])
 
 
-SETTINGS = [
+POINTS = [
   OperatingPoint((0.9, 0.9, -np.inf), (0.2, 0.3, 0.5), 0.7),
   OperatingPoint((0.5, 0.5, -np.inf), (0.6, 0.3, 0.1), 0.6),
   OperatingPoint((0.6, 0.5, -np.inf), (0.5, 0.3, 0.2), 0.6),
@@ -317,7 +317,7 @@ SETTINGS = [
 def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first_threshold):
   # Averages with these costs: 23, 15 and 17; of equal accuracy the cheaper one is taken.
   classifier = classifier_of(
-    network, [0.0] * 3, operating_points=SETTINGS, madds=(10.0, 20.0, 30.0)
+    network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0)
   )
   thresholds = classifier.choose(budget=budget).thresholds
   np.testing.assert_allclose(thresholds[0], first_threshold)
@@ -325,11 +325,11 @@ def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first
 
 def test_budget_that_cannot_be_met(network):
   classifier = classifier_of(
-    network, [0.0] * 3, operating_points=SETTINGS, madds=(10.0, 20.0, 30.0)
+    network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0)
   )
-  with pytest.raises(ValueError, match='budget 14 .*least .* 15'):
+  with pytest.raises(ValueError, match='budget 14 .*smallest .* 15'):
     classifier.choose(budget=14)
-  with pytest.raises(ValueError, match='give one'):
+  with pytest.raises(ValueError, match='give only one'):
     classifier.choose(budget=20, latency=1.0)
 
 
@@ -350,7 +350,7 @@ def test_latency_is_measured_on_this_machine(network):
     plain.thresholds,
     plain.image,
     madds=plain.madds,
-    operating_points=SETTINGS,
+    operating_points=POINTS,
   )
   costs = classifier.measure_costs(repeats=3)
   assert 0 < costs[0] < 0.1 <= costs[1] <= costs[2] < costs[1] + 0.1

@@ -76,6 +76,31 @@ def test_arrays_take_their_tiles(shape, expected):
   assert (counted.bytes, counted.hbm_bytes) == expected
 
 
+SLICED = """
+%unpack (p.0: f32[1000], p.1: f32[10]) -> f32[10] {
+  %p.0 = f32[1000]{0} parameter(0)
+  %p.1 = f32[10]{0} parameter(1)
+  %view = f32[1000,1]{1,0} bitcast(%p.0)
+  %part = f32[10,1]{1,0} slice(%view), slice={[20:30], [0:1]}
+  %flat = f32[10]{0} bitcast(%part)
+  ROOT %sum = f32[10]{0} add(%flat, %p.1)
+}
+
+ENTRY %main (a: f32[1000], b: f32[10]) -> f32[10] {
+  %a = f32[1000]{0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %c = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%unpack
+  ROOT %d = f32[5]{0} slice(%c), slice={[0:5]}
+}
+"""
+
+
+def test_of_what_is_sliced_the_slices_count():
+  counted = counts.count_hlo(SLICED)
+  assert counted.launches == 2
+  assert counted.bytes == 4 * ((10 + 10 + 10) + (5 + 5))
+
+
 def test_a_real_program_is_counted():
   def function(x):
     x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ x), x)
