@@ -1,10 +1,10 @@
-"""Accuracy against average cost of trained networks: budgeted batch classification, Figures 2 to 5.
+"""Computes accuracy against average cost (budgeted batch classification), as in Figures 2 to 5.
 
     python experiments/budget_sweep.py runs/mnist5k
     python experiments/budget_sweep.py runs/cifar100-exits=4 runs/cifar100-exits=8 --output=figure
 
-Needs only workdirs. Logits are read from the evaluation/ of a finished run, and otherwise computed
-from its checkpoints, which needs the data set.
+Reads the logits of finished runs from their workdirs. For other runs it computes them from the
+checkpoints, which needs the data set.
 """
 
 import argparse
@@ -26,20 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('workdirs', nargs='+', help='workdirs of runs, local or gs://')
   parser.add_argument(
-    '--phases', default='last', choices=('last', 'all'), help='which phases of each run to show'
+    '--phases',
+    default='last',
+    choices=('last', 'all'),
+    help='training phases of each run to show; default: %(default)s',
   )
   parser.add_argument(
     '--parameters',
     type=float,
     nargs='+',
     default=BUDGET_PARAMETERS,
-    help='budget parameters p; default: the 40 of the paper, 0.05 to 2.00',
+    help='budget parameters p; default: the 40 values of the paper, 0.05 to 2.00',
   )
   parser.add_argument(
-    '--recompute', action='store_true', help='compute logits even if a run has saved them'
+    '--recompute', action='store_true', help='compute logits even if the run has saved them'
   )
   parser.add_argument(
-    '--output', help='folder for tables and figure; default: evaluation/sweep of the first workdir'
+    '--output', help='folder for tables and figure; default: evaluation/sweep in the first workdir'
   )
   options = parser.parse_args(arguments)
   workdirs = [epath.Path(workdir) for workdir in options.workdirs]
@@ -73,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def networks(
   workdir: epath.Path, phases: str, recompute: bool
 ) -> Iterator[tuple[str, list[ExitCost], dict[str, evaluate.Predictions]]]:
-  """Yields name, costs and predictions of the networks of a run.
+  """Yields name, costs and predictions of each network of a run.
 
   Args:
-    workdir: The run's folder.
+    workdir: The workdir of the run.
     phases: 'last' or 'all'.
-    recompute: Whether to run the networks even if their predictions exist.
+    recompute: Whether to run the networks even if the run has saved their predictions.
   """
   config = layout.load_config(workdir)
   indices = range(len(config.phases))[slice(-1 if phases == 'last' else 0, None)]
@@ -92,7 +95,7 @@ def networks(
       }
       yield name, evaluate.load_costs(folder, name), predictions
     return
-  # Slow to import, and not needed for a finished run.
+  # These are slow to import and not needed for finished runs.
   from imta_jax.data.pipeline import open_dataset
   from imta_jax.networks import predict_splits, restore_network
 

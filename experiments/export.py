@@ -1,14 +1,14 @@
-"""Writes a trained network as a folder that runs where imta_jax is not installed.
+"""Exports a trained network to a folder that runs without imta_jax.
 
     python experiments/export.py runs/mnist5k exported
     python experiments/export.py runs/cifar100 exported --budget=40e6
 
-The folder holds each stage as StableHLO (jax.export; any batch size; for CPUs, GPUs and TPUs), the
-weights, thresholds for 40 budgets, and engine/, which needs JAX and NumPy alone:
+The folder contains each stage as StableHLO (from jax.export, for any batch size, for CPUs, GPUs and
+TPUs), the weights, thresholds for 40 budgets, and engine/, which needs only JAX and NumPy:
 
     import sys; sys.path.insert(0, 'exported')
     from engine import AdaptiveClassifier
-    answers = AdaptiveClassifier.load('exported', budget=20e6).predict(images)  # unsigned bytes
+    answers = AdaptiveClassifier.load('exported', budget=20e6).predict(images)  # uint8
 """
 
 import argparse
@@ -44,7 +44,7 @@ def run(
   write: Callable[[AdaptiveClassifier, epath.Path, str], int],
   arguments: Sequence[str] | None = None,
 ) -> None:
-  """The command line of an export.
+  """Runs the command line of an export.
 
   Args:
     description: Description of the program.
@@ -64,8 +64,8 @@ def run(
   parser.add_argument(
     '--budget',
     type=float,
-    help='average multiply-adds per image to choose thresholds for; default: as accurate as the '
-    'last exit on validation images',
+    help='average multiply-adds per image; default: the cheapest thresholds that are as accurate '
+    'as the last exit on validation images',
   )
   parser.add_argument(
     '--phase',
@@ -87,15 +87,15 @@ def run(
 
 
 def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:
-  """Writes a classifier.
+  """Exports a classifier.
 
   Args:
-    classifier: The classifier to write.
+    classifier: The classifier to export.
     folder: The folder to write; created if necessary.
-    source: Where the network came from, for readers.
+    source: The origin of the network, as information in the manifest.
 
   Returns:
-    Bytes written.
+    The number of bytes written.
 
   Raises:
     UsageError: If the folder is not empty.
@@ -133,18 +133,18 @@ def write_folder(
   fields: Mapping[str, Any],
   packages: Sequence[str],
 ) -> int:
-  """Writes files, and a manifest that describes them and the classifier.
+  """Writes files, and a manifest that describes the files and the classifier.
 
   Args:
     classifier: The classifier to export.
     folder: The folder to write; created if necessary.
-    source: Where the network came from, for readers.
-    contents: By file name.
+    source: The origin of the network, as information in the manifest.
+    contents: The content of each file, by name.
     fields: Further fields of the manifest.
-    packages: Packages whose versions are recorded.
+    packages: Packages whose versions the manifest records.
 
   Returns:
-    Bytes written.
+    The number of bytes written.
   """
   manifest = {
     **fields,
@@ -167,10 +167,10 @@ def write_folder(
     'versions': {name: metadata.version(name) for name in packages},
     'sha256': {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
   }
-  # The checksum is that of the parsed JSON.
+  # The checksum must equal that of the manifest read back from JSON.
   manifest = json.loads(json.dumps(manifest))
   manifest['manifest_sha256'] = engine.manifest_checksum(manifest)
-  # The manifest is written last: without it there is no export.
+  # The manifest is written last, so that an incomplete folder is not taken for an export.
   contents = {**contents, engine.MANIFEST: f'{json.dumps(manifest, indent=2)}\n'.encode()}
   for name, content in contents.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def write_folder(
 
 
 def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
-  """Each stage, serialised: (list of weights, carry) → carry, for any batch size."""
+  """Serialises each stage, a function (list of weights, carry) → carry for any batch size."""
   (batch,) = export.symbolic_shape('batch')
   carry = jax.ShapeDtypeStruct((batch, *classifier.image.shape), classifier.image.dtype)
   serialised = []
@@ -214,7 +214,7 @@ def _npz(weights: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _finite(thresholds: Sequence[float]) -> list[float | None]:
-  """Thresholds for JSON, which has no infinity: infinite ones become null."""
+  """Replaces infinite thresholds by None, since JSON has no infinity."""
   return [threshold if math.isfinite(threshold) else None for threshold in thresholds]
 
 

@@ -1,19 +1,19 @@
-"""Writes a trained network as ONNX, for ONNX Runtime and other runtimes without JAX.
+"""Exports a trained network as ONNX, for ONNX Runtime and other runtimes without JAX.
 
     pip install 'imta_jax[onnx]'
     python experiments/export_onnx.py runs/mnist5k exported_onnx
 
-The folder holds each stage, with its weights and for any batch size, and a manifest. This is how
-one image runs (for more, drop those that leave from the batch); it needs no JAX:
+The folder contains each stage with its weights, for any batch size, and a manifest. The following
+code classifies one image without JAX (for several images, remove those that exit from the batch):
 
     import json, numpy as np, onnxruntime
     manifest = json.load(open('exported_onnx/manifest.json'))
-    values = {'images': image[np.newaxis]}  # Unsigned bytes.
+    values = {'images': image[np.newaxis]}  # uint8.
     for stage, threshold in zip(manifest['stages'], manifest['thresholds']):
-      session = onnxruntime.InferenceSession('exported_onnx/' + stage['file'])  # Keep for the next.
+      session = onnxruntime.InferenceSession('exported_onnx/' + stage['file'])  # Reuse sessions.
       results = session.run(stage['outputs'], {name: values[name] for name in stage['inputs']})
       values = dict(zip(stage['outputs'], results))
-      odds = np.exp(results[-1][0] - results[-1][0].max())  # Of the logits, which come last.
+      odds = np.exp(results[-1][0] - results[-1][0].max())  # Logits come last.
       probabilities = odds / odds.sum()
       if threshold is not None and probabilities.max() >= threshold:
         break
@@ -42,18 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:
-  """Writes a classifier.
+  """Exports a classifier.
 
   Args:
-    classifier: The classifier to write.
+    classifier: The classifier to export.
     folder: The folder to write; created if necessary.
-    source: Where the network came from, for readers.
+    source: The origin of the network, as information in the manifest.
 
   Returns:
-    Bytes written.
+    The number of bytes written.
 
   Raises:
-    UsageError: If there is something in the folder already, or jax2onnx is not installed.
+    UsageError: If the folder is not empty, or jax2onnx is not installed.
   """
   export.check_empty(folder)
   stages = {f'stage_{number}.onnx': stage for number, stage in enumerate(_convert(classifier), 1)}
@@ -74,7 +74,10 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
 
 
 def _convert(classifier: AdaptiveClassifier) -> list[Any]:
-  """Each stage as an onnx.ModelProto, whose inputs are named as the outputs of the one before."""
+  """Converts each stage to an onnx.ModelProto.
+
+  Inputs have the names of the corresponding outputs of the previous stage.
+  """
   try:
     from jax2onnx import to_onnx
   except ImportError as error:
@@ -90,8 +93,8 @@ def _convert(classifier: AdaptiveClassifier) -> list[Any]:
     def run(*leaves, stage=stage, weights=weights, structure=structure):
       return stage(weights, jax.tree.unflatten(structure, leaves))
 
-    # jax2onnx knows no choice of platform, and where it traces itself, it replaces functions of
-    # Flax by its own, which take other arguments.
+    # The stage is traced here for two reasons: jax2onnx does not support platform_dependent, and
+    # when it traces Flax functions itself, it replaces them by its own with other arguments.
     with mock.patch.object(jax.lax, 'platform_dependent', _default):
       traced, carry = jax.make_jaxpr(run, return_shape=True)(*leaves)
     outputs = [f'stage_{number}_map_{index}' for index in range(len(traced.out_avals) - 1)]
@@ -110,7 +113,7 @@ def _convert(classifier: AdaptiveClassifier) -> list[Any]:
 
 
 def _default(*args, default, **_):
-  """The branch of jax.lax.platform_dependent that is for any platform."""
+  """Stands in for jax.lax.platform_dependent and takes its default branch."""
   return default(*args)
 
 

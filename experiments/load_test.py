@@ -1,12 +1,16 @@
-"""Many clients at once: is every answer the image's own, how fast, and what if there are too many?
+"""Checks and times the server's answers to many clients at once.
 
     python experiments/load_test.py runs/mnist5k digits/
 
-Starts servers on this machine and compares what they answer with what the network says of each
-image without a server. Needs the extra `serve`. Three lines are of budgets, the fourth of all three
-in turn. Then come a server that may let fewer images wait than there are clients, where who is
-refused comes again until answered, and one with the dearest budget and the cheapest as its
-`--overload_budget`, which so many clients make it fall back on.
+Starts servers on this machine and compares their answers with those that the network gives without
+a server. Needs the extra `serve`. Prints one row for each of
+
+- three budgets: the cheapest, a medium one and the most expensive;
+- requests that alternate between the three budgets ('mixed');
+- the same with fewer pending images allowed (`--max_queue`) than there are clients, which repeat
+  refused requests until they are answered;
+- the most expensive budget with the cheapest one as `--overload_budget` ('overload'), which the
+  server falls back on, since so many requests are pending.
 """
 
 import argparse
@@ -34,7 +38,7 @@ from imta_jax.data.image_files import find_images, read_image
 from imta_jax.errors import UsageError
 
 _SECONDS_TO_START, _SECONDS_TO_STOP = 300, 60
-_SECONDS_TO_COME_AGAIN = 0.05
+_SECONDS_BEFORE_RETRY = 0.05
 _COLUMNS = '{:>14} {:>9} {:>8} {:>5} {:>7} {:>6} {:>8} {:>7} {:>7} {:>9}'
 _HEADINGS = (
   *('multiply-adds', 'max_queue', 'answered', 'wrong', 'refused', 'failed'),
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If there is no such network or no image.
+    UsageError: If there is no such network or no image, or a server does not start.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     'images', nargs='+', help='image files, and folders to search for image files'
   )
   parser.add_argument(
-    '--clients', type=positive(int), default=32, help='requests at once; default: 32'
+    '--clients', type=positive(int), default=32, help='number of concurrent clients; default: 32'
   )
   parser.add_argument(
-    '--requests', type=positive(int), default=2000, help='requests a line, at most; default: 2000'
+    '--requests',
+    type=positive(int),
+    default=2000,
+    help='maximum number of requests per row; default: 2000',
   )
   parser.add_argument(
-    '--seconds', type=positive(float), default=20.0, help='seconds a line, at most; default: 20'
+    '--seconds', type=positive(float), default=20.0, help='maximum seconds per row; default: 20'
   )
   options = parser.parse_args(arguments)
   set_up_compilation_cache()
@@ -81,28 +88,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
   }
   print(f'{options.clients} clients, {len(images)} images')
   print(_COLUMNS.format(*_HEADINGS))
-  each = {f'?budget={budget!r}': [expected[budget]] for budget in budgets}
-  roomy, narrow = 2 * options.clients, max(1, options.clients // 4)
-  crowded = options.clients + narrow
-  cheapest, *_, dearest = budgets
-  fall_back = (f'--budget={dearest!r}', f'--overload_budget={cheapest!r}')
-  lines = [
-    (f'{budget:,.0f}', {query: each[query]}) for budget, query in zip(budgets, each, strict=True)
+  queries = {f'?budget={budget!r}': [expected[budget]] for budget in budgets}
+  large_queue, small_queue = 2 * options.clients, max(1, options.clients // 4)
+  overload_queue = options.clients + small_queue
+  cheapest, *_, most_expensive = budgets
+  fall_back = (f'--budget={most_expensive!r}', f'--overload_budget={cheapest!r}')
+  single = [
+    (f'{budget:,.0f}', {query: answers})
+    for budget, (query, answers) in zip(budgets, queries.items(), strict=True)
   ]
+  mixed = ('mixed', queries)
+  overload = ('overload', {'': [expected[most_expensive], expected[cheapest]]})
   for max_queue, server_options, loads in (
-    (roomy, (), [*lines, ('mixed', each)]),
-    (narrow, (), [('mixed', each)]),
-    (crowded, fall_back, [('overload', {'': [expected[dearest], expected[cheapest]]})]),
+    (large_queue, (), [*single, mixed]),
+    (small_queue, (), [mixed]),
+    (overload_queue, fall_back, [overload]),
   ):
     with serving(options.network, f'--max_queue={max_queue}', *server_options) as port:
-      for name, queries in loads:
-        load = Load(port, contents, queries, options.seconds)
+      for name, answers in loads:
+        load = Load(port, contents, answers, options.seconds)
         cells = load.put(options.clients, options.requests)
         print(_COLUMNS.format(name, max_queue, *cells), flush=True)
 
 
 def budgets_of(classifier: AdaptiveClassifier) -> list[float]:
-  """The averages of multiply-adds of a cheap, a middle and a dear point."""
+  """Returns average multiply-adds of the cheapest, a medium and the costliest operating point."""
   averages = sorted(
     float(np.dot(p.exit_fractions, classifier.madds)) for p in classifier.operating_points
   )
@@ -111,7 +121,18 @@ def budgets_of(classifier: AdaptiveClassifier) -> list[float]:
 
 @contextlib.contextmanager
 def serving(network: str, *options: str) -> Iterator[int]:
-  """A server in a process of its own, at the port that is given; it is told to stop at the end."""
+  """Runs a server in its own process and stops it at the end.
+
+  Args:
+    network: A workdir or an exported folder.
+    *options: Flags of the server.
+
+  Yields:
+    The port that the server listens on.
+
+  Raises:
+    UsageError: If the server does not start.
+  """
   with socket.create_server(('127.0.0.1', 0)) as free:
     port = free.getsockname()[1]
   command = [sys.executable, '-m', 'imta_jax.serve', network, f'--port={port}', *options]
@@ -120,7 +141,7 @@ def serving(network: str, *options: str) -> Iterator[int]:
     deadline = time.monotonic() + _SECONDS_TO_START
     while not _listens(port):
       if process.poll() is not None or time.monotonic() > deadline:
-        raise UsageError(f'{" ".join(command)} does not start')
+        raise UsageError(f'the server does not start: {" ".join(command)}')
       time.sleep(0.2)
     yield port
   finally:
@@ -139,12 +160,12 @@ def _listens(port):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of a request.
+  """The outcome of a request.
 
   Attributes:
     kind: 'right', 'wrong', 'refused' (status 503) or 'failed' (another status, or no answer).
-    seconds: From request to answer.
-    exit: That the image took, counted from 1; 0 if it was not answered.
+    seconds: Time from request to answer.
+    exit: The exit that the image took, counted from 1; 0 if there was no answer.
   """
 
   kind: str
@@ -154,13 +175,13 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """Requests, of many clients at once.
+  """Requests from many clients at once.
 
   Attributes:
-    port: The server's.
-    contents: Encoded images.
-    expected: {query: answers for the images, any of which are right}.
-    seconds: After these no more requests are sent.
+    port: The port of the server.
+    contents: The encoded images.
+    expected: For each query string, one or more answers that count as right.
+    seconds: Time after which no more requests are sent.
   """
 
   port: int
@@ -169,10 +190,14 @@ class Load:
   seconds: float
 
   def put(self, clients: int, requests: int) -> list[str]:
-    """Sends requests until there are enough or the time is over.
+    """Sends requests until their number or the time is reached.
+
+    Args:
+      clients: Number of concurrent clients.
+      requests: Maximum number of requests, without repetitions.
 
     Returns:
-      A table's cells, those after the first two of _HEADINGS.
+      The cells of a row, without the first two of _HEADINGS.
     """
     start = time.monotonic()
     numbers = iter(range(requests))
@@ -191,18 +216,18 @@ class Load:
     ]
 
   def _work(self, numbers, deadline):
-    """One client's outcomes."""
+    """Sends the requests of one client and returns their outcomes."""
     queries, outcomes = list(self.expected), []
     connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=self.seconds + 10)
     with contextlib.closing(connection):
       for number in numbers:
-        # Each image meets each query, should there be time.
+        # Given enough requests, each image is sent with each query.
         query = queries[(number + number // len(self.contents)) % len(queries)]
         while time.monotonic() < deadline:
           outcomes.append(self._send(connection, number % len(self.contents), query))
           if outcomes[-1].kind != 'refused':
             break
-          time.sleep(_SECONDS_TO_COME_AGAIN)
+          time.sleep(_SECONDS_BEFORE_RETRY)
     return outcomes
 
   def _send(self, connection, index, query):

@@ -1,6 +1,7 @@
 """The README: its figures follow from the committed results, and its example works as printed."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -101,3 +102,30 @@ def test_the_slowest_thresholds_are_told():
     if float(row['madds_saving']) > 0
   ]
   assert f'by up to\n{-100 * min(savings):.0f} %' in TEXT
+
+
+def test_the_table_of_plans_follows_from_the_committed_plans():
+  table = (RESULTS / 'plans/README.md').read_text(encoding='utf-8')
+  records = [
+    record
+    for path in sorted((RESULTS / 'plans').glob('*.json'))
+    for record in json.loads(path.read_text())
+  ]
+  assert len(records) >= 16
+  for record in records:
+    cells = (
+      'I' if record['phase'] == 1 else 'II',
+      record['batch_size'],
+      record['target'],
+      'yes' if record['fits'] else 'no',
+      f'{record["peak_bytes"] / 1e9:.2f} of {record["memory_bytes"] / 1e9:.0f} GB',
+      f'{record["bytes"] / 1e9:.2f} GB',
+      f'{record["hbm_bytes"] / 1e9:.2f} GB',
+      f'{record["launches"]:,}',
+      record['collectives'],
+      f'{1000 * record["floor_seconds"]:.2f} ms',
+      record['bound_by'],
+      f'{record["images_per_second"]:,.0f}',
+      f'{record["hours"]:.2f}',
+    )
+    assert f'| {" | ".join(map(str, cells))} |' in table

@@ -4,8 +4,8 @@
     python experiments/benchmarks/agreement.py --check=reference.npz
 
 The first command runs on a CPU. It writes the logits of all exits and random projections of phase
-I's gradient, in float32, for weights and images that depend on the config's seed. The second command
-compares them with the results of this device: in float32 at the highest and at the default
+I's gradient, in float32, for weights and images that depend on the config's seed. The second
+command compares them with the results of this device: in float32 at the highest and at the default
 precision, and in bfloat16.
 """
 
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', default='configs/cifar100.py', help='default: %(default)s')
+  parser.add_argument(
+    '--config', default='configs/cifar100.py', help='config file; default: %(default)s'
+  )
   action = parser.add_mutually_exclusive_group(required=True)
   action.add_argument('--write', help='file to write the reference to (.npz)')
   action.add_argument('--check', help='reference file to compare with')

@@ -255,7 +255,9 @@ def check_peer(config: ConfigDict, index: int) -> float:
   torch.set_float32_matmul_precision(allowed[1])
   difference = float(np.abs(logits - peers).max() / np.abs(logits).max())
   if not difference < 1e-4:
-    raise RuntimeError(f'the logits of the peer differ from ours by {difference:.1e} of the largest logit')
+    raise RuntimeError(
+      f'the logits of the peer differ from ours by {difference:.1e} of the largest logit'
+    )
   return difference
 
 

@@ -331,7 +331,9 @@ def unpack(folder: Path, workdir: Path) -> None:
     return
   parts = sorted(folder.glob('run_*'), key=lambda path: int(path.name.removeprefix('run_')))
   if not parts:
-    raise UsageError(f'--resume={folder} has no run_0: pass the output folder of the previous session')
+    raise UsageError(
+      f'--resume={folder} has no run_0: pass the output folder of the previous session'
+    )
   content = b''.join(part.read_bytes() for part in parts)
   try:
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:

@@ -2,10 +2,11 @@
 
     python experiments/benchmarks/evaluation.py --config=configs/cifar100.py --images=10000
 
-Logits: `evaluate.predict` with the mapped step that training uses is compared with the same network
-in PyTorch. Both process one batch, which lies on the device, again and again, and copy the logits to
-the host. Sweep: `budget_sweep` runs with its 40 budgets for 5 exits, 50,000 validation images and
-50,000 test images.
+Logits: `evaluate.predict` with the mapped step that training uses, against the same network in
+PyTorch. Both process one batch on the device again and again, and copy its logits to the host.
+
+Sweep: `budget_sweep` with its 40 budgets, for 5 exits, 50,000 validation images and 50,000 test
+images.
 """
 
 import argparse
@@ -29,7 +30,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='config file as in training, for example configs/cifar100.py:exits=5')
+  parser.add_argument(
+    '--config',
+    required=True,
+    help='config file as in training, for example configs/cifar100.py:exits=5',
+  )
   parser.add_argument('--phase', type=int, help='training phase, counted from 1; default: the last')
   parser.add_argument('--images', type=int, default=10_000, help='images per turn; default: 10,000')
   parser.add_argument('--batch_size', type=int, help="default: the config's for evaluation")
@@ -102,7 +107,10 @@ def peer(config: Any, task: common.Task) -> Callable[[int], None]:
 
   def run(count):
     is_mixed = config.model.dtype == 'bfloat16'
-    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=is_mixed):
+    with (
+      torch.inference_mode(),
+      torch.autocast(images.device.type, torch.bfloat16, enabled=is_mixed),
+    ):
       torch.cat([network(images).cpu() for _ in range(count)], dim=1)
 
   return run

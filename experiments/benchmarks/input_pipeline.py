@@ -4,10 +4,11 @@
 
 Ours: the batches that training uses, decoded, cropped, flipped, and normalised on the device. Links
 to the prepared files enlarge the data set to --images. A turn reads as many images as an epoch has
-and crosses from one epoch to the next. The peer: the same encoded images, already in memory, through
-Pillow (JPEG draft mode, random resized crop, flip) in worker processes of torch's DataLoader, or of
-multiprocessing if PyTorch is not installed; its batches are uint8. The two take turns and never run
-at the same time.
+and crosses from one epoch to the next.
+
+Peer: the same encoded images, already in memory, through Pillow (JPEG draft mode, random resized
+crop, flip) in worker processes of torch's DataLoader, or of multiprocessing if PyTorch is not
+installed. Its batches are uint8. The two take turns and never run at the same time.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', default='configs/imagenet.py', help='default: %(default)s')
+  parser.add_argument(
+    '--config', default='configs/imagenet.py', help='config file; default: %(default)s'
+  )
   parser.add_argument('--images', type=int, default=4096, help='images per turn; default: 4,096')
   parser.add_argument('--batch_size', type=int, default=64, help='default: 64')
   parser.add_argument('--repeats', type=int, default=3, help='turns per contestant; default: 3')

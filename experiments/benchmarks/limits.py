@@ -13,9 +13,9 @@ from imta_jax.phases import Phase
 def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> dict[str, float]:
   """Counts the matrix operations and bytes of memory traffic that a step needs on one device.
 
-  Operations: two per multiply-add of convolutions and dense layers. In phase I these are the forward
-  pass, the gradients of all weights, and the gradients of all layers' inputs except the images. In
-  phase II they are the forward pass and the gradients of the dense layers' weights.
+  Operations: two per multiply-add of convolutions and dense layers. Phase I needs the forward pass,
+  the gradients of all weights, and the gradients of all layers' inputs except the images. Phase II
+  needs the forward pass and the gradients of the dense layers' weights.
 
   Bytes: the result of each layer is written once and read once; in phase I, the result or its
   gradient is read twice more. Parameters are read; trained parameters are also written, and their
@@ -50,7 +50,7 @@ def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> di
 
 
 def _matrix_products(phase, images):
-  """Lists (is dense layer, multiply-adds, output elements) of all layers of the forward pass."""
+  """Lists (is dense layer, multiply-adds, output elements) of all layers, in forward order."""
   products = []
 
   def walk(jaxpr):
@@ -75,7 +75,7 @@ def matrix_product(dtype: str) -> tuple[Callable[[int], None], float]:
     dtype: Type of the matrices.
 
   Returns:
-    A function that multiplies a given number of times, and the number of operations of each product,
+    A function that multiplies a given number of times, and the number of operations per product,
     two per multiply-add.
   """
   size = 2048 if jax.default_backend() == 'cpu' else 8192
@@ -95,7 +95,7 @@ def triad() -> tuple[Callable[[int], None], float]:
   """Makes the yardstick for memory traffic: a large sum a + 2 b on one device.
 
   Returns:
-    A function that adds a given number of times, and the number of bytes of each sum: two arrays are
+    A function that adds a given number of times, and the number of bytes per sum: two arrays are
     read and one is written.
   """
   size = 2**26 if jax.default_backend() == 'cpu' else 2**28

@@ -4,8 +4,8 @@
     python experiments/benchmarks/memory.py --config=configs/imagenet.py --remat=off,on --largest
 
 Reports what XLA plans for the compiled step: arguments (state and batch), outputs (the next state)
-and temporary arrays; on an accelerator also the peak memory in use during two steps. Each batch size
-is measured in a fresh process, so that peaks and failures do not affect each other.
+and temporary arrays; on an accelerator also the peak memory in use during two steps. Each batch
+size is measured in a fresh process, so that peaks and failures do not affect each other.
 """
 
 import argparse
@@ -28,7 +28,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='config file as in training, for example configs/cifar100.py:exits=5')
+  parser.add_argument(
+    '--config',
+    required=True,
+    help='config file as in training, for example configs/cifar100.py:exits=5',
+  )
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1], help='default: 1')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")

@@ -33,11 +33,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('configs', nargs='+', help='config file as in training, for example configs/cifar100.py:exits=5')
+  parser.add_argument(
+    'configs', nargs='+', help='config file as in training, for example configs/cifar100.py:exits=5'
+  )
   parser.add_argument(
     '--overrides', default='', help="flags for training, for example '--config.batch_size=32'"
   )
-  parser.add_argument('--repeats', type=int, default=3, help='number of times the three runs are repeated; default: 3')
+  parser.add_argument(
+    '--repeats', type=int, default=3, help='number of times the three runs are repeated; default: 3'
+  )
   parser.add_argument('--output', help='JSON file for all timings')
   options = parser.parse_args()
   if options.repeats < 1:
@@ -102,7 +106,9 @@ def seconds_to_first_step(flags: Sequence[str], cache: str) -> float:
       process.kill()
       process.wait()
   reason = last_lines[0] if last_lines else f'status {process.returncode}'
-  raise UsageError(f'training with {" ".join(flags)} exited before its first step was done: {reason}')
+  raise UsageError(
+    f'training with {" ".join(flags)} exited before its first step was done: {reason}'
+  )
 
 
 if __name__ == '__main__':

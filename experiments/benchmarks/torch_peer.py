@@ -82,7 +82,12 @@ class FirstLayer(nn.Module):
 
 
 class ScaleLayer(nn.Module):
-  """One scale of a dense layer: keeps its map, added what it and the finer one yield."""
+  """One scale of a dense layer: concatenates new channels to the feature map of the scale.
+
+  Args:
+    conv_normal: Computes new channels from the map of the same scale.
+    conv_down: Computes new channels from the map of the next finer scale, or None.
+  """
 
   def __init__(self, conv_normal: nn.Module, conv_down: nn.Module | None):
     super().__init__()
@@ -97,7 +102,7 @@ class ScaleLayer(nn.Module):
 
 
 class DenseLayer(nn.Module):
-  """One multi-scale layer, with one scale layer for each scale that it writes, the coarsest ones."""
+  """One multi-scale layer, with a scale layer for each scale that it writes, the coarsest ones."""
 
   def __init__(self, scale_layers: Sequence[ScaleLayer]):
     super().__init__()
@@ -253,8 +258,7 @@ def msdnet(
     channels: Channels of the first layer, multiplied by the factor of each scale.
     growth_rate: Channels that a layer adds, multiplied by the factor of each scale.
     scale_factors: The factor of each scale, fine to coarse.
-    bottleneck_factors: Largest width of each scale's bottlenecks, divided by the width of the 3×3
-      convolution that follows.
+    bottleneck_factors: Width of the bottlenecks of each scale, relative to the 3×3 convolution.
     prune: 'max': scales are dropped at equal intervals. 'min': as late as possible.
     reduction: The fraction of the channels that transitions keep; 0 for no transitions.
     bottleneck: Whether a 1×1 convolution precedes each 3×3 convolution.
@@ -432,7 +436,7 @@ class TrainingStep:
     self._network.to(memory_format=torch.channels_last)
     self._optimizer = self._sgd(fused=True)
     plain = self._loss_of
-    # With many small layers, most of the time would go to launching kernels without CUDA graphs.
+    # Without CUDA graphs, networks of many small layers wait for kernel launches.
     mode = 'reduce-overhead' if images.is_cuda else None
     torch.compiler.reset()  # Otherwise a second batch size is compiled for arbitrary sizes.
     self._loss_of = torch.compile(plain, mode=mode, dynamic=False)

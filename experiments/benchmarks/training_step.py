@@ -3,10 +3,10 @@
     python experiments/benchmarks/training_step.py --config=configs/cifar100.py --batch_sizes=64,512
     python experiments/benchmarks/training_step.py --config=configs/imagenet.py --dtype=bfloat16
 
-Ours is the step that training runs, on images that lie on the device. The peers run the same step of
-the same network with the same weights in PyTorch (torch_peer.py): 'eager', and 'tuned' with
-channels_last, a fused optimizer and torch.compile. All compute in --dtype. Without PyTorch, only our
-step and the limit are measured.
+Ours is the step that training runs, on images that lie on the device. The peers run the same step
+of the same network with the same weights in PyTorch (torch_peer.py): 'eager', and 'tuned' with
+channels_last, a fused optimizer and torch.compile. All compute in --dtype. Without PyTorch, only
+our step and the limit are measured.
 """
 
 import argparse
@@ -31,7 +31,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--config', required=True, help='as in training, with :exits=5 or the like')
+  parser.add_argument(
+    '--config',
+    required=True,
+    help='config file as in training, for example configs/cifar100.py:exits=5',
+  )
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")

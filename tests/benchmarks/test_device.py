@@ -1,4 +1,4 @@
-"""The kit for accelerators: what it runs, what it skips, and what travels on."""
+"""The benchmarks for accelerators: what they run, what they skip, and the state to resume from."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ def run(code, seconds=30.0, **fields):
   return device.run(measurement(code, **fields), time.monotonic() + seconds)
 
 
-def test_a_measurement_gives_what_it_printed_and_wrote(tmp_path):
+def test_a_result_has_what_the_measurement_printed_and_wrote(tmp_path):
   path = tmp_path / 'out.json'
   code = f'print("| a |"); open({str(path)!r}, "w").write("[1]")'
   result = run(code, output=path)
@@ -35,7 +35,7 @@ def test_a_measurement_gives_what_it_printed_and_wrote(tmp_path):
   assert result['seconds'] > 0
 
 
-def test_a_measurement_that_fails_is_told():
+def test_a_measurement_that_fails_is_reported():
   result = run('import sys; print("why"); sys.exit(3)')
   assert (result['status'], result['text']) == ('failed with status 3', 'why\n')
 
@@ -46,11 +46,11 @@ def test_a_measurement_without_enough_time_is_skipped():
   assert result['text'] == ''
 
 
-def test_a_measurement_is_ended_when_time_is_up():
+def test_a_measurement_is_stopped_when_time_is_up():
   start = time.monotonic()
   result = run('import time; print("begun", flush=True); time.sleep(60)', seconds=3)
   assert time.monotonic() - start < 30
-  assert result['status'] == 'ended before it was done: no time left'
+  assert result['status'] == 'stopped before it finished: no time left'
   assert result['text'] == 'begun\n'
 
 
@@ -66,7 +66,7 @@ def options(**fields):
   return argparse.Namespace(**{**defaults, **fields})
 
 
-def test_measurements_come_in_the_order_of_their_worth(tmp_path):
+def test_measurements_are_ordered_by_importance(tmp_path):
   chosen = device.measurements(options(), tmp_path / 'kit', tmp_path, tmp_path / 'runs')
   assert [each.name for each in chosen] == [
     'agreement',
@@ -84,7 +84,7 @@ def test_measurements_come_in_the_order_of_their_worth(tmp_path):
   assert 'large training step' not in [each.name for each in small]
 
 
-def test_the_page_has_a_row_per_measurement_and_their_tables(tmp_path):
+def test_the_report_has_a_row_per_measurement_and_their_tables(tmp_path):
   results = [
     {'name': 'one', 'status': 'done', 'seconds': 2.4, 'text': 'note\n| a |\n| - |', 'results': [1]},
     {'name': 'two', 'status': 'skipped: no time', 'seconds': 0.0, 'text': '', 'results': None},
@@ -119,7 +119,7 @@ def files(folder):
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
-def test_a_training_travels_in_parts(workdir, tmp_path, monkeypatch):
+def test_a_training_is_packed_in_parts(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(device, '_PART_BYTES', 25_000)
   folder = tmp_path / 'out'
   folder.mkdir()
@@ -131,11 +131,13 @@ def test_a_training_travels_in_parts(workdir, tmp_path, monkeypatch):
   device.unpack(folder, tmp_path / 'again')
   expected = files(workdir)
   del expected['tensorboard/phase_1/events']
-  del expected['checkpoints/phase_2/2/state/a']  # Not needed to resume; phase I's best may be.
+  del expected[
+    'checkpoints/phase_2/2/state/a'
+  ]  # Not needed to resume, but phase II starts from phase I's best.
   assert files(tmp_path / 'again') == expected
 
 
-def test_parts_that_are_missing_are_refused(workdir, tmp_path, monkeypatch):
+def test_missing_parts_are_refused(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(device, '_PART_BYTES', 25_000)
   *_, last = device.pack(workdir, tmp_path)
   last.unlink()
@@ -145,7 +147,7 @@ def test_parts_that_are_missing_are_refused(workdir, tmp_path, monkeypatch):
     device.unpack(tmp_path / 'nowhere', tmp_path / 'elsewhere')
 
 
-def test_a_kit_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_kit_is_refused(tmp_path):
   with pytest.raises(UsageError, match=r'has no reference\.npz'):
     device.main([f'--kit={tmp_path}', f'--output={tmp_path}/out'])
 
@@ -171,7 +173,7 @@ def test_a_device_agrees_with_itself(reference, capsys):
   assert 1e-4 < low['logits'] < 0.1
 
 
-def test_a_device_that_errs_does_not_agree(reference, tmp_path):
+def test_a_wrong_gradient_does_not_agree(reference, tmp_path):
   with np.load(reference) as file:
     content = dict(file)
   content['gradient'] = 1.01 * content['gradient']
@@ -184,5 +186,5 @@ def test_a_device_that_errs_does_not_agree(reference, tmp_path):
 def test_a_reference_of_another_network_is_refused(reference):
   config = load()
   config.seed = 1
-  with pytest.raises(UsageError, match='of another config or seed'):
+  with pytest.raises(UsageError, match='for another config or seed'):
     agreement.check(config, reference)

@@ -1,4 +1,4 @@
-"""The benchmarks' PyTorch network is ours: names, logits, gradients, losses."""
+"""The PyTorch network of the benchmarks has our names, logits, gradients and losses."""
 
 import sys
 from pathlib import Path
@@ -112,7 +112,10 @@ def test_phase_two_has_our_loss_and_gradients_and_leaves_the_backbone(batch, ran
   model = models.create('msdnet', num_classes=10, collaboration='network', **FIELDS)
   variables = random_variables(model, images.shape[1:])
   backbone = {name for name in teacher['params'] if not name.startswith('classifiers_')}
-  for kind, trees in variables.items():  # Random values go by the tree, which the phases differ in.
+  for (
+    kind,
+    trees,
+  ) in variables.items():  # Random values depend on the tree's structure, which differs.
     trees.update({name: teacher[kind][name] for name in backbone & set(trees)})
   trained = {name: tree for name, tree in variables['params'].items() if name not in backbone}
 

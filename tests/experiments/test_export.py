@@ -1,4 +1,4 @@
-"""An export answers like the network it was made of, where imta_jax cannot be imported."""
+"""An export gives the answers of its network, even if imta_jax cannot be imported."""
 
 import importlib.util
 import json
@@ -73,7 +73,9 @@ def classifier(random_variables, images):
     class_names=list('abcde'),
     preprocessing={'crop': 'none'},
   )
-  half = np.median(classifier.predict(images).confidences)  # All leave at the first exit.
+  half = np.median(
+    classifier.predict(images).confidences
+  )  # Thresholds of 0: all images leave at the first exit.
   classifier.thresholds = np.array([half, half, -np.inf], np.float32)
   return classifier
 
@@ -88,7 +90,7 @@ def exported(export, classifier, tmp_path_factory):
 def test_another_process_answers_bit_for_bit(classifier, exported, images, tmp_path):
   np.save(tmp_path / 'images.npy', images)
   arguments = [str(exported), str(tmp_path / 'images.npy'), str(tmp_path / 'answers.npz')]
-  # Compiled as this process compiles.
+  # Use the same compiler options as this process.
   environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   subprocess.run(
     [sys.executable, '-c', ELSEWHERE, *arguments], check=True, cwd=tmp_path, env=environment
@@ -101,7 +103,7 @@ def test_another_process_answers_bit_for_bit(classifier, exported, images, tmp_p
     np.testing.assert_array_equal(answers['alone'], alone.probabilities)
 
 
-def test_what_belongs_to_the_network_comes_along(classifier, exported):
+def test_an_export_contains_everything_about_the_network(classifier, exported):
   loaded = AdaptiveClassifier.load(exported)
   for name in ('image', 'class_names', 'madds', 'preprocessing', 'num_classes'):
     assert getattr(loaded, name) == getattr(classifier, name), name
@@ -143,6 +145,6 @@ def test_another_format_is_refused(exported, tmp_path):
     AdaptiveClassifier.load(tmp_path)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(export, classifier, exported):
+def test_a_folder_that_is_not_empty_is_refused(export, classifier, exported):
   with pytest.raises(UsageError, match='not empty'):
     export.write_export(classifier, epath.Path(exported))

@@ -1,4 +1,4 @@
-"""An ONNX export answers like the network it was made of."""
+"""An ONNX export gives the answers of its network."""
 
 import hashlib
 import importlib.util
@@ -25,7 +25,7 @@ PATH = Path(__file__).parents[2] / 'experiments' / 'export_onnx.py'
 
 @pytest.fixture(scope='module')
 def export_onnx():
-  sys.path.insert(0, str(PATH.parent))  # As where the script is run.
+  sys.path.insert(0, str(PATH.parent))  # As if the script were run.
   spec = importlib.util.spec_from_file_location('export_onnx', PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -38,7 +38,7 @@ def images():
   return np.random.default_rng(0).integers(0, 256, (7, *SHAPE), dtype=np.uint8)
 
 
-# Without collaboration stages ignore the logits of the stage before.
+# Without collaboration, stages ignore the logits of the previous stage.
 @pytest.fixture(scope='module', params=['network', 'off'])
 def classifier(request, random_variables, images):
   model = models.create(
@@ -62,7 +62,8 @@ def classifier(request, random_variables, images):
     madds=(10, 20, 30),
     class_names=list('abcde'),
   )
-  # All leave at the first exit. Between two images' confidences, rounding decides nothing.
+  # With thresholds of 0, all images leave at the first exit. A threshold halfway between two
+  # confidences makes rounding irrelevant.
   between = np.sort(classifier.predict(images).confidences)[3:5].mean()
   classifier.thresholds = np.array([between, np.inf, np.inf], np.float32)
   return classifier
@@ -75,7 +76,7 @@ def exported(export_onnx, classifier, tmp_path_factory):
   return folder
 
 
-def test_each_stage_gives_what_ours_gives(classifier, exported, images):
+def test_each_stage_gives_our_results(classifier, exported, images):
   manifest = json.loads((exported / 'manifest.json').read_text())
   carry, values = images, {'images': images}
   for stage, weights, row in zip(
@@ -89,7 +90,7 @@ def test_each_stage_gives_what_ours_gives(classifier, exported, images):
       np.testing.assert_allclose(result, ours, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_docstring_shows_answers_alike(
+def test_the_code_in_the_docstring_gives_our_answers(
   export_onnx, classifier, exported, images, monkeypatch
 ):
   monkeypatch.chdir(exported.parent)
@@ -103,7 +104,7 @@ def test_what_the_docstring_shows_answers_alike(
     np.testing.assert_allclose(names['probabilities'], expected.probabilities[index], atol=1e-5)
 
 
-def test_manifest_sums_what_is_there(exported):
+def test_the_manifest_has_the_checksums_of_all_stages(exported):
   manifest = json.loads((exported / 'manifest.json').read_text())
   sums = {
     path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in exported.glob('*.onnx')
@@ -112,6 +113,6 @@ def test_manifest_sums_what_is_there(exported):
   assert manifest['sha256'] == sums
 
 
-def test_a_folder_with_something_in_it_is_left_alone(export_onnx, classifier, exported):
+def test_a_folder_that_is_not_empty_is_refused(export_onnx, classifier, exported):
   with pytest.raises(UsageError, match='not empty'):
     export_onnx.write_export(classifier, epath.Path(exported))

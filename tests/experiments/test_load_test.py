@@ -1,4 +1,4 @@
-"""The load test must notice what goes wrong."""
+"""The load test counts wrong, refused and failed answers."""
 
 import http.server
 import json
@@ -22,7 +22,7 @@ OTHERS = Answers(np.arange(COUNT), np.eye(COUNT, 10, k=1, dtype=np.float32), np.
 
 @pytest.fixture
 def server():
-  """Answers image 3 with another label, 5 with status 503 once, 6 with 500; the rest rightly."""
+  """A server with a wrong label for image 3, status 503 once for 5, and status 500 for 6."""
   refused = []
 
   class Handler(http.server.BaseHTTPRequestHandler):

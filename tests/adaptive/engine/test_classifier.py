@@ -316,17 +316,13 @@ POINTS = [
 )
 def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first_threshold):
   # Averages with these costs: 23, 15 and 17; of equal accuracy the cheaper one is taken.
-  classifier = classifier_of(
-    network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0)
-  )
+  classifier = classifier_of(network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0))
   thresholds = classifier.choose(budget=budget).thresholds
   np.testing.assert_allclose(thresholds[0], first_threshold)
 
 
 def test_budget_that_cannot_be_met(network):
-  classifier = classifier_of(
-    network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0)
-  )
+  classifier = classifier_of(network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0))
   with pytest.raises(ValueError, match='budget 14 .*smallest .* 15'):
     classifier.choose(budget=14)
   with pytest.raises(ValueError, match='give only one'):
