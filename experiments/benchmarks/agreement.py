@@ -10,8 +10,10 @@ precision, and in bfloat16.
 """
 
 import argparse
+import zipfile
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import common
@@ -34,8 +36,11 @@ _PROJECTIONS = 16
 _MODES = (('float32', 'highest', 1e-3), ('float32', 'default', 3e-2), ('bfloat16', 'default', 0.3))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line.
+
+  Returns:
+    The exit status: 1 if an error is too large.
 
   Raises:
     UsageError: If the reference cannot be read, or was written for other weights or images.
@@ -53,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   config = config_lib.load_file(options.config)
   if options.write:
+    Path(options.write).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.write, **outcome(config, 'float32', 'highest'))
-    return
+    return 0
   errors = check(config, options.check)
   print(common.machine())
   print()
@@ -74,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
   )
   common.write_json(options.output, {'machine': common.machine(), 'errors': errors})
+  return 0 if all(row['agrees'] for row in errors) else 1
 
 
 def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
@@ -93,8 +100,8 @@ def check(config: ConfigDict, path: str) -> list[dict[str, Any]]:
   try:
     with np.load(path) as file:
       reference = dict(file)
-  except OSError as error:
-    raise UsageError(f'--check={path} cannot be read ({error.strerror})') from error
+  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    raise UsageError(f'--check={path} cannot be read ({error}): write it again') from error
   rows = []
   for dtype, precision, tolerance in _MODES:
     result = outcome(config, dtype, precision)

@@ -106,12 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for path in (kit / 'reference.npz', kit / 'arrays' / 'record.json'):
     if not path.exists():
       raise UsageError(f'--kit={options.kit} has no {path.relative_to(kit)}: see --help')
-  output.mkdir(parents=True, exist_ok=True)
   runs = output / 'runs'  # Workdirs; only the training in it is packed.
 
+  chosen = measurements(options, kit, output, runs)
+  skipped = [name for name in options.skip.split(',') if name]
+  names = [measurement.name for measurement in chosen]
+  for name in skipped:
+    if name not in names:
+      raise UsageError(f'--skip={name} is not a measurement: choose from {", ".join(names)}')
+  output.mkdir(parents=True, exist_ok=True)
+
   results = []
-  skipped = options.skip.split(',')
-  for measurement in measurements(options, kit, output, runs):
+  for measurement in chosen:
     if measurement.name in skipped:
       continue
     results.append(run(measurement, deadline - _SECONDS_TO_STOP))
@@ -352,7 +358,9 @@ def write_page(
     f'# {options.config} on one device',
     '',
     f'`python experiments/benchmarks/device.py --minutes={options.minutes:g} '
-    f'--config={options.config} --dtype={options.dtype}`',
+    f'--config={options.config} --batch_sizes={options.batch_sizes} '
+    f'--large_config={options.large_config} --large_batch_size={options.large_batch_size} '
+    f'--dtype={options.dtype}`',
     '',
     '| measurement | status | seconds |',
     '| --- | --- | --- |',

@@ -188,3 +188,18 @@ def test_a_reference_of_another_network_is_refused(reference):
   config.seed = 1
   with pytest.raises(UsageError, match='for another config or seed'):
     agreement.check(config, reference)
+
+
+def test_a_measurement_that_does_not_exist_cannot_be_skipped(tmp_path):
+  (tmp_path / 'arrays').mkdir()
+  for name in ('reference.npz', 'arrays/record.json'):
+    (tmp_path / name).touch()
+  with pytest.raises(UsageError, match='--skip=latencies is not a measurement: choose from agree'):
+    device.main([f'--kit={tmp_path}', f'--output={tmp_path}/out', '--skip=latency,latencies'])
+  assert not (tmp_path / 'out').exists()
+
+
+def test_an_unreadable_reference_is_refused(tmp_path):
+  (tmp_path / 'reference.npz').write_bytes(b'PK of nothing')
+  with pytest.raises(UsageError, match='cannot be read .*: write it again'):
+    agreement.check(load(), tmp_path / 'reference.npz')
