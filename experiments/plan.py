@@ -93,6 +93,10 @@ class Record:
   versions: str
 
 
+class DoesNotFitError(UsageError):
+  """A step that the compiler cannot fit into the memory of a device."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
@@ -152,6 +156,7 @@ def plan(
 
   Raises:
     UsageError: If the phase does not exist or the devices do not divide the batch.
+    DoesNotFitError: If the compiler finds no way to fit the step.
   """
   num_devices = len(target.devices)
   if batch_size % num_devices:
@@ -169,7 +174,7 @@ def plan(
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    raise UsageError(
+    raise DoesNotFitError(
       f'phase {number} does not fit {target.name} at batch size {batch_size}: '
       f'{str(error).splitlines()[0]}'
     ) from error
@@ -285,7 +290,11 @@ def search_largest(
   records, num_devices = [], len(target.devices)
 
   def fits(batch_size):
-    records.append(plan(name, config, target, number, batch_size))
+    try:
+      records.append(plan(name, config, target, number, batch_size))
+    except DoesNotFitError as error:  # The compiler of TPUs gives up.
+      print(error, flush=True)
+      return False
     print(describe(records[-1]), flush=True)
     return records[-1].fits
 

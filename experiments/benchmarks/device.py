@@ -158,7 +158,7 @@ def measurements(
     script(
       'start_up.py', 'start-up', 60, options.config, f'--overrides={" ".join(data)}', '--repeats=1'
     ),
-    script('evaluation.py', 'evaluation', 40, config, dtype, largest),
+    script('evaluation.py', 'evaluation', 40, config, dtype, largest, '--repeats=2'),
     # Measuring latency needs a network; how well it is trained does not change its speed.
     Measurement(
       'short training for latency',

@@ -1,5 +1,6 @@
 """Plans: what is counted of a program, what a floor is, and plans of a small network."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -227,3 +228,36 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
   target = targets.Target('h100:8', targets.CHIPS['h100'], [None] * 8, '', {})
   with pytest.raises(UsageError, match='batch size 12 is not divisible by the 8 devices'):
     plan.plan('config', None, target, 1, 12)
+
+
+@pytest.mark.parametrize(('most', 'first'), [(300, 64), (300, 512), (64, 64), (5000, 8)])
+def test_the_largest_batch_is_found_to_an_eighth(most, first, monkeypatch, capsys):
+  target = targets.Target('h100:8', targets.CHIPS['h100'], [None] * 8, '', {})
+  planned = []
+
+  def make_record(batch_size):
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(plan.Record)), 0)
+    fields.update(batch_size=batch_size, fits=batch_size <= most)
+    return plan.Record(**fields)
+
+  def plan_quickly(name, config, target, number, batch_size):
+    assert batch_size % 8 == 0 and batch_size not in planned
+    planned.append(batch_size)
+    if batch_size > 2 * most:  # A compiler may give up instead.
+      raise plan.DoesNotFitError('does not fit')
+    return make_record(batch_size)
+
+  monkeypatch.setattr(plan, 'plan', plan_quickly)
+  last = make_record(first)
+  records = [last, *plan.search_largest('config', None, target, 1, last)]
+  largest = max(record.batch_size for record in records if record.fits)
+  least_failing = min(size for size in (first, *planned) if size > most)
+  assert largest <= most < least_failing
+  assert least_failing - largest <= max(8, largest // 8)
+  assert capsys.readouterr().out.count('fit') == len(planned)
+
+
+def test_the_cpu_has_no_largest_batch():
+  target = targets.Target('cpu', None, [None], '', {})
+  with pytest.raises(UsageError, match='--largest needs an accelerator'):
+    plan.search_largest('config', None, target, 1, None)
