@@ -13,7 +13,7 @@ from jax import export
 from .programs import Stage, Tree
 
 MANIFEST = 'manifest.json'
-FORMAT = 1
+FORMAT = 2
 
 
 def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
@@ -66,7 +66,7 @@ def _read_manifest(folder):
   if checksum != manifest_checksum(manifest):
     raise ValueError(f'{path} has changed since it was written: export again')
   if manifest['format'] != FORMAT:
-    raise ValueError(f'{folder} has format {manifest["format"]}, expected {FORMAT}')
+    raise ValueError(f'{folder} has format {manifest["format"]}, expected {FORMAT}: export again')
   return manifest
 
 
