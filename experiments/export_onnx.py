@@ -33,7 +33,7 @@ from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
-FORMAT = 'onnx-1'
+FORMAT = 'onnx-2'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

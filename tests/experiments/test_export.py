@@ -141,7 +141,7 @@ def test_another_format_is_refused(exported, tmp_path):
   manifest['format'] = 99
   manifest['manifest_sha256'] = manifest_checksum(manifest)
   (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match='format 99, expected 1'):
+  with pytest.raises(ValueError, match='format 99, expected 2: export again'):
     AdaptiveClassifier.load(tmp_path)
 
 
