@@ -65,7 +65,7 @@ class Reporter:
       ('evaluation/', 'tables of budgets and exits as CSV and JSON; logits'),
       ('checkpoints/', 'latest and best states of each phase'),
       ('metrics.jsonl', 'metrics of each phase, one line per write'),
-      ('tensorboard/', f'the same: tensorboard --logdir {workdir / "tensorboard"}'),
+      ('tensorboard/', f'tensorboard --logdir {workdir / "tensorboard"}'),
     ):
       if (workdir / name).exists():
         self.say(f'  {workdir / name}  {content}')
