@@ -99,7 +99,7 @@ class Target:
   chip: Chip | None
   devices: Sequence[Any]
   compiler: str
-  compiler_options: Mapping[str, str]
+  compiler_options: Mapping[str, Any]
 
 
 def prepare_environment() -> None:
@@ -130,7 +130,10 @@ def open_target(name: str) -> Target:
     return Target(name, chip, _tpu_devices(name, kind, extent), compiler, {})
   compiler = _find_compiler(name, 'cuda', ('jax-cuda13-plugin', 'jax-cuda12-plugin'))
   # Autotuning would need the device.
-  options = {'xla_gpu_autotune_level': '0'}
+  options = {'xla_gpu_autotune_level': 0}
+  if chip.gpu['capability'] < (9, 0):
+    # Without autotuning XLA finds no tiles there for some narrow products of its own.
+    options['xla_gpu_enable_triton_gemm'] = False
   return Target(name, chip, _gpu_devices(name, chip, extent), compiler, options)
 
 
