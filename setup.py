@@ -9,7 +9,7 @@ SERVE = ['prometheus-client', 'python-multipart', 'starlette', 'uvicorn']
 setup(
   name='imta_jax',
   version='0.1.0',
-  description='Training, evaluating and running adaptive (early-exit) networks in JAX',
+  description='Train, evaluate and run early-exit networks in JAX and Flax',
   long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
@@ -20,7 +20,7 @@ setup(
     'clu',
     'etils[epath]',
     'flax',
-    'importlib_resources',  # tensorflow-datasets needs it and does not say so.
+    'importlib_resources',  # Needed by tensorflow-datasets, which does not declare it.
     'jax',
     'matplotlib',
     'ml-collections',
@@ -31,7 +31,7 @@ setup(
     'pillow',
     'rich',
     'scipy',
-    'tensorboard',  # clu needs it and does not say so.
+    'tensorboard',  # Needed by clu, which does not declare it.
     'tensorflow-cpu; platform_machine == "x86_64" and sys_platform != "darwin"',
     'tensorflow; platform_machine != "x86_64" or sys_platform == "darwin"',
     'tensorflow-datasets',

@@ -1,10 +1,10 @@
-"""CIFAR-10: Figure 2.
+"""MSDNet on CIFAR-10: Figure 2.
 
     python -m imta_jax.main --config=configs/cifar10.py            # 6 exits, depth 21
     python -m imta_jax.main --config=configs/cifar10.py:exits=8    # 8 exits, depth 36
 
 Cost: 300 + 180 epochs of 703 steps; 89 million multiply-adds per image at the last of 6 exits.
-Data: `tfds build cifar10`, or downloaded by the first run.
+Data: `tfds build cifar10`; otherwise the first run downloads it.
 """
 
 from imta_jax import config as config_lib

@@ -1,11 +1,11 @@
-"""CIFAR-100: Tables 1 and 2, Figure 3.
+"""MSDNet on CIFAR-100: Tables 1 and 2, Figure 3.
 
-    python -m imta_jax.main --config=configs/cifar100.py            # Table 1: 7 exits
-    python -m imta_jax.main --config=configs/cifar100.py:exits=5    # Table 2; Figure 3: 4, 5, 6, 8
+    python -m imta_jax.main --config=configs/cifar100.py          # Table 1: 7 exits
+    python -m imta_jax.main --config=configs/cifar100.py:exits=5  # Table 2; Figure 3: 4, 5, 6, 8
 
-The paper reaches, for Table 1 (top-1 at exits 1 … 7): 64.00 68.41 71.86 73.50 74.46 75.39 75.96.
+The paper reaches in Table 1 (top-1, exits 1 to 7): 64.00 68.41 71.86 73.50 74.46 75.39 75.96 %.
 Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds per image at the last exit.
-Data: `tfds build cifar100`, or downloaded by the first run.
+Data: `tfds build cifar100`; otherwise the first run downloads it.
 """
 
 from imta_jax import config as config_lib

@@ -1,11 +1,11 @@
-"""ImageNet: Table 3, Figure 5.
+"""MSDNet on ImageNet: Table 3, Figure 5.
 
-    python -m imta_jax.main --config=configs/imagenet.py           # step 4: Table 3
-    python -m imta_jax.main --config=configs/imagenet.py:step=6    # Figure 5: 4, 6, 7
+    python -m imta_jax.main --config=configs/imagenet.py           # Step 4: Table 3
+    python -m imta_jax.main --config=configs/imagenet.py:step=6    # Figure 5: steps 4, 6, 7
 
-The paper reaches, with step 4 (top-1 at exits 1 … 5): 57.28 66.22 70.24 71.71 72.43.
+The paper reaches with step 4 (top-1, exits 1 to 5): 57.28 66.22 70.24 71.71 72.43 %.
 Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per image at the last exit.
-Data: `tfds build imagenet2012`, from the archives that image-net.org gives out.
+Data: `tfds build imagenet2012`, from the archives of image-net.org.
 """
 
 from imta_jax import config as config_lib
@@ -18,7 +18,7 @@ def get_config(argument=''):
   config.evaluation_batch_size = 256
   config.dataset.update(
     name='imagenet2012',
-    test_split='validation',  # The paper's test set; its own has no labels.
+    test_split='validation',  # The test set in the paper; ImageNet's test split has no labels.
     validation_size=50_000,
     image_size=224,
     mean=(0.485, 0.456, 0.406),
@@ -39,9 +39,9 @@ def get_config(argument=''):
     reduction=0.5,
     bottleneck=True,
     stem='imagenet',
-    remat=False,  # True: less memory, a third more computation.
+    remat=False,  # True takes less memory and a third more computation.
   )
   for phase in config.phases:
-    # alpha and T are those of the published ImageNet script; the paper gives none.
+    # alpha and T are from the published ImageNet script; the paper does not give them.
     phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
   return config

@@ -25,18 +25,17 @@ _LATEST_KEPT = 2
 class Checkpoints:
   """The checkpoints in a folder: the latest two, and the best by validation accuracy.
 
-  A context manager; leaving it waits until all saves are on disk.
+  A context manager that waits on exit until all saves are on disk.
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
-    """Opens a folder; creates it unless it is read-only."""
-    # Orbax needs absolute paths; those with a scheme, such as gs://, are absolute.
+    """Opens the folder, and creates it unless `read_only` is set."""
+    # Orbax needs absolute paths; paths with a scheme, such as gs://, are absolute.
     folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._folder, self._read_only = folder, read_only
     self._accuracies: dict[int, float | None] = {}
-    with (
-      _silent() if read_only else contextlib.nullcontext()
-    ):  # Orbax logs a warning for read-only folders.
+    # Orbax logs a warning for read-only folders.
+    with _silent() if read_only else contextlib.nullcontext():
       self._manager = ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
@@ -51,12 +50,12 @@ class Checkpoints:
       )
 
   def save(self, step: int, state: Any, validation_accuracy: float | None) -> None:
-    """Saves a state, in the background.
+    """Saves a state in the background.
 
     Args:
-      step: Step of the state; an existing checkpoint of this step is kept.
+      step: Step of the state. If this step already has a checkpoint, nothing is saved.
       state: A tree of arrays.
-      validation_accuracy: The accuracy that 'best' compares; None if it was not evaluated.
+      validation_accuracy: The accuracy that ranks checkpoints for 'best'; None if not evaluated.
     """
     if step in self._manager.all_steps():
       return
@@ -69,11 +68,11 @@ class Checkpoints:
     )
 
   def steps(self, order: str) -> list[int]:
-    """The steps of all checkpoints, the preferred one first.
+    """Returns the steps of all checkpoints, the preferred one first.
 
     Args:
-      order: 'last': latest first. 'best': by validation accuracy, ties earliest first; states
-        without an accuracy come last.
+      order: 'last': latest first. 'best': highest validation accuracy first, and earliest first
+        if equal; checkpoints without an accuracy come last.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     return steps if order == 'last' else sorted(steps, key=self._preference)
@@ -113,7 +112,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits until all saves are on disk, and frees the resources of the manager."""
+    """Waits until all saves are on disk, and frees the resources of Orbax."""
     self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
@@ -130,8 +129,8 @@ class Checkpoints:
     for name in sorted({*stored, *expected}):
       if stored.get(name) != expected.get(name):
         raise UsageError(
-          f'checkpoint {self._folder / str(step)} is of another version of this program: its '
-          f'{name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+          f'checkpoint {self._folder / str(step)} was written by another version of this program: '
+          f'its {name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
           'choose another --workdir'
         )
     read = self._manager.restore(
@@ -143,7 +142,7 @@ class Checkpoints:
     return read['state']
 
   def _set_aside(self, step: int) -> None:
-    """Moves a checkpoint aside, so that a person can look at it."""
+    """Moves a damaged checkpoint to another folder, where it can be inspected."""
     aside = self._folder.parent / f'{self._folder.name}_damaged'
     aside.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -180,7 +179,7 @@ class _LatestAndBest(PreservationPolicy):
 
 
 def _structure(tree: Any) -> dict[str, str]:
-  """Type and shape of each leaf, by name."""
+  """Returns the type and shape of each leaf by name."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(leaf.dtype)}{leaf.shape}'
@@ -208,7 +207,7 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences the tracebacks of reads that Orbax abandons after one has failed."""
+  """Suppresses the tracebacks of reads that Orbax abandons after one of them has failed."""
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     yield

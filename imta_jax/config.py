@@ -1,4 +1,4 @@
-"""The fields of a config, their defaults, and their checks."""
+"""The fields of a config, their defaults and their checks."""
 
 import difflib
 import importlib.util
@@ -13,9 +13,9 @@ from imta_jax.errors import UsageError
 
 
 def default() -> ConfigDict:
-  """All fields of a config, with the paper's settings for CIFAR-100, Table 1.
+  """Returns a config with all fields, set as in the paper for CIFAR-100 (Table 1).
 
-  A file in configs/ starts from this, changes what differs and returns it from
+  A file in configs/ starts from this config, changes fields and returns it from
   `get_config(argument)`.
   """
   return ConfigDict(
@@ -25,23 +25,23 @@ def default() -> ConfigDict:
       'evaluation_batch_size': 512,
       'dataset': {
         'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
-        'data_dir': config_dict.placeholder(
-          str
-        ),  # Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
-        'arrays_dir': config_dict.placeholder(str),  # Written by imta_jax.prepare, used instead.
+        # TFDS folder; default: TFDS_DATA_DIR or ~/tensorflow_datasets.
+        'data_dir': config_dict.placeholder(str),
+        # Folder written by imta_jax.prepare, to be used instead of TFDS.
+        'arrays_dir': config_dict.placeholder(str),
         'train_split': 'train',
         'test_split': 'test',
         'validation_size': 5_000,  # Training images held out to choose thresholds and states.
         'image_size': 32,
-        'mean': (0.5071, 0.4865, 0.4409),  # Per channel, of pixels between 0 and 1.
+        'mean': (0.5071, 0.4865, 0.4409),  # Per channel, for pixels between 0 and 1.
         'std': (0.2673, 0.2564, 0.2762),
-        'in_memory': True,  # Otherwise streamed, decoded and cropped, as ImageNet is.
-        'padding': 4,  # In memory: zero padding before the random crop.
-        'flip': True,  # Whether half of the training images are mirrored.
+        'in_memory': True,  # On the devices; False streams images, as for ImageNet.
+        'padding': 4,  # Zero padding before the random crop of images in memory.
+        'flip': True,  # Whether to mirror half of the training images.
         'augment_validation': False,  # The published code augments validation images too.
       },
-      'model': {'name': 'msdnet', 'dtype': 'float32'},  # And any field of models.create.
-      'global_batch_norm': True,  # Batch statistics over all devices, not per device.
+      'model': {'name': 'msdnet', 'dtype': 'float32'},  # Plus any field of models.create.
+      'global_batch_norm': True,  # Whether batch statistics are over all devices, not per device.
       'phases': [phase_one(), phase_two()],
       'checkpoint_every_epochs': 1,  # Epochs between validations and checkpoints.
       'log_every_steps': 50,
@@ -56,28 +56,31 @@ def phase_one() -> ConfigDict:
   return ConfigDict(
     {
       'loss': 'cross_entropy',  # Summed over exits (Eq. 1); or 'one_for_all'.
-      'alpha': 0.1,  # OFA: weight of the labels, against the teacher (Eq. 7).
-      'temperature': 3.0,  # OFA: T.
-      'class_reduction': 'sum',  # OFA: 'mean' divides by the number of classes, as published.
-      'teacher': 'online',  # OFA: the current last exit; 'frozen': the previous phase's.
+      'alpha': 0.1,  # OFA: weight of the labels; 1 - alpha weights the teacher (Eq. 7).
+      'temperature': 3.0,  # OFA: temperature T (Eq. 7).
+      'class_reduction': 'sum',  # OFA: 'mean', as in the published code, averages over classes.
+      'teacher': 'online',  # OFA: the network's last exit; 'frozen': the previous phase's.
       'trained': 'everything',  # Or 'last_layers': only the classifiers.
-      'frozen_batch_norm': 'evaluation',  # Of layers that are not trained; published: 'training'.
+      # Mode of batch norm in layers that are not trained; the published code uses 'training'.
+      'frozen_batch_norm': 'evaluation',
       'gradient_equilibrium': 'all',
       'collaboration': 'off',
       'stop_collaboration_gradient': True,
-      'chosen_state': 'best',  # State for the next phase and for evaluation: best mean validation
-      # accuracy of the exits; or 'last'.
+      # State for the next phase and for evaluation: 'best' has the highest validation accuracy,
+      # averaged over exits; or 'last'.
+      'chosen_state': 'best',
       'epochs': 300.0,
-      'steps': config_dict.placeholder(int),  # Replaces epochs if given.
+      'steps': config_dict.placeholder(int),  # If set, used instead of epochs.
       'learning_rate': 0.1,
-      'reference_batch_size': config_dict.placeholder(int),  # Scales the rate by batch_size / this.
-      'schedule': 'multistep',  # Divided by 10 at each milestone; or 'cosine'.
-      'milestones': (0.5, 0.75),  # Fractions of the phase.
+      # If set, the learning rate is multiplied by batch_size / reference_batch_size.
+      'reference_batch_size': config_dict.placeholder(int),
+      'schedule': 'multistep',  # Divides the rate by 10 at each milestone; or 'cosine'.
+      'milestones': (0.5, 0.75),  # As fractions of the phase.
       'warmup_epochs': 0.0,
       'momentum': 0.9,
       'nesterov': True,
       'weight_decay': 1e-4,
-      'decayed': 'everything',  # Or 'kernels'.
+      'decayed': 'everything',  # Parameters with weight decay; or 'kernels'.
     }
   )
 
@@ -97,7 +100,7 @@ def phase_two() -> ConfigDict:
   return phase
 
 
-# Lower bounds of numbers, and whether the bound itself is excluded.
+# Lower bound of each number, and whether the bound itself is excluded.
 _BOUNDS = {
   'seed': (0, False),
   'batch_size': (0, True),
@@ -134,13 +137,13 @@ def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
 
   Args:
     argument: 'name=value,name=value', or empty.
-    **defaults: All names, with their default values.
+    **defaults: The default value of each name.
 
   Returns:
-    The value of every name, of the type of its default.
+    The value of each name, with the type of its default.
 
   Raises:
-    UsageError: If a name does not exist, or a value is not of its type.
+    UsageError: If a name does not exist, or a value does not have the type of its default.
   """
   values = ConfigDict(defaults)
   for part in filter(None, (argument or '').split(',')):
@@ -194,11 +197,13 @@ def validate(config: ConfigDict) -> None:
   dataset = fields['dataset']
   _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
   if not dataset['std'] or not all(value > 0 for value in dataset['std']):
-    raise UsageError(f'config.dataset.std is {dataset["std"]}: it must be numbers above 0')
+    raise UsageError(
+      f'config.dataset.std is {dataset["std"]}: it must have one number above 0 per channel'
+    )
   if dataset['train_split'] == dataset['test_split']:
     raise UsageError(
-      f'config.dataset.test_split is {dataset["test_split"]!r}, the split that is trained on: '
-      'choose another'
+      f'config.dataset.test_split is {dataset["test_split"]!r}, which is also the training split: '
+      'choose another split'
     )
 
 
@@ -216,7 +221,7 @@ def _check_fields(fields, reference, path):
 
 
 def _check_range(fields, bounds, path):
-  """Checks that numbers are above a bound, or equal to it if it is not excluded."""
+  """Checks that numbers are above their bound, or equal to it if it is not excluded."""
   for name, (bound, exclusive) in bounds.items():
     value = fields[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -229,13 +234,13 @@ def check_path(config: ConfigDict, path: str) -> None:
   """Checks that a config has a field, as in 'phases[0].epochs'.
 
   Raises:
-    UsageError: With the fields that exist where the path leaves the config.
+    UsageError: If it does not; the message names the fields or indices that exist.
   """
   node, walked = to_dict(config), 'config'
   for name in re.findall(r'[^.\[\]]+', path):
     if isinstance(node, list):
       if not name.isdigit() or int(name) >= len(node):
-        raise UsageError(f'{walked}[{name}] does not exist: {walked} has 0 to {len(node) - 1}')
+        raise UsageError(f'{walked}[{name}] does not exist: the indices are 0 to {len(node) - 1}')
       node, walked = node[int(name)], f'{walked}[{name}]'
     elif not isinstance(node, dict) or name not in node:
       fields = node if isinstance(node, dict) else ()
@@ -245,13 +250,13 @@ def check_path(config: ConfigDict, path: str) -> None:
 
 
 def suggest(name: str, choices) -> str:
-  """What to write instead of a name that does not exist."""
+  """Suggests what to write instead of a name that does not exist."""
   close = difflib.get_close_matches(name, list(choices), 1)
   return f'did you mean {close[0]!r}?' if close else f'choose one of {", ".join(sorted(choices))}'
 
 
 def to_dict(config: Any) -> Any:
-  """A config as plain dictionaries and lists, as JSON would return it."""
+  """Converts a config to plain dictionaries and lists, as JSON would return them."""
   if isinstance(config, ConfigDict):
     return {key: to_dict(config[key]) for key in sorted(config)}
   if isinstance(config, list | tuple):
@@ -260,7 +265,7 @@ def to_dict(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
-  """One line per field in which two plain configs differ: 'config.seed: 0 → 1'."""
+  """Returns one line per field in which two plain configs differ: 'config.seed: 0 → 1'."""
   if isinstance(old, dict) and isinstance(new, dict):
     pairs = [(f'.{key}', old.get(key), new.get(key)) for key in sorted({*old, *new})]
   elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -271,27 +276,27 @@ def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
 
 
 def to_json(config: ConfigDict) -> str:
-  """A config as JSON."""
+  """Converts a config to JSON."""
   return json.dumps(to_dict(config), indent=2) + '\n'
 
 
 def from_json(text: str) -> ConfigDict:
-  """Reads what `to_json` wrote; fields that were added since then have their defaults."""
-  plain, added = json.loads(text), to_dict(default())
+  """Reads a config that `to_json` wrote; fields added since then get their defaults."""
+  plain, defaults = json.loads(text), to_dict(default())
   phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
-  dataset = {**added['dataset'], **plain['dataset']}
-  return ConfigDict({**added, **plain, 'dataset': dataset, 'phases': phases})
+  dataset = {**defaults['dataset'], **plain['dataset']}
+  return ConfigDict({**defaults, **plain, 'dataset': dataset, 'phases': phases})
 
 
 def load_file(argument: str) -> ConfigDict:
-  """Loads a config file, given as on the command line of training: 'configs/cifar100.py:exits=5'.
+  """Loads a config file, given as in training: 'configs/cifar100.py:exits=5'.
 
   Raises:
-    UsageError: If there is none, or it is wrong.
+    UsageError: If the file does not exist or its config is invalid.
   """
   path, _, config_argument = argument.partition(':')
   if not os.path.isfile(path):
-    raise UsageError(f'--config={argument}: there is no file {path!r}')
+    raise UsageError(f'--config={argument}: file {path!r} does not exist')
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

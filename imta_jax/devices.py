@@ -6,24 +6,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# The name of the mapped axis over devices, in data, steps and batch norm alike.
+# Name of the mapped axis over devices, used by data, steps and batch norm.
 AXIS = 'batch'
 
 
 def numbers() -> np.ndarray:
-  """[local devices]: the index of each local device among all devices, an argument for pmap."""
+  """Returns the index of each local device among all devices, [local devices], for pmap."""
   local = jax.local_device_count()
   return jax.process_index() * local + np.arange(local, dtype=np.int32)
 
 
 def replicate(tree: Any) -> Any:
-  """Puts a tree of arrays, which must be the same on every host, on every device.
+  """Copies a tree of arrays to every device.
 
-  It has the sharding of results with `out_axes=None` of pmap, so that a pmapped function that takes
-  either is compiled once.
+  The result has the sharding of pmap's results with `out_axes=None`, so a pmapped function that
+  takes both is compiled only once.
 
   Args:
-    tree: Arrays on the host or on one device.
+    tree: Arrays on the host or on one device, the same on every host.
 
   Returns:
     The same tree, replicated over all devices.

@@ -1,6 +1,6 @@
-"""From a checkpoint to logits, and from logits to accuracies, tables and figures.
+"""Computes logits, and from the logits accuracies, tables and figures.
 
-Only the logits [exit, image, class] need an accelerator; everything after them is NumPy.
+Only computing the logits [exit, image, class] needs an accelerator; the rest is NumPy.
 """
 
 import csv
@@ -23,7 +23,7 @@ from imta_jax.workdir import write_whole
 
 SPLITS = ('validation', 'test')
 
-# Smallest range of a figure's accuracy axis, in percentage points.
+# Smallest range of the accuracy axis in figures, in percentage points.
 _SMALLEST_SPAN = 5
 
 
@@ -40,21 +40,21 @@ class Predictions:
   labels: np.ndarray
 
   def accuracy(self, k: int = 1) -> np.ndarray:
-    """[exit]: the fraction of images whose label is among the k highest logits.
+    """Returns the top-k accuracy per exit, as fractions [exit].
 
-    Ties and NaN logits count as wrong, so that a network with constant or invalid output scores 0.
+    Ties and NaN logits count as wrong, so a network with constant or invalid output scores 0.
     """
-    of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
-    is_among = (~(self.logits < of_label)).sum(axis=-1) <= k
-    return (is_among & ~np.isnan(of_label[..., 0])).mean(axis=-1)
+    label_logits = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
+    in_top_k = (~(self.logits < label_logits)).sum(axis=-1) <= k
+    return (in_top_k & ~np.isnan(label_logits[..., 0])).mean(axis=-1)
 
   def cross_entropy(self) -> np.ndarray:
-    """[exit]: the mean cross-entropy."""
-    of_label = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
-    return (scipy.special.logsumexp(self.logits, axis=-1) - of_label[..., 0]).mean(axis=-1)
+    """Returns the mean cross-entropy per exit, [exit]."""
+    label_logits = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
+    return (scipy.special.logsumexp(self.logits, axis=-1) - label_logits[..., 0]).mean(axis=-1)
 
   def probabilities(self) -> np.ndarray:
-    """[exit, image, class]."""
+    """Returns the softmax of the logits, [exit, image, class]."""
     return scipy.special.softmax(self.logits, axis=-1)
 
 
@@ -64,12 +64,12 @@ def predict(
   """Runs a network over a split.
 
   Args:
-    step: From `steps.make_predict_step`.
+    step: The mapped evaluation step; see `steps.make_predict_step`.
     variables: Variables of the network, replicated.
     batches: Batches of the split, from `Dataset.evaluation_batches`.
 
   Returns:
-    The predictions for every image, on every host.
+    The predictions for all images; they are the same on every host.
   """
   logits, labels = [], []
   pending = None
@@ -82,33 +82,33 @@ def predict(
   for batch in batches:
     result = step(variables, batch)
     if pending is not None:
-      collect(pending)  # While the devices work on the next batch.
+      collect(pending)  # Meanwhile the devices work on this batch.
     pending = result
   collect(pending)
   return Predictions(np.concatenate(logits, axis=1), np.concatenate(labels))
 
 
 def save_predictions(predictions: Predictions, path: epath.Path) -> None:
-  """Writes predictions as .npz."""
+  """Writes predictions to an .npz file."""
   content = io.BytesIO()
   np.savez(content, logits=predictions.logits, labels=predictions.labels)
   write_whole(path, content.getvalue())
 
 
 def load_predictions(path: epath.Path) -> Predictions:
-  """Loads what `save_predictions` wrote."""
+  """Loads predictions that `save_predictions` wrote."""
   with path.open('rb') as file, np.load(file) as arrays:
     return Predictions(arrays['logits'], arrays['labels'])
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """All figures of one network: the accuracy of each exit, and budgeted batch classification.
+  """The results of one network: the accuracy of each exit, and budgeted batch classification.
 
   Attributes:
     name: Name of the network in the legends of figures.
-    costs: [exit].
-    accuracies: {(split, k): [exit]}, fractions, for k = 1 and 5.
+    costs: The cost up to each exit, [exit].
+    accuracies: {(split, k): [exit]}, top-k accuracies as fractions, for k = 1 and 5.
     points: Operating points, in the order of their budget parameters.
   """
 
@@ -125,8 +125,8 @@ def assess(
 
   Args:
     name: Name of the network in the legends of figures.
-    costs: [exit].
-    predictions: By split.
+    costs: The cost up to each exit, [exit].
+    predictions: {split: predictions} for the splits 'validation' and 'test'.
     **sweep: Options for `budget_sweep`.
 
   Returns:
@@ -176,15 +176,15 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
 
 
 def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
-  """Loads the costs of a network that `write_tables` wrote."""
+  """Loads the costs of a network from the files that `write_tables` wrote."""
   return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
 
 
 def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
-  """Loads the operating points of a network that `write_tables` wrote.
+  """Loads the operating points of a network from the files that `write_tables` wrote.
 
   Raises:
-    UsageError: If there are none.
+    UsageError: If the network has none.
   """
   points = []
   for row in _load_rows(folder, 'budget', name):
@@ -206,7 +206,7 @@ def _load_rows(folder, table, name):
 def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:
   """Draws accuracy against average multiply-adds.
 
-  Lines are budgeted batch classification; circles are single exits that take all images.
+  Lines show budgeted batch classification; circles show single exits that classify all images.
   """
   from matplotlib.figure import Figure
 
@@ -236,7 +236,7 @@ def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str
     xlabel=f'average multiply-adds per image ({unit_name})', ylabel='test accuracy (%)', title=title
   )
   low, high = axes.get_ylim()
-  if high - low < _SMALLEST_SPAN:  # Otherwise a few images more or less would look like a trend.
+  if high - low < _SMALLEST_SPAN:  # Otherwise a difference of a few images looks like a trend.
     middle = (low + high) / 2
     axes.set_ylim(middle - _SMALLEST_SPAN / 2, min(100, middle + _SMALLEST_SPAN / 2))
   axes.grid(alpha=0.3)

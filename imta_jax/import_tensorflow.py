@@ -1,4 +1,7 @@
-"""Imports TensorFlow without its log messages; it takes seconds, so only where it is needed."""
+"""Imports TensorFlow without its log messages.
+
+The import takes seconds, so other modules do it only where they need TensorFlow.
+"""
 
 import os
 import sys
@@ -17,9 +20,9 @@ def import_tensorflow() -> None:
     import tensorflow as tf
   except ModuleNotFoundError as error:
     raise UsageError(
-      'TensorFlow is not installed, which reads data sets: pip install tensorflow '
-      'tensorflow-datasets, or give arrays that imta_jax.prepare wrote elsewhere as '
-      'config.dataset.arrays_dir'
+      'TensorFlow is not installed, but reading this data set requires it: pip install tensorflow '
+      'tensorflow-datasets, or set config.dataset.arrays_dir to a folder that imta_jax.prepare '
+      'wrote on another machine'
     ) from error
   finally:
     os.dup2(stderr, 2)

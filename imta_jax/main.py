@@ -1,4 +1,4 @@
-"""Trains every phase of a config, then evaluates.
+"""Trains every phase of a config, then evaluates the networks.
 
     python -m imta_jax.main --config=configs/mnist5k.py
     python -m imta_jax.main --config=configs/cifar100.py:exits=5 --config.batch_size=128
@@ -26,12 +26,12 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, optionally with arguments after a colon.', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run, local or gs://. Default: runs/ plus the name of the config.'
+  'workdir', None, 'Folder of the run, local or gs://. Default: runs/<name of the config>.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'host:port of the first of several hosts, if the environment does not announce a cluster.',
+  'host:port of the first host. Only needed if the environment does not announce a cluster.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of hosts.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this host, counted from 0.')
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise UsageError(f'{argv[1]!r} is not a flag: see --help')
   if _CONFIG.value is None:
-    raise UsageError('--config is missing: for example --config=configs/mnist5k.py')
+    raise UsageError('--config is missing: pass a config file, as in --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> None:
 def join_cluster(
   coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Joins the hosts of a run, given by flags or announced by the environment.
+  """Connects the hosts of a run, which are given by flags or announced by the environment.
 
-  Cloud TPU, SLURM and Open MPI announce their hosts.
+  Cloud TPU, SLURM and Open MPI announce their hosts; elsewhere, several hosts need all three flags.
 
   Raises:
     UsageError: If only some of the flags are given.
@@ -64,20 +64,20 @@ def join_cluster(
   given = [coordinator_address, num_processes, process_id]
   if any(value is not None for value in given) and None in given:
     raise UsageError(
-      '--coordinator_address, --num_processes and --process_id belong together: give all or none'
+      'set all three of --coordinator_address, --num_processes and --process_id, or none'
     )
   try:
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
   except ValueError as error:
     if 'coordinator_address' in str(error):
-      return  # There is only this host.
+      return  # No cluster was found: this is the only host.
     raise
-  # With CPUs as devices, several hosts deadlock when many steps are in flight.
+  # On CPU devices, several hosts deadlock if many steps are in flight.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def default_workdir(arguments: Sequence[str]) -> str:
-  """A folder in runs/ named after the config file, its argument and its overrides.
+  """Returns a folder in runs/ named after the config file, its argument and its overrides.
 
   Args:
     arguments: The command-line arguments.
@@ -93,18 +93,18 @@ def default_workdir(arguments: Sequence[str]) -> str:
 
 
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """The flags on a command line, written as --name=value or --name value."""
-  waiting = collections.deque(arguments)
-  while waiting:
-    name, equals, value = waiting.popleft().partition('=')
-    if not equals and waiting and not waiting[0].startswith('-'):
-      value = waiting.popleft()
+  """Yields (name, value) for each flag, written as --name=value or --name value."""
+  tokens = collections.deque(arguments)
+  while tokens:
+    name, equals, value = tokens.popleft().partition('=')
+    if not equals and tokens and not tokens[0].startswith('-'):
+      value = tokens.popleft()
     if name.startswith('-'):
       yield name.lstrip('-'), value
 
 
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
-  """Parses the command line; for a field that does not exist, names those that do.
+  """Parses the command line; the error for an unknown config field suggests existing ones.
 
   Raises:
     UsageError: If the config file cannot be loaded, or a flag, a field or a value is wrong.
@@ -115,12 +115,12 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
       raise ValueError('not a config file: its get_config must return a ConfigDict')
     return remaining
   except flags.Error as error:
-    # A config file's own error arrives as the last line of a formatted traceback.
+    # An error in a config file is the last line of a formatted traceback.
     lines = str(error).strip().splitlines()
     reason = lines[-1].removeprefix(f'{UsageError.__module__}.UsageError: ')
     raise UsageError(reason if len(lines) < 3 else f'{lines[0].rstrip(":")}: {reason}') from error
   except Exception as error:
-    # ml_collections names the missing field, but not those that exist.
+    # ml_collections names the unknown field, but not those that exist.
     values = dict(flag_values(argv[1:]))
     config = _load_config_alone(values.get('config', ''))
     for name in values:
@@ -131,7 +131,7 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 def _load_config_alone(path: str) -> ConfigDict:
   """Loads a config file without the overrides of the command line."""
-  arguments, sys.argv = sys.argv, sys.argv[:1]  # ml_collections finds overrides there.
+  arguments, sys.argv = sys.argv, sys.argv[:1]  # ml_collections reads overrides from it.
   try:
     flags.FLAGS([sys.argv[0], f'--config={path}'])
     if isinstance(_CONFIG.value, ConfigDict):
@@ -140,7 +140,7 @@ def _load_config_alone(path: str) -> ConfigDict:
     raise UsageError(f'--config={path}: {_first_line(error)}') from error
   finally:
     sys.argv = arguments
-  raise UsageError(f'--config={path} is not a config file: see configs/')
+  raise UsageError(f'--config={path} is not a config file: see configs/ for examples')
 
 
 def _first_line(error: Exception) -> str:
@@ -148,7 +148,7 @@ def _first_line(error: Exception) -> str:
 
 
 def run() -> None:
-  """Runs the program; bad input ends it with one line and status 1."""
+  """Runs the program; invalid input exits with a one-line message and status 1."""
   logging.set_verbosity(logging.WARNING)
   try:
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""A phase's metrics: lines of metrics.jsonl, and TensorBoard if it is wanted."""
+"""Writes a phase's metrics to metrics.jsonl and optionally for TensorBoard."""
 
 import importlib.util
 import json
@@ -19,11 +19,11 @@ def has_tensorboard() -> bool:
 
 
 class Metrics:
-  """Writes metrics on the first host, nothing on the others.
+  """Writes metrics on the first host; does nothing on the others.
 
   Each call of `write` adds a line to the JSON Lines file: 'step', 'phase', and a number per metric.
-  TensorBoard's writer is created when it is first needed, since importing it takes seconds. A
-  context manager; leaving it waits until everything is on disk.
+  TensorBoard's writer is created when it is first needed, because importing it takes seconds. A
+  context manager that waits on exit until everything is on disk.
   """
 
   def __init__(
@@ -32,11 +32,11 @@ class Metrics:
     """Opens the metrics of a phase.
 
     Args:
-      path: The file of all phases.
-      phase: The phase's name.
-      first_step: The step that the phase resumes from. Lines about later steps, which a killed run
-        has left, are removed.
-      tensorboard_folder: Where to write for TensorBoard; None if that is not wanted.
+      path: The JSON Lines file, shared by all phases.
+      phase: Name of the phase.
+      first_step: The step that the phase resumes from. Lines for later steps, written by a run that
+        was killed, are removed.
+      tensorboard_folder: Folder for TensorBoard's files; None to write none.
     """
     self._path, self._phase, self._tensorboard_folder = path, phase, tensorboard_folder
     self._writer = None
@@ -47,7 +47,7 @@ class Metrics:
         write_whole(path, ''.join(kept).encode())
 
   def write(self, step: int, figures: Mapping[str, Any], prefix: str = '') -> None:
-    """Writes figures of a step; arrays [exit] become one metric per exit."""
+    """Writes the metrics of a step; arrays [exit] become one metric per exit."""
     if jax.process_index() > 0:
       return
     scalars = {}
@@ -80,7 +80,7 @@ class Metrics:
 
 
 def _is_before(line: str, phase: str, step: int) -> bool:
-  """Whether a line is whole and about a step that will not be taken again."""
+  """Whether a line is complete and its step will not be repeated."""
   try:
     record = json.loads(line)
   except ValueError:  # Cut off when the run was killed.

@@ -1,4 +1,4 @@
-"""A run's networks: made from a config, read from a workdir."""
+"""A run's networks: created from a config, or restored from a workdir."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ from imta_jax.models.multi_exit import MultiExitNetwork
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-  """The network of a phase with the state that was chosen.
+  """The network of a phase, with its chosen state.
 
   Attributes:
     name: Name of the phase.
     model: The network.
     variables: Variables of the network, on the host.
     predict: The mapped evaluation step; see `steps.make_predict_step`.
-    costs: [exit].
+    costs: The cost up to each exit, [exit].
   """
 
   name: str
@@ -40,7 +40,7 @@ class TrainedNetwork:
 
 
 def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
-  """The network of a phase.
+  """Creates the network of a phase.
 
   Raises:
     UsageError: If a field of config.model is wrong.
@@ -63,7 +63,7 @@ def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> Mul
 def initial_variables(
   model: MultiExitNetwork, seed: int, image_shape: tuple[int, int, int]
 ) -> Mapping[str, Any]:
-  """A network's variables before training.
+  """Draws the initial variables of a network.
 
   Raises:
     UsageError: If the network does not fit the images.
@@ -87,9 +87,9 @@ def restore_network(
   Args:
     config: Config of the run.
     workdir: The run's folder.
-    index: The phase, counted from 0.
+    index: Index of the phase, counted from 0.
     num_classes: Number of classes of the data set.
-    image_shape: (height, width, channels) of its images.
+    image_shape: (height, width, channels) of the images.
 
   Returns:
     The network with its chosen state.
@@ -100,7 +100,8 @@ def restore_network(
   phase, name = config.phases[index], layout.phase_name(index)
   model = create_model(config, phase, num_classes)
   variables = initial_variables(model, config.seed, image_shape)
-  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.0))  # For its structure.
+  # Only the structure of the optimizer's state matters.
+  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.0))
   like = steps.create_state(variables, phase.trained, optimizer)
   folder = layout.checkpoint_folder(workdir, name)
   with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
@@ -117,7 +118,7 @@ def chosen_state(
   name: str,
   workdir: epath.Path,
 ) -> steps.TrainState:
-  """Restores the state that represents a phase.
+  """Restores the state that the config of a phase chooses: the best or the last one.
 
   Raises:
     UsageError: If there is no intact checkpoint.
@@ -131,7 +132,7 @@ def chosen_state(
 
 
 def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evaluate.Predictions]:
-  """Predictions for the validation and test images."""
+  """Runs a network on the validation and test images."""
   variables = devices.replicate(network.variables)
   return {
     split: evaluate.predict(network.predict, variables, dataset.evaluation_batches(split))
@@ -142,15 +143,15 @@ def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evalu
 def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassifier:
   """Loads the network of an evaluated run for inference.
 
-  Its thresholds are those of the cheapest operating point that is as accurate on validation images
-  as the last exit.
+  Its thresholds are those of the cheapest operating point that reaches the validation accuracy of
+  the last exit.
 
   Args:
     workdir: The run's folder.
-    phase: The phase, an index.
+    phase: Index of the phase, counted from 0; negative indices count from the last phase.
 
   Returns:
-    A classifier of uint8 images with the operating points of the run.
+    A classifier for uint8 images, with the operating points of the run.
 
   Raises:
     UsageError: If the folder is not a workdir, or the run has not been evaluated.
@@ -164,7 +165,7 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
   points = evaluate.load_points(folder, name)
   validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
   chosen = cheapest_as_accurate(points, validation.accuracy()[-1])
-  everything_to_the_end = (math.inf,) * validation.logits.shape[0]
+  no_early_exits = (math.inf,) * validation.logits.shape[0]
 
   dataset, class_names = config.dataset, layout.load_class_names(workdir)
   image_shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
@@ -172,7 +173,7 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
   return AdaptiveClassifier.from_model(
     network.model,
     network.variables,
-    everything_to_the_end if chosen is None else chosen.thresholds,
+    no_early_exits if chosen is None else chosen.thresholds,
     image_shape,
     mean=dataset.mean,
     std=dataset.std,

@@ -1,4 +1,4 @@
-"""Sets up a phase of training: its network, optimizer, first state, teacher and steps."""
+"""Sets up a training phase: its network, optimizer, initial state, teacher and steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from imta_jax.models.multi_exit import MultiExitNetwork
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """A phase before its first step.
+  """A phase that is ready for its first step.
 
   Attributes:
     name: Its name in folders and output.
@@ -24,8 +24,7 @@ class Phase:
     num_steps: The number of training steps.
     schedule: The learning rate of each step.
     state: The state before the first step.
-    teacher: Variables of the teacher's network if it is the network of the previous phase, else
-      empty.
+    teacher: Variables of the teacher if it is the network of the previous phase; otherwise empty.
     train_step: See `steps.make_train_step`.
     predict_step: See `steps.make_predict_step`.
   """
@@ -52,14 +51,14 @@ def set_up_phase(
 ) -> Phase:
   """Sets up a phase.
 
-  Its network starts as the network of the previous phase, in all that both have.
+  Its network starts from the variables that it shares with the network of the previous phase.
 
   Args:
-    config: A whole config, see imta_jax.config.
-    index: The phase, counted from 0.
+    config: A complete config; see imta_jax.config.
+    index: Index of the phase, counted from 0.
     predecessor: Network and variables of the previous phase; None for the first phase.
     num_classes: Number of classes of the data set.
-    image_shape: (height, width, channels) of its images.
+    image_shape: (height, width, channels) of the images.
     steps_per_epoch: Training steps per epoch.
 
   Returns:
@@ -93,11 +92,11 @@ def set_up_phase(
 def _teacher(
   phase: ConfigDict, predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
 ) -> tuple[MultiExitNetwork | None, Mapping[str, Any]]:
-  """The teacher's network and variables if it is the network of the previous phase."""
+  """Returns the teacher's network and variables if it is the previous phase's network."""
   if phase.loss != 'one_for_all' or phase.teacher != 'frozen':
     return None, {}
   model, variables = predecessor
-  if phase.trained == 'last_layers':  # The backbone is the student's own.
+  if phase.trained == 'last_layers':  # The student has the same backbone.
     variables = {
       kind: {name: tree for name, tree in trees.items() if name.startswith('classifiers_')}
       for kind, trees in variables.items()

@@ -1,4 +1,4 @@
-"""Stopping in time: SIGTERM, Ctrl-C and preemption notices."""
+"""Stops a run on SIGTERM, Ctrl-C or a preemption notice."""
 
 import signal
 from types import FrameType
@@ -11,9 +11,9 @@ _EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class StopRequest:
-  """Records the first SIGTERM or SIGINT for the loop; a second one has its usual effect.
+  """Records the first SIGTERM or SIGINT for the training loop; a second one has its usual effect.
 
-  With several hosts, JAX's preemption service takes its place, so that all hosts stop at the same
+  With several hosts, JAX's preemption service is used instead, so that all hosts stop at the same
   step.
   """
 
@@ -37,7 +37,7 @@ class StopRequest:
     return self._noted
 
   def leave(self, message: str) -> None:
-    """Exits the program with a message on the first host.
+    """Prints a message on the first host and exits the program.
 
     Raises:
       SystemExit: Always.

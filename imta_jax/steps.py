@@ -1,4 +1,4 @@
-"""The train state, and the steps that run on every device."""
+"""The train state, and the training and evaluation steps that run on every device."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,8 @@ class TrainState:
     frozen: The other parameters; empty if everything is trained.
     batch_stats: Running statistics of batch norm.
     opt_state: State of the optimizer, for `trained` only.
-    totals: Sums since the last read: 'steps', 'loss', 'gradient_norm', 'accuracy' [num_exits].
+    totals: Sums over the steps since the last reset: 'steps', 'loss', 'gradient_norm' and
+      'accuracy' [num_exits].
   """
 
   step: jax.Array
@@ -68,14 +69,14 @@ def create_state(
     trained=chosen,
     frozen={name: tree for name, tree in params.items() if not is_trained[name]},
     batch_stats=variables.get('batch_stats', {}),
-    # As one program: otherwise each of the hundreds of arrays would be compiled separately.
+    # Under jit this compiles one program; otherwise one for each of hundreds of arrays.
     opt_state=jax.jit(optimizer.init)(chosen),
     totals=empty_totals(num_exits),
   )
 
 
 def empty_totals(num_exits: int) -> Tree:
-  """Totals of zero steps."""
+  """Returns the totals of zero steps."""
   zero = jnp.zeros((), jnp.float32)
   accuracy = jnp.zeros(num_exits, jnp.float32)
   return {'steps': zero, 'loss': zero, 'gradient_norm': zero, 'accuracy': accuracy}
@@ -84,7 +85,7 @@ def empty_totals(num_exits: int) -> Tree:
 def create_schedule(
   phase: ConfigDict, num_steps: int, steps_per_epoch: int, batch_size: int
 ) -> optax.Schedule:
-  """The learning rate of each step of a phase.
+  """Creates the learning rate schedule of a phase.
 
   Args:
     phase: Config of the phase.
@@ -93,7 +94,7 @@ def create_schedule(
     batch_size: Images per step.
 
   Returns:
-    A function of the step.
+    The learning rate as a function of the step.
   """
   rate = phase.learning_rate
   if phase.reference_batch_size:
@@ -102,13 +103,13 @@ def create_schedule(
   if phase.schedule == 'cosine':
     main = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
   else:
-    drops = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.milestones}
-    main = optax.piecewise_constant_schedule(rate, drops)
+    milestones = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.milestones}
+    main = optax.piecewise_constant_schedule(rate, milestones)
   return optax.join_schedules([optax.linear_schedule(0, rate, max(1, warmup)), main], [warmup])
 
 
 def create_optimizer(phase: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """SGD with momentum; weight decay is added to the gradient, as an L2 penalty would be."""
+  """Creates SGD with momentum; weight decay is added to the gradient, like an L2 penalty."""
   decays_all = phase.decayed == 'everything'
 
   def mask(params):
@@ -132,13 +133,14 @@ def make_train_step(
 
   Args:
     model: The network of this phase.
-    teacher_model: The network of the previous phase if its last exit is the teacher, else None.
+    teacher_model: The network of the previous phase if its last exit is the teacher; otherwise
+      None.
     phase: Config of the phase.
     optimizer: Optimizer of the phase.
 
   Returns:
-    (state, the teacher's variables, batch) → state, for `on_devices`: it averages over the mapped
-    axis, and its batch is one device's.
+    A function (state, teacher variables, batch) → state, for `on_devices`: it takes the batch of
+    one device and averages over the mapped axis.
   """
   return partial(_train_step, model, teacher_model, phase, optimizer)
 
@@ -152,9 +154,9 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
 
   teacher_logits = None
   if teacher_model is not None:
-    teacher_logits = _teach(teacher_model, teacher, images, embeddings)
+    teacher_logits = _run_teacher(teacher_model, teacher, images, embeddings)
 
-  def loss_of(trained):
+  def loss_fn(trained):
     variables = {'params': {**state.frozen, **trained}, 'batch_stats': stats}
     inputs, method = (images, '__call__') if embeddings is None else (embeddings, 'classify')
     logits, updated = model.apply(
@@ -163,10 +165,10 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
     loss = _loss(phase, logits, labels, teacher_logits)
     return loss, (logits, updated.get('batch_stats', stats))
 
-  gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-  (loss, (logits, stats)), gradient = gradient_of(state.trained)
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (loss, (logits, stats)), gradient = grad_fn(state.trained)
   accuracy = (logits.argmax(-1) == labels).mean(-1)
-  # Statistics of each device are averaged, so that every device keeps the same state.
+  # Averaging over devices keeps the state the same on every device.
   gradient, stats, loss, accuracy = jax.lax.pmean((gradient, stats, loss, accuracy), AXIS)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
@@ -186,7 +188,7 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
 
 
 def _embed_frozen(model, phase, state, images):
-  """Embeddings of the frozen backbone, and the batch statistics afterwards."""
+  """Returns the embeddings of the frozen backbone and the updated batch statistics."""
   if phase.frozen_batch_norm == 'evaluation':
     return model.apply(state.variables, images, method='embed'), state.batch_stats
   embeddings, updated = model.apply(
@@ -195,8 +197,8 @@ def _embed_frozen(model, phase, state, images):
   return embeddings, updated['batch_stats']
 
 
-def _teach(teacher_model, teacher, images, embeddings):
-  """Logits of the teacher's last exit; a shared backbone is not run again."""
+def _run_teacher(teacher_model, teacher, images, embeddings):
+  """Returns the logits of the teacher's last exit; a shared backbone is not run again."""
   if embeddings is None:
     return teacher_model.apply(teacher, images)[-1]
   return teacher_model.apply(teacher, embeddings, method='classify')[-1]
@@ -225,8 +227,9 @@ def make_predict_step(
     model: The network.
 
   Returns:
-    (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask [image],
-    for `on_devices`: its batch is one device's, its results are those of all devices and hosts.
+    A function (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask
+    [image], for `on_devices`: it takes the batch of one device and returns the results of all
+    devices and hosts.
   """
 
   def step(variables, batch):
@@ -245,23 +248,23 @@ def on_devices(
 
   Args:
     step: A function (…, batch) → results that are the same on every device.
-    num_replicated: The number of its arguments before the batch.
-    devices: Other devices, which need not be present, to compile for.
+    num_replicated: Number of arguments before the batch; they are replicated.
+    devices: Devices to compile for, which need not be present. Default: the devices of all hosts.
 
   Returns:
     The pmapped function. Its batch has a leading axis over local devices; its other arguments and
-    its results have none and are replicated.
+    its results are replicated and have no such axis.
   """
   in_axes = (*(None,) * num_replicated, 0)
   step = jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices)
-  # pmap takes no compiler options. With several hosts, programs that are compiled ahead of time do
-  # not accept the arrays of one host, so they go without these options.
+  # pmap takes no compiler options, so the step is compiled ahead of time. With several hosts, the
+  # compiled program would not accept the arrays of one host, so the options are left out.
   options = compiler_options()
   if not options or devices is not None or jax.process_count() > 1:
     return step
   programs = {}
 
-  @functools.wraps(step)  # Its `lower` stays.
+  @functools.wraps(step)  # Keeps the attribute `lower`.
   def run(*arguments):
     shapes = tuple(array.shape for array in arguments[-1].values())
     if shapes not in programs:

@@ -25,8 +25,8 @@ from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 from imta_jax.profiling import Profile
 
-# Steps dispatched ahead of those that are done: enough to keep the devices busy, few enough that
-# their batches fit in memory and that a request to stop is met soon.
+# Number of steps dispatched ahead of the last finished one: enough to keep the devices busy, few
+# enough that their batches fit in memory and that a stop request takes effect soon.
 _STEPS_IN_FLIGHT = 4
 
 
@@ -34,8 +34,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   """Trains all phases, resuming where a previous run stopped, and evaluates each network.
 
   Args:
-    config: A whole config, see imta_jax.config.
-    workdir: The run's folder; created if necessary.
+    config: A complete config; see imta_jax.config.
+    workdir: The run's folder, which is created if necessary.
 
   Returns:
     One evaluation per phase.
@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     SystemExit: If a signal asked the run to stop; its state has been saved.
   """
   config_lib.validate(config)
-  for phase in config.phases:  # Wrong fields are found before TensorFlow takes seconds to import.
+  for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
     networks.create_model(config, phase, num_classes=1)
   layout.check_owner(config, workdir)
   dataset = open_dataset(config)
@@ -93,7 +93,7 @@ def _train_phase(
   reporter: Reporter,
   stop: StopRequest,
 ) -> networks.TrainedNetwork:
-  """Trains a phase to its end, resuming if it was interrupted, and chooses its state."""
+  """Trains a phase, resuming if it was interrupted, and restores its chosen state."""
   start = time.monotonic()
   phase = set_up_phase(
     config,
@@ -176,17 +176,17 @@ def _train_phase(
         if stop.requested(step) and step < num_steps:
           checkpoints.save(step, state, None)
           checkpoints.wait()
-          stop.leave(f'{name} is saved at step {step:,}; run the same command again to resume.')
+          stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')
 
     chosen = networks.chosen_state(checkpoints, state, phase.config, name, workdir)
   reporter.say(
-    f'{name} ends with its {phase.config.chosen_state} state, from step {int(chosen.step):,}.'
+    f'{name} is finished; its {phase.config.chosen_state} state is from step {int(chosen.step):,}.'
   )
   return networks.TrainedNetwork(name, phase.model, chosen.variables, predict, costs)
 
 
 def _means(totals: Mapping[str, Any]) -> dict[str, Any]:
-  """Averages over steps, from a TrainState's totals."""
+  """Averages a TrainState's totals over their steps."""
   return {name: total / totals['steps'] for name, total in totals.items() if name != 'steps'}
 
 
@@ -196,7 +196,7 @@ def _add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_finite(means, step, name, checkpoints):
-  """Stops a run that has diverged before it saves its state.
+  """Stops a run that has diverged, before its state is saved.
 
   Raises:
     UsageError: If a mean is not finite.

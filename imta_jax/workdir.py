@@ -1,11 +1,11 @@
-"""The folder of a run: its layout, and the config that it belongs to.
+"""The folder of a run: its layout and its config.
 
 config.json                       the config as it ran
 classes.json                      the names of the classes
-checkpoints/phase_1/<step>/       states, latest and best
-metrics.jsonl                     metrics: a line per write, with step and phase
-tensorboard/phase_1/              the same for TensorBoard, and profiles
-evaluation/                       tables, figure, and the predictions they were made from
+checkpoints/phase_1/<step>/       the latest states and the best one
+metrics.jsonl                     metrics: one line per write, with step and phase
+tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
+evaluation/                       tables, a figure, and the predictions behind them
 """
 
 import json
@@ -21,37 +21,37 @@ from imta_jax.errors import UsageError
 
 
 def phase_name(index: int) -> str:
-  """The name of a phase, counted from 0, in folders and in the output."""
+  """Returns the name of a phase, counted from 0, for folders and output."""
   return f'phase_{index + 1}'
 
 
 def checkpoint_folder(workdir: epath.Path, phase: str) -> epath.Path:
-  """Where a phase's checkpoints are."""
+  """Returns the folder of a phase's checkpoints."""
   return workdir / 'checkpoints' / phase
 
 
 def metrics_path(workdir: epath.Path) -> epath.Path:
-  """The file with the metrics of all phases."""
+  """Returns the path of the metrics of all phases."""
   return workdir / 'metrics.jsonl'
 
 
 def tensorboard_folder(workdir: epath.Path, phase: str) -> epath.Path:
-  """Where a phase's metrics and profiles are for TensorBoard."""
+  """Returns the folder of a phase's metrics and profiles for TensorBoard."""
   return workdir / 'tensorboard' / phase
 
 
 def evaluation_folder(workdir: epath.Path) -> epath.Path:
-  """Where tables and figures are."""
+  """Returns the folder of the tables, figures and predictions."""
   return workdir / 'evaluation'
 
 
 def predictions_path(workdir: epath.Path, phase: str, split: str) -> epath.Path:
-  """Where the predictions of a phase's network for a split are."""
+  """Returns the path of the predictions of a phase's network for a split."""
   return evaluation_folder(workdir) / f'{phase}_{split}.npz'
 
 
 def load_config(workdir: epath.Path) -> ConfigDict:
-  """The config of a run.
+  """Loads the config of a run.
 
   Raises:
     UsageError: If the folder is not a workdir.
@@ -63,7 +63,7 @@ def load_config(workdir: epath.Path) -> ConfigDict:
 
 
 def load_class_names(workdir: epath.Path) -> list[str]:
-  """The names of the classes of a run's data set.
+  """Loads the class names of a run's data set.
 
   Raises:
     UsageError: If the run has not written its class names.
@@ -78,7 +78,7 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   """Refuses a workdir that belongs to another config.
 
   Raises:
-    UsageError: Naming the fields that differ.
+    UsageError: If the configs differ; the message names the fields.
   """
   if not (workdir / 'config.json').exists():
     return
@@ -88,12 +88,12 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   if lines:
     raise UsageError(
       f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
-      'choose another --workdir, or revert what differs'
+      'choose another --workdir, or revert these fields'
     )
 
 
 def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:
-  """Writes the config and the class names into a new workdir."""
+  """Writes the config and the class names to a new workdir."""
   contents = {
     'classes.json': json.dumps(list(class_names), indent=2) + '\n',
     'config.json': config_lib.to_json(config),

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was saved, and what is damaged is passed over."""
+"""Checkpoints: restored states equal the saved ones, and damaged checkpoints are skipped."""
 
 import contextlib
 import shutil

@@ -26,7 +26,7 @@ def make_model(config):
 
 
 def refusal(config):
-  """The message with which a config is refused."""
+  """Returns the error message for an invalid config."""
   with pytest.raises(UsageError) as caught:
     config_lib.validate(config)
   message = str(caught.value)
@@ -35,7 +35,7 @@ def refusal(config):
 
 
 def changed(path, value):
-  """The default config with one field, which need not exist, set."""
+  """Returns the default config with one field set, which need not exist."""
   config = config_lib.default()
   *parents, field = path.split('.')
   node = config

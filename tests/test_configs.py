@@ -1,4 +1,4 @@
-"""The files in configs/: their networks cost what the paper's do, their phases are its own."""
+"""The files in configs/: networks and phases match the paper's."""
 
 import importlib.util
 from pathlib import Path

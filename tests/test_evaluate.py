@@ -131,7 +131,7 @@ def test_assessment_is_accuracies_and_the_budget_sweep(predictions, evaluation):
 
 @pytest.fixture(scope='module')
 def tables(evaluation, tmp_path_factory):
-  """What `write_tables` writes of two networks."""
+  """The folder that `write_tables` writes for two networks."""
   folder = epath.Path(tmp_path_factory.mktemp('tables')) / 'evaluation'
   other = Evaluation('other', evaluation.costs, evaluation.accuracies, evaluation.points[:1])
   write_tables([evaluation, other], folder)

@@ -1,4 +1,4 @@
-"""The command line: what is refused and how, and where a run goes."""
+"""The command line: errors for invalid input, and default workdirs."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ BAD_INPUT = [
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-  """A function that does in this process what the command line does."""
+  """A function that runs a command line in this process."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(main, 'set_up_compilation_cache', lambda: None)
   join = main.join_cluster
@@ -83,7 +83,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.fixture
 def refusal(call):
-  """A function that gives the message with which a command line is refused."""
+  """A function that returns the error message for a command line."""
 
   def message_of(*arguments):
     with pytest.raises(UsageError) as caught:
@@ -98,7 +98,7 @@ def refusal(call):
 
 @pytest.fixture
 def trained(call, monkeypatch):
-  """A function that gives the config and the workdir that a command line would train."""
+  """A function that returns the config and the workdir that a command line would train."""
   calls = []
   monkeypatch.setattr(train, 'train_and_evaluate', lambda *arguments: calls.append(arguments))
 
@@ -249,7 +249,7 @@ def test_default_workdirs_of_different_overrides_differ():
 
 
 def in_a_process(tmp_path, *arguments, **variables):
-  """Runs the program; gives its status and the lines on stderr."""
+  """Runs the program; returns its status and the lines on stderr."""
   result = subprocess.run(
     [sys.executable, '-m', 'imta_jax.main', *arguments, f'--workdir={tmp_path}/run'],
     env={

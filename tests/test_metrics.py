@@ -1,4 +1,4 @@
-"""Metrics: what is written, what a resumed run keeps, and what needs no TensorFlow."""
+"""Metrics: lines that are written, lines that a resumed run keeps, and no TensorFlow import."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""How a phase is set up: what it starts from, who teaches it, and what the config decides."""
+"""The setup of a phase: its initial state, its teacher, and the fields of the config."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def set_up(config, index, predecessor=None):
 
 @pytest.fixture(scope='module')
 def predecessor(random_variables):
-  """Network and variables of a phase I that is over."""
+  """Network and variables of a finished phase I."""
   model = set_up(make_config(), 0).model
   return model, random_variables(model, SHAPE)
 

@@ -1,4 +1,4 @@
-"""Signals: noted once, handed back, and left with the status that a shell expects."""
+"""Signals: the first one is recorded, handlers are restored, and the exit status is 143."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @pytest.fixture
 def received():
-  """The signals that reach the handlers from before a StopRequest."""
+  """The signals that reach the handlers installed before a StopRequest."""
   numbers = []
   previous = {n: signal.signal(n, lambda number, _: numbers.append(number)) for n in SIGNALS}
   yield numbers

@@ -1,4 +1,4 @@
-"""Data sets written as arrays, from the command line to a training without TensorFlow."""
+"""Data sets written as arrays, and training on them without TensorFlow."""
 
 import json
 import os

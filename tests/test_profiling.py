@@ -1,4 +1,4 @@
-"""Profiles: which steps they cover, and that TensorBoard finds them."""
+"""Profiles: the steps that they cover, and their files for TensorBoard."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from imta_jax.profiling import Profile
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Calls of JAX's profiler, with the step that was done last."""
+  """A list of the steps and of the calls of JAX's profiler, in order."""
   calls = []
   monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: calls.append('start'))
   monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))

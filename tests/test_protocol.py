@@ -1,7 +1,7 @@
-"""The protocol of training, on a data set that records what is read of it.
+"""The training protocol, on a data set that records which splits are read.
 
-The accuracies on validation images during training are made up, so that the best state of a phase
-by the mean over exits is neither its last one nor the best one of the last exit.
+Validation accuracies during training are made up, so that the state of a phase with the best mean
+accuracy over exits is neither its last state nor the best state of its last exit.
 """
 
 import itertools
@@ -28,7 +28,7 @@ NUM_IMAGES = 16
 
 
 class RecordingDataset(Dataset):
-  """Noise; `reads` lists what was read: (split, first step or None)."""
+  """A data set of noise; `reads` lists what was read: (split, first step or None)."""
 
   class_names = ('a', 'b', 'c')
   image_shape = (8, 8, 1)
@@ -77,7 +77,7 @@ def make_config():
 
 
 def make_predictions(accuracies):
-  """Predictions for validation images that have given accuracies [exit]."""
+  """Returns predictions for validation images with the given accuracies [exit]."""
   labels = np.full(NUM_IMAGES, LABELS['validation'], np.int32)
   logits = np.zeros((len(accuracies), NUM_IMAGES, 3), np.float32)
   for of_exit, accuracy in zip(logits, accuracies, strict=True):
@@ -87,7 +87,7 @@ def make_predictions(accuracies):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A function that trains with a config; gives the workdir, the reads and the evaluations."""
+  """A function that trains with a config; returns the workdir, the reads and the evaluations."""
 
   def train_with(config):
     workdir, dataset = epath.Path(tmp_path_factory.mktemp('run')), RecordingDataset()
@@ -121,7 +121,7 @@ def steps_kept(workdir, phase):
 
 
 def backbone_of(state):
-  """All but the classifiers, of parameters and batch statistics."""
+  """Returns parameters and batch statistics of everything but the classifiers."""
   params = {**(state['frozen'] or {}), **state['trained']}
   return {
     name: {part: tree for part, tree in trees.items() if not part.startswith('classifiers_')}

@@ -1,4 +1,4 @@
-"""Steps: rates and updates by their formulas, and what a step changes and what not."""
+"""Steps: learning rates, updates, and the variables that a step changes."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def make_model(**fields):
 
 
 def make_batch(seed=0):
-  """[local devices, images a device, …]."""
+  """Returns a batch [local devices, images per device, …]."""
   random = np.random.default_rng(seed)
   lead = (jax.local_device_count(), IMAGES_A_DEVICE)
   return {
@@ -56,12 +56,12 @@ def make_batch(seed=0):
 
 
 def flat(batch):
-  """The batch of all local devices, without the axis over them."""
+  """Returns the batch of all local devices, without the axis over devices."""
   return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
 
 
 def train_mode_logits(model, variables, inputs, method='__call__'):
-  """Logits with the statistics of a batch, for a model that knows no devices."""
+  """Returns logits with the statistics of the batch, for a model without batch_norm_axis."""
   return model.apply(variables, inputs, train=True, mutable=['batch_stats'], method=method)[0]
 
 
@@ -184,7 +184,7 @@ def test_everything_is_trained_or_the_classifiers_alone():
 
 @pytest.fixture(scope='module')
 def phase_one_steps():
-  """Phase I's states before, after one and after two steps."""
+  """States of phase I before the first step, after one step and after two."""
   model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), num_replicated=2)
@@ -252,7 +252,7 @@ def backbone(tree):
 
 @pytest.fixture(scope='module', params=['evaluation', 'training'])
 def phase_two_step(request):
-  """How frozen batch norm is treated, the teacher, the batch, and the states around one step."""
+  """Mode of frozen batch norm, teacher, batch, and the states before and after one step."""
   phase = make_phase_two(frozen_batch_norm=request.param, alpha=0.3, temperature=2.0)
   model, teacher_model = make_model(collaboration='network'), make_model()
   variables, teacher = initialize(model, 1, SHAPE), initialize(teacher_model, 2, SHAPE)

@@ -1,4 +1,4 @@
-"""Small data sets as plain arrays, kept between runs or carried to another machine."""
+"""Small data sets as plain arrays, cached between runs or copied to another machine."""
 
 import dataclasses
 import hashlib
@@ -23,12 +23,12 @@ _PART_BYTES = 48_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """A data set.
+  """A data set in memory.
 
   Attributes:
     class_names: One name per class.
-    images: By split, uint8 [image, height, width, channels].
-    labels: By split, int32 [image].
+    images: {split: uint8 [image, height, width, channels]}.
+    labels: {split: int32 [image]}.
   """
 
   class_names: list[str]
@@ -37,20 +37,20 @@ class Arrays:
 
 
 def load(dataset: ConfigDict) -> Arrays | None:
-  """Loads a data set from `dataset.arrays_dir`, or else what `store` has kept of it.
+  """Loads a data set from `dataset.arrays_dir` or, if that is not set, from the cache.
 
   Args:
     dataset: The data set's config.
 
   Returns:
-    The arrays. None if arrays_dir is not set and nothing is kept, or the prepared data set has
-    changed since.
+    The arrays. None if arrays_dir is not set and the data set is not in the cache, or has been
+    prepared again since it was cached.
 
   Raises:
-    UsageError: If arrays_dir is set and holds no such data set, or not all of it.
+    UsageError: If arrays_dir is set but does not contain this data set completely.
   """
   if dataset.arrays_dir:
-    return _load_carried(dataset)
+    return _load_arrays_dir(dataset)
   folder = _cache_folder(dataset)
   try:
     record = json.loads((folder / 'record.json').read_text())
@@ -61,7 +61,7 @@ def load(dataset: ConfigDict) -> Arrays | None:
     return None
 
 
-def _load_carried(dataset):
+def _load_arrays_dir(dataset):
   folder = epath.Path(dataset.arrays_dir)
   hint = 'write it again with python -m imta_jax.prepare'
   try:
@@ -69,8 +69,8 @@ def _load_carried(dataset):
     arrays = _read_parts(folder, record)
   except (OSError, ValueError, KeyError) as error:
     raise UsageError(
-      f'config.dataset.arrays_dir is {dataset.arrays_dir}, which holds no whole data set '
-      f'({error}): {hint}'
+      f'config.dataset.arrays_dir is {dataset.arrays_dir}, which does not contain a complete data '
+      f'set ({error}): {hint}'
     ) from error
   for field in _FIELDS:
     if record[field] != dataset[field]:
@@ -85,8 +85,8 @@ def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
   """Reads a prepared data set through TFDS.
 
   Args:
-    builder: Its TFDS builder.
-    splits: The TFDS instruction and the number of images of each split.
+    builder: The TFDS builder of the data set.
+    splits: {split: (TFDS instruction, number of images)}.
 
   Returns:
     The arrays.
@@ -101,12 +101,12 @@ def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
 
 
 def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
-  """Keeps a data set for `load`; if it cannot be written, logs a warning.
+  """Writes a data set to the cache, for `load`; logs a warning if it cannot be written.
 
   Args:
     dataset: The data set's config.
     arrays: The data set.
-    source: A file of the prepared data set, which changes when that does.
+    source: A file of the prepared data set that changes whenever the data set does.
   """
   folder = _cache_folder(dataset)
   try:
@@ -116,38 +116,38 @@ def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
   except OSError as error:
-    logging.warning('The data set could not be kept in %s (%s).', folder, error.strerror)
+    logging.warning('The data set could not be cached in %s (%s).', folder, error.strerror)
 
 
 def write(
   dataset: ConfigDict, arrays: Arrays, folder: epath.Path, extra: dict[str, Any] | None = None
 ) -> list[epath.Path]:
-  """Writes a data set in parts.
+  """Writes a data set to a folder, in parts of limited size.
 
   Args:
     dataset: The data set's config.
     arrays: The data set.
-    folder: Where to write.
-    extra: What the record holds besides.
+    folder: The folder to write.
+    extra: More fields for record.json.
 
   Returns:
     The folders of the parts.
   """
-  parts, room = [], 0
+  parts, bytes_left = [], 0
   num_chunks = {}
   for split in SPLITS:
     images, labels = arrays.images[split], arrays.labels[split]
-    per_chunk = max(1, _PART_BYTES // (images[:1].nbytes + labels[:1].nbytes))
-    starts = range(0, len(labels), per_chunk)
+    chunk_size = max(1, _PART_BYTES // (images[:1].nbytes + labels[:1].nbytes))
+    starts = range(0, len(labels), chunk_size)
     num_chunks[split] = len(starts)
     for number, start in enumerate(starts):
-      chunk = slice(start, start + per_chunk)
+      chunk = slice(start, start + chunk_size)
       size = images[chunk].nbytes + labels[chunk].nbytes
-      if size > room:
+      if size > bytes_left:
         parts.append(folder / f'part_{len(parts)}')
         parts[-1].mkdir(parents=True, exist_ok=True)
-        room = _PART_BYTES
-      room -= size
+        bytes_left = _PART_BYTES
+      bytes_left -= size
       np.save(parts[-1] / f'{split}_images_{number}.npy', images[chunk])
       np.save(parts[-1] / f'{split}_labels_{number}.npy', labels[chunk])
   record = {field: dataset[field] for field in _FIELDS} | {
@@ -159,10 +159,10 @@ def write(
 
 
 def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
-  """Reads what `write` wrote, whichever part each chunk is in now."""
+  """Reads the arrays that `write` wrote; each chunk may be in any subfolder."""
   paths = {path.name: path for path in folder.glob('*/*.npy')}
 
-  def joined(split, kind):
+  def load_chunks(split, kind):
     names = [f'{split}_{kind}_{number}.npy' for number in range(record['num_chunks'][split])]
     for name in names:
       if name not in paths:
@@ -170,8 +170,8 @@ def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
     chunks = [np.load(paths[name]) for name in names]
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
-  images = {split: joined(split, 'images') for split in SPLITS}
-  labels = {split: joined(split, 'labels') for split in SPLITS}
+  images = {split: load_chunks(split, 'images') for split in SPLITS}
+  labels = {split: load_chunks(split, 'labels') for split in SPLITS}
   return Arrays(record['class_names'], images, labels)
 
 

@@ -1,8 +1,8 @@
-"""The interface of data sets: batches for the local devices.
+"""The interface of data sets, which yield batches for the local devices.
 
 A batch is {'image': float32, 'label': int32}, each [local devices, batch per device, …]; evaluation
-batches also have 'mask', which is false where a batch is padded. Training batches are a pure
-function of (seed, step).
+batches also have 'mask', which is False for padding. Training batches are a pure function of (seed,
+step).
 """
 
 import abc
@@ -20,7 +20,7 @@ class Dataset(abc.ABC):
     class_names: One name per class.
     image_shape: (height, width, channels) of the images that a network reads.
     num_images: Number of images in each split.
-    steps_per_epoch: Training batches per epoch; an epoch skips the images that fill no batch.
+    steps_per_epoch: Training batches per epoch; images that do not fill a batch are skipped.
   """
 
   class_names: Sequence[str]
@@ -30,8 +30,8 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def train_batches(self, first_step: int) -> Iterator[Batch]:
-    """Endless training batches, starting with the one of step `first_step`, counted from 0."""
+    """Yields training batches without end, from step `first_step` on, counted from 0."""
 
   @abc.abstractmethod
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    """Batches with every image of a split exactly once, over all hosts together."""
+    """Yields batches with every image of a split exactly once, over all hosts together."""

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow knows more formats, some of which run other programs.
+# Pillow supports more formats, but runs other programs to read some of them.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
 EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
@@ -24,7 +24,7 @@ warnings.filterwarnings('ignore', category=UserWarning, module='PIL')
 
 
 class ImageError(ValueError):
-  """An image that cannot be read; the message says why, but does not name the file."""
+  """Raised if an image cannot be read; the message says why, but does not name the file."""
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -34,7 +34,7 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
     paths: Files, with any extension, and folders, which are searched recursively for `EXTENSIONS`.
 
   Yields:
-    Paths in the given order; those of a folder sorted by name.
+    Paths in the given order; the files of a folder are sorted by name.
   """
   for path in paths:
     if not os.path.isdir(path):
@@ -50,27 +50,27 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 def read_image(
   file: str | BinaryIO, shape: Sequence[int], crop: str, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-  """Reads an image, rotated as its EXIF data says; of an animation, the first frame.
+  """Reads an image, or the first frame of an animation, and applies its EXIF rotation.
 
   Args:
     file: A path, or an open file.
     shape: (height, width, channels) of the result; 1 channel is grey, 3 channels are RGB.
-    crop: 'center' crops as imta_jax.data.preprocess.decode_center_crop does, to the central square
-      of 7/8 of the shorter side; 'none' keeps the whole image.
-    max_pixels: Larger images are refused before they are decoded.
+    crop: 'center' crops to the central square of 7/8 of the shorter side, like
+      imta_jax.data.preprocess.decode_center_crop; 'none' keeps the whole image.
+    max_pixels: Maximum number of pixels; larger images are refused before they are decoded.
 
   Returns:
-    `shape`, uint8.
+    The image, uint8 of shape `shape`.
 
   Raises:
-    ImageError: If it is not an image, damaged, or too large.
+    ImageError: If the file is not an image, is damaged or is too large.
     ValueError: If `crop` or the number of channels is unknown.
   """
   height, width, channels = shape
   if crop not in CROPS:
     raise ValueError(f'crop {crop!r} is unknown: choose one of {", ".join(CROPS)}')
   if channels not in _MODES:
-    raise ValueError(f'{channels} channels cannot be read from image files: take 1 or 3')
+    raise ValueError(f'{channels} channels cannot be read from image files: use 1 or 3')
   try:
     with Image.open(file, formats=_FORMATS) as image:
       if image.width * image.height > max_pixels:
@@ -103,7 +103,7 @@ def _with_mode(image, mode):
 
 
 def _central_square(width, height):
-  """(left, top, right, bottom)."""
+  """Returns (left, top, right, bottom)."""
   side = max(1, min(width, height) * 7 // 8)
   left, top = (width - side) // 2, (height - side) // 2
   return left, top, left + side, top + side

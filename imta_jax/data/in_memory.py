@@ -1,4 +1,4 @@
-"""Small data sets, kept in the memory of every device, which draws its batches there."""
+"""Small data sets, which are kept in the memory of every device and batched there."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
   """Checks that the images of a data set match its config.
 
   Args:
-    shape: (height, width, channels), None for sizes that vary.
+    shape: (height, width, channels) of the images; None for sizes that vary.
     dataset: Config of the data set.
 
   Raises:
@@ -34,8 +34,8 @@ def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
     )
   if {len(dataset.mean), len(dataset.std)} != {shape[2]}:
     raise UsageError(
-      f'config.dataset.mean and std need a number for each of the {shape[2]} channels of '
-      f'{dataset.name}'
+      f'config.dataset.mean and std have {len(dataset.mean)} and {len(dataset.std)} numbers, but '
+      f'images of {dataset.name} have {shape[2]} channels: give one number per channel'
     )
 
 
@@ -75,10 +75,10 @@ class InMemoryDataset(Dataset):
     augments = split == 'validation' and self._config.dataset.augment_validation
     for start in range(0, len(labels), batch_size):
       part = slice(start, start + batch_size)
-      filled = batch_size - len(labels[part])
+      num_padded = batch_size - len(labels[part])
       batch = {
-        'image': np.pad(images[part], ((0, filled), (0, 0), (0, 0), (0, 0))),
-        'label': np.pad(labels[part], (0, filled)),
+        'image': np.pad(images[part], ((0, num_padded), (0, 0), (0, 0), (0, 0))),
+        'label': np.pad(labels[part], (0, num_padded)),
         'mask': np.arange(batch_size) < len(labels[part]),
       }
       batch = {
@@ -89,12 +89,14 @@ class InMemoryDataset(Dataset):
 
 
 def _draw(config, steps_per_epoch, device, images, labels, step):
-  """This device's part of a training batch, a pure function of (seed, step)."""
+  """Draws this device's part of a training batch, as a pure function of (seed, step)."""
   epoch, position = step // steps_per_epoch, step % steps_per_epoch
   order_key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), epoch))
   order = jax.random.permutation(order_key, len(labels))
-  share = config.batch_size // jax.device_count()
-  indices = jax.lax.dynamic_slice(order, (position * config.batch_size + device * share,), (share,))
+  per_device = config.batch_size // jax.device_count()
+  indices = jax.lax.dynamic_slice(
+    order, (position * config.batch_size + device * per_device,), (per_device,)
+  )
   key = jax.random.fold_in(augment_key, position)
   image = _augment(config, key, device, images[indices])
   return {'image': _normalize(config, image), 'label': labels[indices]}

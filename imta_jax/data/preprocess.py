@@ -1,7 +1,7 @@
-"""From stored images to the inputs of networks.
+"""Turns stored images into network inputs.
 
-Small images are cropped and flipped on the device by JAX; large ones are decoded and cropped by
-tf.data. Both are uint8 until `normalize` turns them into floats on the device.
+JAX crops and flips small images on the device; tf.data decodes and crops large ones on the host.
+Both are uint8 until `normalize` converts them to float32 on the device.
 """
 
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
   Args:
     images: [..., channels], uint8.
-    mean: [channels], of pixels between 0 and 1.
-    std: [channels], likewise.
+    mean: [channels], for pixels between 0 and 1.
+    std: [channels], for pixels between 0 and 1.
 
   Returns:
-    The same shape, float32.
+    An array of the same shape, float32.
   """
   mean, std = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
   return (images.astype(jnp.float32) - mean) / std
 
 
 def crop_and_flip(keys: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-  """Zero-pads images, crops them at random to their size and mirrors half of them.
+  """Zero-pads images, crops them randomly to their original size and mirrors half of them.
 
   Args:
     keys: [batch] PRNG keys, one per image.
     images: [batch, height, width, channels].
     padding: Number of zeros on every side.
-    flip: Whether to mirror images.
+    flip: Whether to mirror half of the images.
 
   Returns:
-    The same shape and type.
+    An array of the same shape and type.
   """
 
   def augment(key, image):
@@ -57,10 +57,10 @@ def decode_random_crop(encoded, size: int, flip: bool, seed):
   The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
 
   Args:
-    encoded: An encoded image, a scalar string tensor.
-    size: Side of the result, in pixels.
+    encoded: Scalar string tensor, an encoded image.
+    size: Side of the result in pixels.
     flip: Whether to mirror half of the images.
-    seed: [2] integer tensor, which determines the crop.
+    seed: [2] integer tensor that determines the crop and the mirroring.
 
   Returns:
     [size, size, 3], uint8.
@@ -82,13 +82,13 @@ def decode_random_crop(encoded, size: int, flip: bool, seed):
 
 
 def decode_center_crop(encoded, size: int):
-  """Decodes the central square of an image, 7/8 of its shorter side, resized.
+  """Decodes and resizes the central square of an image, 7/8 of its shorter side.
 
-  At 224 pixels this is the usual evaluation: the shorter side resized to 256, then a centre crop.
+  At 224 pixels this is the usual evaluation: resize the shorter side to 256, then crop the centre.
 
   Args:
-    encoded: A scalar string tensor, an encoded image.
-    size: Side of the result, in pixels.
+    encoded: Scalar string tensor, an encoded image.
+    size: Side of the result in pixels.
 
   Returns:
     [size, size, 3], uint8.
@@ -112,7 +112,10 @@ def _encoded_shape(encoded):
 
 
 def _decode_window(encoded, window, size):
-  """The window (top, left, height, width) of an image, resized; a JPEG is decoded only there."""
+  """Decodes a window (top, left, height, width) of an image and resizes it.
+
+  Of a JPEG, only the window is decoded.
+  """
   import tensorflow as tf
 
   def crop_decoded():

@@ -13,9 +13,9 @@ from imta_jax.data import preprocess
 from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
 
-# Size of the buffer in which a host shuffles images, besides shuffling the files.
+# Number of images in the shuffle buffer of a host, which also shuffles the files.
 _SHUFFLE_BUFFER = 16_384
-# Batches that are sent to the devices ahead of use.
+# Number of batches that are sent to the devices before they are needed.
 _BATCHES_AHEAD = 2
 
 
@@ -29,7 +29,7 @@ class StreamedDataset(Dataset):
     self.class_names = builder.info.features['label'].names
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
     self.num_images = {name: count for name, (_, count) in splits.items()}
-    # Every host must have its part of each batch.
+    # Every host must be able to fill its part of each batch.
     self.steps_per_epoch = (self.num_images['train'] // jax.process_count()) // (
       config.batch_size // jax.process_count()
     )
@@ -48,14 +48,14 @@ class StreamedDataset(Dataset):
       epoch, position = epoch + 1, 0
 
   def _epoch(self, epoch, position):
-    """This host's batches of an epoch from a position on, a pure function of (seed, epoch)."""
+    """Returns this host's batches of an epoch from a position on, as a function of the seed."""
     import tensorflow as tf
 
     seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
     batch_size = self._config.batch_size // jax.process_count()
     examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
     examples = examples.take(self.steps_per_epoch * batch_size)
-    # Skips before decoding.
+    # Skipped images are not decoded.
     examples = examples.enumerate().skip(position * batch_size)
 
     def decode(index, example):
@@ -85,7 +85,7 @@ class StreamedDataset(Dataset):
         image = preprocess.decode_center_crop(example['image'], dataset.image_size)
       return {'image': image, 'label': tf.cast(example['label'], tf.int32), 'mask': True}
 
-    # Hosts with a smaller part send as many batches as the others; their last batches are padding.
+    # All hosts send the same number of batches; hosts with fewer images pad the last ones.
     largest_part = -(-self.num_images[split] // jax.process_count())
     num_batches = -(-largest_part // batch_size)
     examples = self._read(split).enumerate().map(decode, tf.data.AUTOTUNE)
@@ -94,7 +94,7 @@ class StreamedDataset(Dataset):
     return self._batch(filled.take(num_batches * batch_size), batch_size).as_numpy_iterator()
 
   def _read(self, split, shuffle_seed=None):
-    """This host's encoded examples of a split, in an order that depends only on the seed."""
+    """Returns this host's encoded examples of a split; their order depends only on the seed."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -110,7 +110,7 @@ class StreamedDataset(Dataset):
     return examples.with_options(options)
 
   def _image_seed(self, seed, index):
-    """A different seed for each image, on whichever host it is read."""
+    """Returns a seed that is unique to an image across all hosts."""
     import tensorflow as tf
 
     return tf.stack(
@@ -118,7 +118,7 @@ class StreamedDataset(Dataset):
     )
 
   def _batch(self, examples, batch_size):
-    """Batches [local devices, batch per device, …]."""
+    """Groups examples into batches [local devices, batch per device, …]."""
     import tensorflow as tf
 
     local = jax.local_device_count()
@@ -126,7 +126,7 @@ class StreamedDataset(Dataset):
     return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
   def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-    """Yields normalised batches on the devices, and sends some ahead of use."""
+    """Yields normalised batches on the devices, and sends the next ones ahead of time."""
     ahead = collections.deque()
     for batch in batches:
       ahead.append(self._normalize(batch))

@@ -1,8 +1,8 @@
 """Checkpoints of the paper's published PyTorch code ↔ Flax variables.
 
-The published MSDNet numbers modules by their place; ours have names. Phase I networks and phase II
-networks (collaboration 'network') are understood. `from_state_dict` and `to_state_dict` work on
-NumPy arrays; only `load_checkpoint` needs torch.
+The published MSDNet numbers its modules by position, whereas ours have names. Networks of phase I
+and of phase II (collaboration 'network') can be converted. `from_state_dict` and `to_state_dict`
+work on NumPy arrays; only `load_checkpoint` needs torch.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ _COUNTER = 'num_batches_tracked'
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-  """A variable of ours and its published name."""
+  """The names of a variable in Flax and in the published code."""
 
   ours: str  # 'params/…' or 'batch_stats/…'
   theirs: str
 
 
 def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) -> dict[str, Any]:
-  """Variables from a published state dict.
+  """Converts a published state dict to Flax variables.
 
   Args:
     state: {published name: array}, with or without the prefix 'module.'.
-    model: The network: 'msdnet' with the checkpoint's fields; collaboration 'network' for a
-      checkpoint of phase II, 'off' for one of phase I.
+    model: The network: 'msdnet' with the fields of the checkpoint's network; collaboration
+      'network' for a checkpoint of phase II, 'off' for one of phase I.
 
   Returns:
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If the checkpoint is not of this network.
+    UsageError: If the checkpoint does not match the network.
   """
   state = {name.removeprefix(_PREFIX): value for name, value in state.items()}
   pairs = _pairs(model)
@@ -53,29 +53,29 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
   missing = [pair.theirs for pair in pairs if pair.theirs not in state]
   if missing or surplus:
     wrong = f'it lacks {missing[0]!r}' if missing else f'it also has {surplus[0]!r}'
-    raise UsageError(f"the checkpoint is not of this network: {wrong}; fix the model's fields")
+    raise UsageError(f"the checkpoint does not match the network: {wrong}; fix the model's fields")
   variables = {}
   for pair in pairs:
     value = _from_torch(np.asarray(state[pair.theirs], np.float32))
     if value.shape != shapes[pair.ours].shape:
       raise UsageError(
-        f'the checkpoint is not of this network: {pair.theirs!r} has shape {value.shape} here and '
-        f"the network {shapes[pair.ours].shape}; fix the model's fields"
+        f'the checkpoint does not match the network: {pair.theirs!r} has shape {value.shape}, '
+        f"expected {shapes[pair.ours].shape}; fix the model's fields"
       )
     variables[pair.ours] = value
   return unflatten_dict(variables, sep='/')
 
 
 def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict[str, np.ndarray]:
-  """The exact inverse of `from_state_dict`, without prefix.
+  """Converts Flax variables to a published state dict: the inverse of `from_state_dict`.
 
-  Two things that a published checkpoint carries are in none of ours, and so not in the result: the
-  counters `num_batches_tracked`, and in phase II the classifiers of phase I
+  The result has no prefix. It lacks two kinds of entries that have no counterpart here: the
+  counters `num_batches_tracked` and, in phase II, the classifiers of phase I
   (`net.classifier.….linear`).
 
   Args:
-    variables: {'params': …} and, if there are any, 'batch_stats'; gradients may stand in for the
-      parameters. A collection, or a part of one, that is absent is left out of the result.
+    variables: {'params': …, 'batch_stats': …}; gradients may take the place of the parameters.
+      Entries that are missing here are left out of the result.
     model: The network.
 
   Returns:
@@ -90,37 +90,35 @@ def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict
 
 
 def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[str, Any]:
-  """Reads a published checkpoint file, of any PyTorch version; never unpickles code.
+  """Loads a published checkpoint file of any PyTorch version, without running code from it.
 
   Args:
     path: The file, as in 'model_best.pth.tar'.
-    model: The network, see `from_state_dict`.
+    model: The network; see `from_state_dict`.
 
   Returns:
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If torch is not installed, or the file is no checkpoint of this network.
+    UsageError: If torch is not installed, or the file is not a checkpoint of this network.
   """
   try:
     import torch
   except ImportError:
-    raise UsageError(
-      f'reading {os.fspath(path)} takes PyTorch: pip install torch, or the extra imta_jax[torch]'
-    ) from None
+    raise UsageError(f'reading {os.fspath(path)} requires PyTorch: pip install torch') from None
   try:
     content = torch.load(path, map_location='cpu', weights_only=True)
   except FileNotFoundError:
     raise UsageError(f'checkpoint {os.fspath(path)} does not exist') from None
   except Exception as error:
     raise UsageError(
-      f'{os.fspath(path)} is no checkpoint that can be read without running code it may hold '
-      f'({type(error).__name__}): save its state_dict alone'
+      f'{os.fspath(path)} is not a checkpoint that can be read without running code from it '
+      f'({type(error).__name__}): save only the state_dict'
     ) from error
   state = content.get('state_dict', content) if isinstance(content, dict) else {}
   tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
   if not tensors:
-    raise UsageError(f'{os.fspath(path)} holds no state_dict: it is no checkpoint of a network')
+    raise UsageError(f'{os.fspath(path)} contains no state_dict: give the checkpoint of a network')
   arrays = {name: value.detach().float().numpy() for name, value in tensors.items()}
   return from_state_dict(arrays, model)
 
@@ -133,7 +131,9 @@ def _shapes(model):
 
 def _pairs(model: MultiExitNetwork) -> list[_Pair]:
   if model.collaboration == 'identity':
-    raise UsageError("the published code has no network with collaboration 'identity'")
+    raise UsageError(
+      "the published code has no network with collaboration 'identity': use 'off' or 'network'"
+    )
   has_phase_two = model.collaboration == 'network'
   net = 'net.' if has_phase_two else ''
   pairs = []
@@ -157,7 +157,7 @@ def _pairs(model: MultiExitNetwork) -> list[_Pair]:
 
 
 def _ignored(model):
-  """Names of phase I's own classifiers, which a phase II checkpoint still carries."""
+  """Returns the names of phase I's classifiers, which a phase II checkpoint also contains."""
   if model.collaboration != 'network':
     return set()
   return {
@@ -194,7 +194,7 @@ def _layer_pairs(layer, ours: str, theirs: str) -> Iterator[_Pair]:
 
 
 def _conv_norm_pairs(ours: str, theirs: str, first: int) -> list[_Pair]:
-  """A convolution at place `first` of a published sequence, its batch norm behind it."""
+  """Pairs of a convolution at index `first` of a published sequence, and of its batch norm."""
   convolution = _Pair(f'params/{ours}/conv/kernel', f'{theirs}.{first}.weight')
   return [convolution, *_norm_pairs(f'{ours}/norm', f'{theirs}.{first + 1}')]
 
@@ -216,7 +216,7 @@ def _dense_pairs(ours: str, theirs: str) -> list[_Pair]:
 
 
 def _from_torch(value: np.ndarray) -> np.ndarray:
-  """Convolutions from (out, in, height, width) to (height, width, in, out); dense transposed."""
+  """Transposes (out, in, height, width) to (height, width, in, out), and (out, in) to (in, out)."""
   axes: Sequence[int] = {4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim, range(value.ndim))
   return value.transpose(axes)
 

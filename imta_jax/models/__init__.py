@@ -1,4 +1,4 @@
-"""Multi-exit networks by name."""
+"""Creates multi-exit networks by name."""
 
 import difflib
 import inspect
@@ -34,7 +34,7 @@ def create(
     gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
     collaboration: 'off', 'identity' or 'network'; see MultiExitNetwork.
     stop_collaboration_gradient: See MultiExitNetwork.
-    dtype: The type of the computation, 'float32' or 'bfloat16'.
+    dtype: Type of the computation, 'float32' or 'bfloat16'.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged; None for
       statistics per device.
     remat: See MultiExitNetwork.

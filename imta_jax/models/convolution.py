@@ -1,8 +1,8 @@
-"""Convolutions in the form that is fastest on each platform.
+"""Convolutions, in the form that is fastest on each platform.
 
-GPUs and TPUs use XLA's convolution. Its CPU backend is slow if there are few channels, which leaves
-vector lanes idle, and for input gradients of strided convolutions; both are faster as matrix
-products (measurements are in experiments/benchmarks).
+GPUs and TPUs use XLA's convolution. On CPUs it is slow for few channels, which leave vector lanes
+idle, and for input gradients of strided convolutions; both are faster as matrix products
+(measurements are in experiments/benchmarks).
 """
 
 from functools import partial
@@ -13,15 +13,15 @@ import numpy as np
 
 # A 3×3 convolution with at most this many weights per tap is faster as a banded product.
 _NARROW = 128
-# Number of values in a row that such a product reads (without neighbours) and writes for a block of
-# outputs: with fewer values vector lanes are idle; with more, most are multiplied by zero and
+# Limits of the number of values that such a product reads (without neighbours) and writes per block
+# of outputs: with fewer values, vector lanes are idle; with more, most are multiplied by zero and
 # compilation takes longer.
-_LEAST_INPUTS, _MOST_INPUTS, _LEAST_OUTPUTS = 12, 56, 14
+_MIN_INPUTS, _MAX_INPUTS, _MIN_OUTPUTS = 12, 56, 14
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-  """A convolution.
+  """Computes a convolution.
 
   Args:
     x: [batch, height, width, inputs].
@@ -55,13 +55,13 @@ def _forward(stride, x, kernel):
 def _backward(stride, residuals, gradient):
   x, kernel = residuals
 
-  def of_kernel(x, kernel, gradient):
+  def kernel_gradient(x, kernel, gradient):
     return jax.vjp(lambda kernel: _direct(x, kernel, stride), kernel)[1](gradient)[0]
 
-  def of_input(x, kernel, gradient):
+  def input_gradient(x, kernel, gradient):
     return jax.vjp(lambda x: _direct(x, kernel, stride), x)[1](gradient)[0]
 
-  def of_input_on_cpu(x, kernel, gradient):
+  def input_gradient_on_cpu(x, kernel, gradient):
     if stride == 1:  # The gradient convolved with the rotated kernel.
       return _convolve_3x3(1, gradient, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
     block = _block_width(stride, x, kernel)
@@ -69,9 +69,9 @@ def _backward(stride, residuals, gradient):
     return jax.vjp(lambda x: form(x, kernel, stride), x)[1](gradient)[0]
 
   x_gradient = jax.lax.platform_dependent(
-    x, kernel, gradient, cpu=of_input_on_cpu, default=of_input
+    x, kernel, gradient, cpu=input_gradient_on_cpu, default=input_gradient
   )
-  return x_gradient, of_kernel(x, kernel, gradient)
+  return x_gradient, kernel_gradient(x, kernel, gradient)
 
 
 _convolve_3x3.defvjp(_forward, _backward)
@@ -92,14 +92,14 @@ def _output_size(size, stride):
 
 
 def _block_width(stride, x, kernel):
-  """The number of neighbours that `_banded` computes together; None if it does not pay."""
+  """Returns how many outputs `_banded` should compute together; None if it would be slower."""
   inputs, outputs = kernel.shape[2:]
   if inputs * outputs > _NARROW:
     return None
   width = _output_size(x.shape[2], stride)
   for block in range(2, width + 1):
-    fits = _LEAST_INPUTS <= block * stride * inputs <= _MOST_INPUTS
-    if width % block == 0 and fits and block * outputs >= _LEAST_OUTPUTS:
+    fits = _MIN_INPUTS <= block * stride * inputs <= _MAX_INPUTS
+    if width % block == 0 and fits and block * outputs >= _MIN_OUTPUTS:
       return block
   return None
 
@@ -107,7 +107,7 @@ def _block_width(stride, x, kernel):
 def _banded(x, kernel, stride, block):
   """Computes `block` neighbouring outputs of a row as a product with a banded matrix.
 
-  It multiplies some zeros, but reads whole vectors.
+  Some of the products are with zeros, but whole vectors are read.
   """
   batch, height, width, inputs = x.shape
   outputs = kernel.shape[-1]
@@ -116,7 +116,7 @@ def _banded(x, kernel, stride, block):
   if missing:
     x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
   # [batch, height, blocks, (stride × block + 3 - stride) × inputs]: the inputs of each block
-  # and the neighbours that its outputs also read; a block that is the whole row has none.
+  # and the neighbours that its outputs also read; a block of the whole row has no neighbours.
   blocks = x.reshape(batch, height, out_width // block, stride * block * inputs)
   parts = [blocks]
   if block < out_width:
@@ -126,19 +126,19 @@ def _banded(x, kernel, stride, block):
   rows = jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (1, 1), (0, 0), (0, 0)))
   last = stride * (out_height - 1) + 1
   patches = jnp.concatenate([rows[:, i : i + last : stride] for i in range(3)], axis=-1)
-  # places[p, j, b]: whether tap j of output b of a block reads its input p.
-  places = np.zeros((stride * (block - 1) + 3, 3, block), x.dtype)
+  # reads[p, j, b]: whether tap j of output b of a block reads its input p.
+  reads = np.zeros((stride * (block - 1) + 3, 3, block), x.dtype)
   for tap in range(3):
-    places[stride * np.arange(block) + tap, tap, np.arange(block)] = 1
+    reads[stride * np.arange(block) + tap, tap, np.arange(block)] = 1
   if block == out_width:
-    places = places[1 : stride * block + 1]
-  matrix = jnp.einsum('pjb,ijco->ipcbo', places, kernel)
+    reads = reads[1 : stride * block + 1]
+  matrix = jnp.einsum('pjb,ijco->ipcbo', reads, kernel)
   product = patches @ matrix.reshape(patches.shape[-1], block * outputs)
   return product.reshape(batch, out_height, out_width, outputs)
 
 
 def _patches_product(x, kernel, stride):
-  """The convolution as a product of patches and kernel, which has a fast input gradient."""
+  """Computes the convolution as a product of patches and kernel; its input gradient is fast."""
   batch, height, width, inputs = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   ends = [(size - 1) // stride * stride + 1 for size in (height, width)]

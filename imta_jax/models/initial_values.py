@@ -1,7 +1,7 @@
 """Initial values of a network, drawn on the host.
 
-XLA would take minutes to compile the hundreds of draws of a large network; NumPy needs no
-compilation.
+XLA would take minutes to compile the hundreds of random draws of a large network; NumPy does not
+compile.
 """
 
 import zlib
@@ -16,15 +16,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[str, Any]:
-  """Draws the variables of a network at the start of training.
+  """Draws the initial variables of a network.
 
-  Convolutions are normal with standard deviation sqrt(2 / (kernel area × output channels)), dense
-  kernels uniform in ±1/sqrt(inputs), biases 0, and batch norm 1 and 0, as `model.init` would draw
-  them. The values of a layer depend only on the seed and its name, so networks that share layers
-  start with the same values there.
+  The distributions are those of `model.init`: convolution kernels are normal with standard
+  deviation sqrt(2 / (kernel area × output channels)), dense kernels are uniform in
+  ±1/sqrt(inputs), biases and running means are 0, scales and running variances are 1. The values
+  of a layer depend only on the seed and its name, so networks that share layers start with the
+  same values there.
 
   Args:
-    model: The network; it may have only kernels, biases and batch norms.
+    model: The network; its variables must be kernels, biases or variables of batch norm.
     seed: The random seed.
     image_shape: (height, width, channels).
 
@@ -42,8 +43,8 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
   """Copies the values of a trained network into one that differs only in its last layers.
 
-  If a dense layer has gained inputs, their rows start at zero, so that the network starts as the
-  same function as the donor.
+  If a dense layer has more inputs than in the donor, the rows of the new inputs are zero, so that
+  the network initially computes the same function as the donor.
 
   Args:
     donor: Variables of the trained network.

@@ -1,7 +1,7 @@
 """Layers that the architectures share.
 
-Convolution and batch norm are functions under `jax.jit`: a large network repeats few shapes, and
-each shape is traced, differentiated and lowered only once.
+Convolution and batch norm are functions under `jax.jit`: a large network has few distinct shapes,
+and each shape is traced, differentiated and lowered only once.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from imta_jax.models.convolution import convolve
 _EPSILON = 1e-5
 _MOMENTUM = 0.9
 
-# Flax traces an initializer whenever it reads the parameter; under jit, once per shape.
+# Flax traces an initializer whenever it reads the parameter; under jit, only once per shape.
 _normal = jax.jit(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), static_argnums=(1, 2))
 _zeros = jax.jit(nn.initializers.zeros, static_argnums=(1, 2))
 _ones = jax.jit(nn.initializers.ones, static_argnums=(1, 2))
 
 
 class ConvNorm(nn.Module):
-  """ConvParams, batch norm and, unless told otherwise, ReLU.
+  """A convolution, batch norm and optionally ReLU.
 
-  Padding is symmetric, kernel_size // 2 on every side. Kernels start normal with standard deviation
-  sqrt(2 / (kernel area × output channels)), batch norm at 1 and 0.
+  The padding is kernel_size // 2 on every side. Kernels are initialised from a normal distribution
+  with standard deviation sqrt(2 / (kernel area × output channels)).
 
   Attributes:
     features: Number of output channels.
@@ -36,7 +36,7 @@ class ConvNorm(nn.Module):
     stride: Stride in both directions.
     relu: Whether ReLU follows.
     use_bias: Whether the convolution has a bias.
-    dtype: The type of the computation; parameters and batch statistics are float32.
+    dtype: Type of the computation; parameters and batch statistics are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
 
@@ -53,7 +53,7 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def parts(self, inputs: int) -> tuple['ConvParams', 'BatchNormVars']:
-    """The variables of the layer for a number of input channels."""
+    """Returns the variables of the layer for a number of input channels."""
     shape = (self.kernel_size, self.kernel_size, inputs, self.features)
     return (
       ConvParams(shape, self.use_bias, name='conv')(),
@@ -91,7 +91,7 @@ class BatchNormVars(nn.Module):
 
 
 def run_together(layers: Sequence[ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
-  """Runs layers that read the same map and differ only in width as one layer.
+  """Runs layers as one layer; they must read the same map and differ only in width.
 
   Args:
     layers: The layers.
@@ -99,7 +99,7 @@ def run_together(layers: Sequence[ConvNorm], x: jax.Array, train: bool) -> list[
     train: Whether batch norm uses and records the statistics of the batch.
 
   Returns:
-    [batch, height, width, features] of each layer.
+    The output of each layer, [batch, height, width, features].
   """
   layer, dtype = layers[0], layers[0].dtype
   convolutions, norms = zip(*(each.parts(x.shape[-1]) for each in layers), strict=True)
@@ -129,7 +129,7 @@ def _join(arrays):
 
 @partial(jax.jit, static_argnames='relu')
 def _scale_and_shift(x, mean, var, scale, bias, relu):
-  """Batch norm with given statistics, and ReLU."""
+  """Applies batch norm with given statistics, then optionally ReLU."""
   y = (x.astype(jnp.float32) - mean) * (scale * jax.lax.rsqrt(var + _EPSILON)) + bias
   y = y.astype(x.dtype)
   return nn.relu(y) if relu else y
@@ -141,8 +141,8 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Normalises with the statistics of the batch, then optionally applies ReLU.
 
-  The gradient is written out: it takes a fraction of the operations that automatic differentiation
-  would trace, and keeps only the input.
+  The gradient is written by hand: it takes a fraction of the operations that automatic
+  differentiation would trace, and the input is the only large array that it stores.
 
   Args:
     x: [..., channels].
@@ -152,7 +152,7 @@ def batch_norm(
     axis_name: Name of the mapped axis over which statistics are averaged, or None.
 
   Returns:
-    The result, in the type of `x`; mean and variance [channels], float32, without gradients.
+    The result with the type of `x`; mean and variance [channels], float32, without gradients.
   """
   y, mean, var = _batch_norm(relu, axis_name, x, scale, bias)
   return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
@@ -179,8 +179,8 @@ def _batch_norm_backward(relu, axis_name, residuals, gradients):
   if relu:
     gradient = jnp.where(normalized * scale + bias > 0, gradient, 0)
   scale_gradient, bias_gradient = _mean(gradient * normalized), _mean(gradient)
-  along, level = _average(axis_name, scale_gradient, bias_gradient)
-  x_gradient = (gradient - level - normalized * along) * (scale * inverse)
+  mean_product, mean_gradient = _average(axis_name, scale_gradient, bias_gradient)
+  x_gradient = (gradient - mean_gradient - normalized * mean_product) * (scale * inverse)
   count = x.size / x.shape[-1]
   return x_gradient.astype(x.dtype), count * scale_gradient, count * bias_gradient
 
@@ -191,7 +191,7 @@ _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 def _mean(x):
   """Means [channels] of [batch, ..., channels], first per image and then over images.
 
-  XLA's CPU programs add term by term, which loses precision in long sums: two decimal digits if all
+  On CPUs, XLA adds term by term, which loses precision in long sums: two decimal digits if all
   pixels of a batch are summed at once.
   """
   return x.mean(tuple(range(1, x.ndim - 1))).mean(0)
@@ -220,7 +220,7 @@ class PooledExit(nn.Module):
     window = x.shape[1:3] if self.pool is None else (self.pool, self.pool)
     if min(x.shape[1:3]) < window[0]:
       raise ValueError(
-        f'an exit is left with a map of {x.shape[1]}×{x.shape[2]}, too small to pool by '
-        f'{window[0]}: give larger images or fewer scales'
+        f'the map of an exit is {x.shape[1]}×{x.shape[2]}, too small to pool by {window[0]}: use '
+        'larger images or fewer scales'
       )
     return nn.avg_pool(x, window, window).reshape(x.shape[0], -1)

@@ -16,7 +16,7 @@ ConvNormFactory = Callable[..., ConvNorm]
 
 
 class FirstLayer(nn.Module):
-  """Maps images to the first map of every scale; each scale halves the resolution."""
+  """Maps images to the first feature map of every scale; each scale halves the resolution."""
 
   widths: Sequence[int]
   stem: str
@@ -46,7 +46,7 @@ class Branch(nn.Module):
 
   @nn.compact
   def parts(self, inputs: int) -> tuple[ConvNorm | None, ConvNorm]:
-    """The bottleneck or None, and the 3×3 convolution."""
+    """Returns the bottleneck, or None, and the 3×3 convolution."""
     bottleneck = None
     if self.bottleneck_width is not None:
       bottleneck = self.conv_norm(min(inputs, self.bottleneck_width), 1, name='bottleneck')
@@ -62,13 +62,13 @@ def run_branches(branches: Sequence[Branch], x: jax.Array, train: bool) -> list[
 
 
 class DenseLayer(nn.Module):
-  """A multi-scale dense layer: every scale adds features of its own and of the next finer map.
+  """A multi-scale dense layer: each scale gains features of its own and of the next finer map.
 
   Attributes:
     scales: Indices of the scales that are written, fine to coarse.
-    drops_scale: Whether the layer reads one scale more than it writes; finer ones are not read.
+    drops_scale: Whether the layer also reads the next finer scale, which it does not write.
     growth: Number of channels that each written scale gains.
-    bottleneck_factors: By scale index; None for no bottleneck.
+    bottleneck_factors: Factor per scale, by index; None for no bottlenecks.
     conv_norm: Creates the convolutions.
   """
 
@@ -88,7 +88,7 @@ class DenseLayer(nn.Module):
       width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
       return source, Branch(growth, stride, width, self.conv_norm, name=name)
 
-    gains = {}  # For each written scale: the scale that a branch reads, and the branch.
+    gains = {}  # For each written scale: pairs of the scale that is read, and the branch.
     for scale, growth in zip(self.scales, self.growth, strict=True):
       if scale == first_read:
         gains[scale] = [branch(scale, growth, 1, f'normal_{scale}')]
@@ -149,22 +149,23 @@ def msdnet(
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-  """The stages and exits of an MSDNet; the defaults are the network of Table 1.
+  """Creates the stages and exits of an MSDNet; the defaults are the network of Table 1.
 
   Args:
     num_exits: Number of exits and of stages.
     base: Number of layers of the first stage.
-    step: Number of layers of each further stage, or the slope at which it grows.
-    step_mode: 'even': `step` layers per stage. 'lin_grow': `step * i + 1` in stage i + 1.
-    channels: Channels of the first layer, per unit of the scale factor.
-    growth_rate: Channels that a layer adds, per unit of the scale factor.
-    scale_factors: Relative width of each scale, fine to coarse; one per scale.
+    step: Number of layers of each further stage, or its growth per stage; see `step_mode`.
+    step_mode: 'even': `step` layers per stage. 'lin_grow': `step * i + 1` layers in stage i + 1,
+      counted from 1.
+    channels: Number of channels of the first layer, per unit of the scale factor.
+    growth_rate: Number of channels that a layer adds, per unit of the scale factor.
+    scale_factors: Relative width of each scale, fine to coarse.
     bottleneck_factors: Width of the bottlenecks of each scale, relative to the 3×3 convolution.
     prune: 'max': scales are dropped at equal intervals. 'min': as late as possible.
-    reduction: The fraction of the channels that transitions keep; 0 for no transitions.
+    reduction: Fraction of the channels that transitions keep; 0 for no transitions.
     bottleneck: Whether a 1×1 convolution precedes each 3×3 one.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
-    dtype: The type of the computation.
+    dtype: Type of the computation.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
 
   Returns:
@@ -195,8 +196,8 @@ def msdnet(
   num_scales = len(scale_factors)
   if any(growth_rate * factor < 2 for factor in scale_factors[1:]):
     raise ValueError(
-      f'growth_rate {growth_rate} is too small: with scale_factors {tuple(scale_factors)} half of '
-      'the channels that a scale gains is zero'
+      f'growth_rate {growth_rate} is too small: with scale_factors {tuple(scale_factors)} a branch '
+      'has no channels; use 2 or more'
     )
   if bottleneck and len(bottleneck_factors) != num_scales:
     raise ValueError(
@@ -208,7 +209,7 @@ def msdnet(
   num_layers = sum(depths)
 
   def scales_after(layer):
-    """The number of scales that a layer writes; layer 0 is the first layer, which writes all."""
+    """Returns the number of scales that a layer writes; layer 0 is the first, which writes all."""
     if not layer:
       return num_scales
     if prune == 'max':

@@ -1,4 +1,4 @@
-"""The multi-exit network: stages and exits of any architecture, wired with GE and ISC."""
+"""The multi-exit network: stages and exits of any architecture, combined with GE and ISC."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,24 +17,24 @@ Features = tuple[jax.Array, ...]
 class MultiExitNetwork(nn.Module):
   """k stages and k exits; stage i feeds exit i and stage i+1.
 
-  A stage maps a tuple of feature maps, fine to coarse (for the first stage: the images alone), to
-  the next. An exit reads the last, coarsest map and returns an embedding. A classifier turns the
+  A stage maps a tuple of feature maps, fine to coarse, to the next; the first stage reads only the
+  images. An exit reads the last, coarsest map and returns an embedding. A classifier turns the
   embedding and, with collaboration, the logits of the previous exit into logits. Phase II trains
-  only the classifiers: their variables have the names `classifiers_0` … `classifiers_{k-1}`.
+  only the classifiers, whose variables are named `classifiers_0` … `classifiers_{k-1}`.
 
   Attributes:
     stages: Modules (features, train) -> features.
     exits: Modules (feature map, train) -> embedding [batch, width].
     num_classes: Number of classes.
-    gradient_equilibrium: Which maps GE rescales on their way to the next stage: 'all' (the
-      paper), 'coarsest' (only the last one, as in its published code), or 'off'.
+    gradient_equilibrium: Which maps GE rescales between stages: 'all' (as in the paper), 'coarsest'
+      (only the last one, as in the published code) or 'off'.
     collaboration: ISC between exits: 'off', 'identity' or 'network'.
     stop_collaboration_gradient: See CollaborativeClassifier.
-    dtype: The type of the computation; variables and logits are float32.
+    dtype: Type of the computation; variables and logits are float32.
     batch_norm_axis: Name of the mapped axis over which the classifiers' batch statistics are
       averaged, or None.
-    remat: Whether training keeps only what passes between stages and recomputes the rest in the
-      backward pass: less memory, a third more computation.
+    remat: Whether training stores only the maps between stages and recomputes the others in the
+      backward pass, which takes less memory and a third more computation.
   """
 
   stages: Sequence[nn.Module]
@@ -64,7 +64,7 @@ class MultiExitNetwork(nn.Module):
     ]
 
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Logits of every exit.
+    """Computes the logits of every exit.
 
     Args:
       images: [batch, height, width, channels], normalised.
@@ -76,7 +76,7 @@ class MultiExitNetwork(nn.Module):
     return self.classify(self.embed(images, train), train)
 
   def embed(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-    """The embedding [batch, width] of every exit: the network without its last layers."""
+    """Computes the embedding [batch, width] of every exit: all but the last layers."""
     features = self.start(images)
     embeddings = []
     for index in range(self.num_exits):
@@ -85,14 +85,14 @@ class MultiExitNetwork(nn.Module):
     return tuple(embeddings)
 
   def classify(self, embeddings: Sequence[jax.Array], train: bool = False) -> jax.Array:
-    """Logits [num_exits, batch, num_classes] from the embeddings of every exit."""
+    """Computes logits [num_exits, batch, num_classes] from the embeddings of every exit."""
     logits = []
     for classifier, embedding in zip(self.classifiers, embeddings, strict=True):
       logits.append(classifier(embedding, logits[-1] if logits else None, train))
     return jnp.stack(logits)
 
   def start(self, images: jax.Array) -> Features:
-    """The input of the first stage, for `run_stage`."""
+    """Returns the input of the first stage, for `run_stage`."""
     return (images.astype(self.dtype),)
 
   def run_stage(
@@ -116,7 +116,7 @@ class MultiExitNetwork(nn.Module):
     return features, self.classifiers[index](embedding, previous_logits)
 
   def _advance(self, index: int, features: Features, train: bool) -> tuple[Features, jax.Array]:
-    """Runs stage `index` and its exit; GE acts where the exit branches off (Eq. 4 and 5)."""
+    """Runs stage `index` and its exit, with GE where the exit branches off (Eq. 4 and 5)."""
     run = nn.remat(_run, static_argnums=2) if self.remat and train else _run
     features = run(self.stages[index], features, train)
     coarsest = features[-1]

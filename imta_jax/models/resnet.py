@@ -22,7 +22,7 @@ _IMAGENET_DEPTHS = {
 
 
 class Stem(nn.Module):
-  """Maps images to the first map."""
+  """Maps images to the first feature map."""
 
   stem: str
   conv_norm: ConvNormFactory
@@ -36,14 +36,14 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-  """A residual block: two 3×3 convolutions, or 1×1, 3×3 and 1×1 to four times the width.
+  """A residual block: two 3×3 convolutions, or a bottleneck of 1×1, 3×3 and 1×1 convolutions.
 
   Attributes:
-    width: Channels of the 3×3 convolutions.
-    stride: Of the first 3×3 convolution.
-    bottleneck: Whether the block has the second form.
+    width: Number of channels of the 3×3 convolutions; a bottleneck returns four times as many.
+    stride: Stride of the first 3×3 convolution.
+    bottleneck: Whether the block is a bottleneck.
     projects: Whether a shortcut that changes shape is a 1×1 convolution, as in the ImageNet
-      networks; otherwise it skips pixels and pads channels with zeros, as in the CIFAR ones.
+      networks; otherwise it skips pixels and pads channels with zeros, as in the CIFAR networks.
     conv_norm: Creates the convolutions.
   """
 
@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-  """Layers of one map in turn."""
+  """Applies layers to a single feature map, one after another."""
 
   layers: Sequence[nn.Module]
 
@@ -92,29 +92,29 @@ def resnet(
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-  """The stages and exits of a ResNet.
+  """Creates the stages and exits of a ResNet.
 
-  The last exit is the plain network's: it pools the whole map. Exits before it first pass two 3×3
-  convolutions of stride 2 to 128 channels, as MSDNet's do.
+  The last exit is that of the plain network, which pools the whole map. Earlier exits first apply
+  two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet.
 
   Args:
-    depth: 20, 32, 44, 56, 110 or another 6n + 2 with the 'cifar' stem; 18, 34 or 50 with the
-      'imagenet' one.
-    exits_after: Numbers, from 1, of the blocks after which an exit branches off; the last block
-      always has one. Empty for the plain network.
+    depth: 20, 32, 44, 56, 110 or another 6n + 2 for the stem 'cifar'; 18, 34 or 50 for the stem
+      'imagenet'.
+    exits_after: Blocks, counted from 1, after which an exit branches off; the last block always
+      has an exit. Empty for the plain network.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
-    dtype: The type of the computation.
+    dtype: Type of the computation.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
 
   Raises:
-    ValueError: If there is no network of that depth, or no such block.
+    ValueError: If the depth, a block or the stem does not exist.
   """
   if stem == 'cifar':
     if depth < 8 or depth % 6 != 2:
-      raise ValueError(f'depth {depth} is not one of the CIFAR ResNets: take 6n + 2 (20, 56, 110)')
+      raise ValueError(f'depth {depth} is not one of the CIFAR ResNets: use 6n + 2 (20, 56, 110)')
     group_sizes, bottleneck, base_width = ((depth - 2) // 6,) * 3, False, 16
   elif stem == 'imagenet':
     if depth not in _IMAGENET_DEPTHS:
@@ -122,7 +122,7 @@ def resnet(
       raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: choose one of {choices}')
     (group_sizes, bottleneck), base_width = _IMAGENET_DEPTHS[depth], 64
   else:
-    raise ValueError(f"stem {stem!r} is unknown: take 'cifar' or 'imagenet'")
+    raise ValueError(f"stem {stem!r} is unknown: use 'cifar' or 'imagenet'")
   num_blocks = sum(group_sizes)
   wrong = [block for block in exits_after if not 1 <= block <= num_blocks]
   if wrong or len(set(exits_after)) < len(exits_after):

@@ -19,7 +19,7 @@ def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
   Args:
     x: An array of any shape.
-    factor: The factor of the gradient, a Python number.
+    factor: Factor of the gradient, a Python number.
 
   Returns:
     `x` itself.
@@ -41,13 +41,13 @@ scale_gradient.defvjp(_forward, _backward)
 
 
 def equilibrium_factors(exit: int, num_exits: int) -> tuple[float, float]:
-  """The two gradient factors where an exit branches off (the text before Eq. 5).
+  """Returns the two gradient factors where an exit branches off (the text before Eq. 5).
 
-  Along any path the factors multiply to 1/(k-i+1) for features at stage i, whichever exit j >= i
-  the gradient comes from (Eq. 5); the variance of their sum is therefore bounded (Eq. 6).
+  The factors along the path from any exit j >= i to the features of stage i multiply to 1/(k-i+1)
+  (Eq. 5); the variance of the summed gradients is therefore bounded (Eq. 6).
 
   Args:
-    exit: The number i of the exit, from 1 to `num_exits`.
+    exit: The index i of the exit, from 1 to `num_exits`.
     num_exits: The number k of exits.
 
   Returns:

@@ -1,7 +1,7 @@
 """Inline Subnetwork Collaboration (ISC), Section 3.2 of the paper.
 
-The logits of an exit are passed on to the next exit. They pass through `stop_gradient`, so that a
-later exit cannot disturb an earlier one.
+Each exit passes its logits to the next exit, through `stop_gradient`, so that the training of a
+later exit does not disturb an earlier one.
 
     first = CollaborativeClassifier(num_classes, 'off')(embedding_1)
     second = CollaborativeClassifier(num_classes, 'network')(embedding_2, first)
@@ -22,11 +22,11 @@ class CollaborativeClassifier(nn.Module):
   Attributes:
     num_classes: Number of classes.
     collaboration: 'off': only the dense layer. 'identity': the previous logits are added to its
-      output, which makes it a residual. 'network': they pass a dense layer as wide as the
-      embedding, batch norm and ReLU, and the result is concatenated to the embedding.
+      output, which makes it a residual. 'network': the previous logits pass through a dense layer
+      as wide as the embedding, batch norm and ReLU; the result is concatenated to the embedding.
     stop_collaboration_gradient: Whether the previous logits are constants in the backward pass, as
-      in the paper; its published code does not stop the gradient.
-    dtype: The type of the computation; parameters and returned logits are float32.
+      in the paper; the published code does not stop the gradient.
+    dtype: Type of the computation; parameters and returned logits are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
 
@@ -40,7 +40,7 @@ class CollaborativeClassifier(nn.Module):
   def __call__(
     self, embedding: jax.Array, previous_logits: jax.Array | None = None, train: bool = False
   ) -> jax.Array:
-    """Logits of one exit.
+    """Computes the logits of one exit.
 
     Args:
       embedding: [batch, width].

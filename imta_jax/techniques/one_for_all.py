@@ -1,6 +1,6 @@
 """One-for-all knowledge distillation (OFA), Section 3.3 of the paper.
 
-The last exit, the most accurate one, teaches all exits before it.
+The last exit, which is the most accurate one, teaches all other exits.
 """
 
 import jax
@@ -19,7 +19,7 @@ def one_for_all_loss(
   temperature: float,
   class_reduction: str = 'sum',
 ) -> jax.Array:
-  """The loss of a network whose last exit teaches the other exits (Eq. 7 and 8).
+  """Computes the loss of a network whose last exit teaches the other exits (Eq. 7 and 8).
 
   Summed over the exits i = 1 … k and averaged over images,
 
@@ -31,9 +31,9 @@ def one_for_all_loss(
   Args:
     logits: [num_exits, batch, num_classes].
     labels: [batch], class indices.
-    teacher_logits: [batch, num_classes]; no gradient flows to them.
-    alpha: Weight of the labels, against the teacher, from 0 to 1.
-    temperature: T, above 0.
+    teacher_logits: [batch, num_classes]; treated as constants in the backward pass.
+    alpha: Weight of the labels, from 0 to 1; the weight of the teacher is 1 - alpha.
+    temperature: The temperature T, above 0.
     class_reduction: 'sum' for the divergence; 'mean' divides it by the number of classes, as the
       published code does.
 

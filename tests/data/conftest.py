@@ -1,4 +1,4 @@
-"""Data sets small enough for tests, prepared once."""
+"""Small data sets for tests, prepared once."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def data_dir(tmp_path_factory):
 
 
 def make_mnist5k_config(data_dir):
-  """100 training images, in 6 batches of 16; nothing is augmented."""
+  """Returns a config with 100 training images, in 6 batches of 16, and no augmentation."""
   config = config_lib.default()
   config.update(batch_size=16, evaluation_batch_size=200)
   config.dataset.update(
@@ -38,7 +38,7 @@ def make_mnist5k_config(data_dir):
 
 @pytest.fixture(scope='session')
 def mnist5k_builder(tfds, data_dir):
-  """The builder, prepared as a first run prepares it."""
+  """The builder, prepared by opening the data set as in a first run."""
   open_dataset(make_mnist5k_config(data_dir))
   builder = tfds.builder('mnist5k', data_dir=data_dir)
   assert builder.info.splits
@@ -61,7 +61,7 @@ def mnist5k_config(mnist5k_builder, data_dir):
 
 
 def flatten(batch):
-  """A batch on the host, without the axis over devices."""
+  """Returns a batch on the host, without the axis over devices."""
   return {name: np.concatenate(np.asarray(array)) for name, array in batch.items()}
 
 
@@ -72,7 +72,7 @@ def flat():
 
 @pytest.fixture(scope='session')
 def collect():
-  """A function that takes the images and labels of evaluation batches, without what fills up."""
+  """A function that returns the images and labels of evaluation batches, without padding."""
 
   def images_and_labels(batches):
     batches = [flatten(batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""Arrays that are kept or carried: the same data, and never stale data."""
+"""Arrays from the cache or from arrays_dir: the same data as from TFDS, and never stale."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from imta_jax.errors import UsageError
 
 @pytest.fixture
 def stored(mnist5k_config, tmp_path, monkeypatch):
-  """A config whose data set is kept in a cache of its own, and the folder."""
+  """A config whose data set is in a cache of its own, and its folder there."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   assert arrays.load(mnist5k_config.dataset) is None
   open_dataset(mnist5k_config)
@@ -76,7 +76,7 @@ def test_where_nothing_can_be_kept_the_run_goes_on(mnist5k_config, tmp_path, mon
 
 @pytest.fixture
 def carried(stored, tmp_path, monkeypatch):
-  """A config whose data set lies in parts in a folder, where TFDS is not at hand."""
+  """A config with arrays_dir set to a folder of several parts; TFDS cannot be used."""
   config, _ = stored
   monkeypatch.setattr(arrays, '_PART_BYTES', 500_000)
   folder = tmp_path / 'carried'
@@ -105,7 +105,7 @@ def test_carried_arrays_are_what_was_kept(carried, mnist5k_splits):
 def test_carried_arrays_that_are_not_whole_are_refused(name, carried):
   config, folder = carried
   (folder / name).rename(folder.parent / 'lost')
-  with pytest.raises(UsageError, match=r'holds no whole data set .*imta_jax\.prepare'):
+  with pytest.raises(UsageError, match=r'does not contain a complete data set .*imta_jax\.prepare'):
     open_dataset(config)
 
 

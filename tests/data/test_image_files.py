@@ -1,4 +1,4 @@
-"""Image files: what is found, what is read of it, and what is refused."""
+"""Image files: finding them, reading them, and errors."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ def read(content, shape=(6, 5, 1), crop='none', **options):
 
 
 def png_of_size(width, height):
-  """A PNG that says it has a size, and has no pixels."""
+  """Returns a PNG with a size in its header, but without pixels."""
   parts = (b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0), b'IDAT')
   chunks = (struct.pack('>I', len(p) - 4) + p + struct.pack('>I', zlib.crc32(p)) for p in parts)
   return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)

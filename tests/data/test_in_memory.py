@@ -1,4 +1,4 @@
-"""Data sets in memory: which images come when, and how they look."""
+"""Data sets in memory: the order of the images, and their preprocessing."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ STEPS_PER_EPOCH = 6
 
 @pytest.fixture
 def numbers_of(mnist5k_splits, mnist5k_config):
-  """A function from normalised images to their numbers among the stored images of a split."""
+  """A function that returns the indices of normalised images in their split."""
   dataset = mnist5k_config.dataset
   tables = {
     split: {image.tobytes(): number for number, image in enumerate(images)}
@@ -32,7 +32,7 @@ def numbers_of(mnist5k_splits, mnist5k_config):
 
 @pytest.fixture
 def take(flat):
-  """A function that takes training batches from a first step on."""
+  """A function that returns training batches, starting at a given step."""
 
   def batches(dataset, first_step, count):
     stream = itertools.islice(dataset.train_batches(first_step), count)

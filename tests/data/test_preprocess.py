@@ -1,4 +1,4 @@
-"""Preprocessing: crops that are crops, flips that are flips, and nothing else."""
+"""Preprocessing: normalisation, crops and flips."""
 
 import io
 
@@ -25,7 +25,7 @@ def crop_and_flip(images, padding, flip, seed=0):
 
 
 def crops(image, padding):
-  """{crop: its corner} of a zero-padded image."""
+  """Returns {crop: its corner} for all crops of a zero-padded image."""
   padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
   height, width, _ = image.shape
   return {
@@ -119,7 +119,7 @@ def encode(pixels, kind):
 
 
 def ramp(height, width):
-  """An image that says where one is: red grows to the right, green downwards."""
+  """Returns an image that encodes positions: red grows to the right, green downwards."""
   rows, columns = np.mgrid[0:height, 0:width]
   pixels = np.stack(
     [255 * columns / (width - 1), 255 * rows / (height - 1), np.full((height, width), 128)], -1

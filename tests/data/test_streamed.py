@@ -1,4 +1,4 @@
-"""Streamed data sets: which images come when, on one host and on two."""
+"""Streamed data sets: the order of the images, on one host and on two."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ LEVELS = np.array([32, 96, 160, 224])
 
 
 def photo(number):
-  """A JPEG of one of 64 colours, lighter to the right; of a size of its own."""
+  """Returns a JPEG with a colour and a size that depend on the number, lighter to the right."""
   colour = LEVELS[np.array([number // 16, number // 4 % 4, number % 4])]
   height, width = 24 + number % 5, 24 + number % 7
   pixels = colour + np.linspace(-10, 10, width)[np.newaxis, :, np.newaxis]
@@ -32,7 +32,7 @@ def photo(number):
 
 @pytest.fixture(scope='session')
 def photos(tfds, data_dir):
-  """Prepares a data set of photos in several files, each with a class of its own."""
+  """Prepares a data set of photos in several files; each photo has its own class."""
 
   class Photos(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('1.0.0')
@@ -97,7 +97,7 @@ def take(flat):
 
 
 def numbers_of(images):
-  """The numbers of the photos by their colours."""
+  """Returns the numbers of the photos, recognised by their colours."""
   pixels = 255 * (images * np.array([0.4, 0.5, 0.6]) + np.array([0.1, 0.2, 0.3]))
   colours = pixels.mean(axis=(1, 2))
   levels = np.abs(colours[..., np.newaxis] - LEVELS).argmin(-1)
@@ -242,7 +242,7 @@ def test_two_hosts_share_an_evaluation(split, config, as_host, collect):
 
 
 def test_two_hosts_crop_and_flip_apart(config, as_host, monkeypatch):
-  """The random numbers of an image are its own, not those of another host's image."""
+  """Images on different hosts are augmented with different random numbers."""
   from imta_jax.data import preprocess
 
   seeds = []

@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's published code: what they compute here, and round trips."""
+"""Checkpoints of the paper's published code: equal results, and round trips."""
 
 import sys
 from pathlib import Path
@@ -41,13 +41,13 @@ def load(name):
 
 @pytest.fixture(scope='module')
 def phase_one():
-  """State dict, and what the published code computes from it."""
+  """A state dict, and the results of the published code for it."""
   return load('msdnet_ge_3exit_state'), load('msdnet_ge_3exit')
 
 
 @pytest.fixture(scope='module')
 def phase_two():
-  """The same of a phase II network."""
+  """The same for a phase II network."""
   return load('msdnet_ge_3exit_imta_state'), load('msdnet_ge_3exit_imta')
 
 
@@ -73,7 +73,7 @@ def test_phase_one_evaluates_to_the_published_embeddings_and_logits(phase_one):
 
 @pytest.fixture(scope='module')
 def training(phase_one):
-  """Loss, logits and gradients of a training step, as Flax has them."""
+  """Loss, logits and gradients of a training step, computed with Flax."""
   state, reference = phase_one
   model = create(gradient_equilibrium='coarsest')
   variables = from_state_dict(state, model)
@@ -115,7 +115,7 @@ def subset(reference, prefix):
 
 
 def assert_close(gradients, expected):
-  """Checks gradients to a ten-thousandth of the largest of their parameter."""
+  """Checks gradients to 1e-4 of the largest gradient of the same parameter."""
   assert set(gradients) == set(expected)
   for name, gradient in gradients.items():
     largest = np.abs(expected[name]).max()
@@ -126,7 +126,7 @@ def assert_close(gradients, expected):
 
 @pytest.fixture(scope='module')
 def distilled(phase_two):
-  """Variables of phase II, embeddings and logits."""
+  """Variables, embeddings and logits of phase II."""
   state, reference = phase_two
   model = create(collaboration='network')
   variables = from_state_dict(state, model)
@@ -293,7 +293,7 @@ def test_loaded_variables_are_those_of_the_network(phase_one):
   ],
 )
 def test_a_checkpoint_of_another_network_is_refused_by_a_name(phase_one, fields, message):
-  with pytest.raises(UsageError, match=rf'^the checkpoint is not of this network: {message}'):
+  with pytest.raises(UsageError, match=rf'^the checkpoint does not match the network: {message}'):
     from_state_dict(phase_one[0], create(**fields))
 
 
@@ -364,7 +364,7 @@ def test_code_in_a_file_is_never_executed(torch, tmp_path, zipped):
   path, target = tmp_path / 'attack.pth', tmp_path / 'executed'
   content = {'state_dict': {}, 'attack': Attack(target)}
   torch.save(content, path, _use_new_zipfile_serialization=zipped)
-  with pytest.raises(UsageError, match='attack.pth is no checkpoint .* without running code'):
+  with pytest.raises(UsageError, match='attack.pth is not a checkpoint .* without running code'):
     load_checkpoint(path, create())
   assert not target.exists()
   torch.load(path, weights_only=False)
@@ -374,7 +374,7 @@ def test_code_in_a_file_is_never_executed(torch, tmp_path, zipped):
 def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(torch, tmp_path):
   path = tmp_path / 'notes.txt'
   path.write_text('not a checkpoint\n')
-  with pytest.raises(UsageError, match='notes.txt is no checkpoint') as caught:
+  with pytest.raises(UsageError, match='notes.txt is not a checkpoint') as caught:
     load_checkpoint(path, create())
   assert '\n' not in str(caught.value)
 
@@ -386,7 +386,7 @@ def test_a_file_that_does_not_exist_is_named(torch, tmp_path):
 
 def test_without_torch_one_is_told_to_install_it(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'torch', None)
-  with pytest.raises(UsageError, match=r'x\.pth takes PyTorch: pip install torch'):
+  with pytest.raises(UsageError, match=r'x\.pth requires PyTorch: pip install torch'):
     load_checkpoint(tmp_path / 'x.pth', create())
 
 

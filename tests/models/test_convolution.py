@@ -1,4 +1,4 @@
-"""Every form of a convolution against XLA's own."""
+"""Every form of a convolution against XLA's convolution."""
 
 import jax
 import jax.numpy as jnp

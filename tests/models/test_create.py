@@ -1,4 +1,4 @@
-"""Creating networks by name: defaults, and errors that say what to write."""
+"""Creating networks by name: defaults, and errors."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""Initial values drawn on the host, and values moved from one phase's network to the next."""
+"""Initial values drawn on the host, and values copied from one phase's network to the next."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Layers against Flax's own, in twice the precision."""
+"""Layers against those of Flax in double precision."""
 
 import flax.linen as nn
 import jax

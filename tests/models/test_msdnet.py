@@ -1,4 +1,4 @@
-"""MSDNet: the paper's costs to the last digit, and its rules."""
+"""MSDNet: its structure, and its costs to the last digit of the paper's."""
 
 import math
 from functools import cache, partial
@@ -45,14 +45,14 @@ NETWORKS = {
 
 @cache
 def costs_in_millions(network):
-  """(multiply-adds, parameters) of every exit."""
+  """Returns (multiply-adds, parameters) of every exit, in millions."""
   fields, image_shape = NETWORKS[network]
   costs = exit_costs(models.create('msdnet', **fields), image_shape)
   return [cost.madds / 1e6 for cost in costs], [cost.params / 1e6 for cost in costs]
 
 
 def assert_digits(actual, printed):
-  """Checks that numbers round to what is printed, as a string of decimals."""
+  """Checks that numbers round to the printed decimals, given in one string."""
   printed = printed.split()
   assert [f'{a:.{len(p.split(".")[1])}f}' for a, p in zip(actual, printed, strict=True)] == printed
 
@@ -91,7 +91,7 @@ def test_default_network_is_that_of_table_1():
 
 
 def trace_maps(model, image_shape):
-  """(side, channels) of every map after each stage; nothing is computed."""
+  """Returns (side, channels) of every map after each stage, without computing them."""
 
   def run(model, images):
     features, logits, by_stage = model.start(images), None, []
@@ -109,7 +109,7 @@ def trace_maps(model, image_shape):
 def maps_by_rule(
   num_exits, base, step, step_mode, channels, growth_rate, factors, prune, reduction, side
 ):
-  """What `trace_maps` must give: scale s holds c * f_s channels, c growing by g a layer."""
+  """Expected `trace_maps`: scale s has c * f_s channels, where c grows by g per layer."""
   depths = [base] + [step if step_mode == 'even' else step * i + 1 for i in range(1, num_exits)]
   total, scales, c, n, stages = sum(depths), len(factors), channels, 0, []
   for depth in depths:
@@ -164,7 +164,7 @@ def test_maps_of_the_imagenet_stem_start_at_a_quarter_of_the_resolution():
 
 
 def shapes(image_shape=(16, 16, 3), **fields):
-  """Shapes of the logits and parameters, the latter by name; nothing is computed."""
+  """Returns the shapes of the logits and, by name, of the parameters."""
   model = models.create('msdnet', **{**SMALL, **fields})
   logits, variables = jax.eval_shape(
     model.init_with_output, jax.random.key(0), jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
@@ -300,5 +300,5 @@ def test_a_bad_field_is_refused(fields, message):
 
 
 def test_images_too_small_for_the_exits_are_refused():
-  with pytest.raises(ValueError, match='1×1, too small to pool by 2: give larger images'):
+  with pytest.raises(ValueError, match='1×1, too small to pool by 2: use larger images'):
     shapes((8, 8, 3))

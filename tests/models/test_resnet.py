@@ -13,7 +13,7 @@ from imta_jax.models.resnet import Block
 
 
 def trace(image_shape=(32, 32, 3), **fields):
-  """Shapes of the logits and parameters; nothing is computed."""
+  """Returns the shapes of the logits and of the parameters."""
   model = models.create('resnet', **fields)
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
   logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
@@ -121,10 +121,10 @@ def test_logits_are_computed(random_variables):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'depth': 21}, r'depth 21 is not one of the CIFAR ResNets: take 6n \+ 2'),
+    ({'depth': 21}, r'depth 21 is not one of the CIFAR ResNets: use 6n \+ 2'),
     ({'depth': 2}, 'depth 2 is not one of the CIFAR ResNets'),
     ({'depth': 20, 'stem': 'imagenet'}, 'depth 20 is not .* ImageNet .*choose one of 18, 34, 50$'),
-    ({'stem': 'mnist'}, "stem 'mnist' is unknown: take 'cifar' or 'imagenet'"),
+    ({'stem': 'mnist'}, "stem 'mnist' is unknown: use 'cifar' or 'imagenet'"),
     ({'depth': 20, 'exits_after': (0,)}, r'exits_after \(0,\) must be .* from 1 to 9$'),
     ({'depth': 20, 'exits_after': (3, 10)}, r'exits_after \(3, 10\) must be .* from 1 to 9$'),
     ({'depth': 20, 'exits_after': (3, 3)}, r'exits_after \(3, 3\) must be different blocks'),

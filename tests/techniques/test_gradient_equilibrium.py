@@ -1,4 +1,4 @@
-"""Gradient Equilibrium: its factors, and Eq. 5 on a network, exit by exit."""
+"""Gradient Equilibrium: its factors, and Eq. 5 for each exit of a network."""
 
 from functools import partial
 
@@ -63,7 +63,7 @@ def test_an_exit_that_does_not_exist_is_named(exit):
 
 @pytest.fixture(scope='module')
 def results(random_variables):
-  """{mode: ([(gradients to parameters, gradient to images)] of each exit's loss, logits)}."""
+  """{mode: (per exit, gradients of its loss to parameters and images; logits)}."""
   images = np.random.default_rng(1).standard_normal((2, 16, 16, 3), np.float32)
   labels = np.array([0, 3])
   by_mode = {}
@@ -99,14 +99,14 @@ def results(random_variables):
 
 
 def gradients_of(results, mode, part, exit):
-  """Gradients of an exit's loss, counted from 1, to the parameters of a part."""
+  """Returns gradients of the loss of an exit, counted from 1, to the parameters of a part."""
   params, _ = results[mode][0][exit - 1]
   leaves = jax.tree_util.tree_leaves_with_path(params[part])
   return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def assert_ratio(actual, expected, ratio):
-  """Checks every gradient, and that there is one at all."""
+  """Checks every gradient, and that some are not zero."""
   assert any(gradient.any() for gradient in expected.values())
   for name, gradient in expected.items():
     tolerance = 1e-5 * np.abs(gradient).max()

@@ -1,4 +1,4 @@
-"""Inline Subnetwork Collaboration: outputs against NumPy, and where gradients flow."""
+"""Inline Subnetwork Collaboration: outputs against NumPy, and gradients."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 
 
 def draw_variables(collaboration):
-  """Variables of a classifier that is not the first."""
+  """Returns variables of a classifier that is not the first."""
   random = np.random.default_rng(7)
   shapes = jax.eval_shape(
     CollaborativeClassifier(NUM_CLASSES, collaboration).init,
@@ -31,7 +31,7 @@ def draw_variables(collaboration):
 
 
 def transfer(variables, previous, mean, var):
-  """The published tiny network: dense, batch norm, ReLU."""
+  """The small network of the published code: dense, batch norm, ReLU."""
   params = variables['params']
   x = previous @ params['transfer_dense']['kernel'] + params['transfer_dense']['bias']
   norm = params['transfer_norm']
@@ -137,7 +137,7 @@ def test_an_unknown_collaboration_is_refused(previous):
 
 
 def gradient_of_second_exit(random_variables, collaboration, **fields):
-  """Gradient of exit 2's loss to all parameters, with embeddings held fixed."""
+  """Returns the gradient of exit 2's loss to all parameters, with fixed embeddings."""
   model = models.create(
     'msdnet',
     num_exits=2,
@@ -184,7 +184,7 @@ def test_the_published_codes_gradient_does_flow_to_the_earlier_exit(
 
 
 class OwnNetwork(nn.Module):
-  """A network that is not ours, with two exits."""
+  """A user's own network with two exits."""
 
   collaboration: str
 

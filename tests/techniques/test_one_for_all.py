@@ -1,4 +1,4 @@
-"""One-for-all distillation: its value and gradients against formulas written out."""
+"""One-for-all distillation: its value and gradients against explicit formulas."""
 
 import jax
 import jax.numpy as jnp
