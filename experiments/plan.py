@@ -32,7 +32,9 @@ from planning import counts, targets
 from imta_jax import command_line, steps
 from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
+from imta_jax.data import in_memory, streamed
 from imta_jax.errors import UsageError
+from imta_jax.packing import pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +166,20 @@ def plan(
       f'batch size {batch_size} is not divisible by the {num_devices} devices of {target.name}: '
       f'make it a multiple of {num_devices}'
     )
+  config = config.copy_and_resolve_references()
+  config.batch_size = batch_size
   phase, _ = common.set_up_without_data(config, number - 1, batch_size)
-  lowered = steps.on_devices(phase.train_step, num_replicated=2, devices=target.devices).lower(
-    *_shapes(config, phase, batch_size, num_devices)
+  draw, source_axes, source = _input(config, num_devices)
+  loop = steps.on_devices(
+    steps.make_train_loop(phase.train_step, draw),
+    (None, None, source_axes, None),
+    donated=(0,),
+    devices=target.devices,
   )
+  state, teacher = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (phase.state, pack(phase.teacher))
+  )
+  lowered = loop.lower(state, teacher, source, jax.ShapeDtypeStruct((), np.int32))
   start = time.monotonic()
   try:
     compiled, in_graphs = _compile(lowered, target)
@@ -215,17 +227,25 @@ def plan(
   )
 
 
-def _shapes(config, phase, batch_size, num_devices):
-  """Shapes of the arguments of a mapped training step."""
-  state, teacher = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (phase.state, phase.teacher)
-  )
-  lead = (num_devices, batch_size // num_devices)
-  batch = {
-    'image': jax.ShapeDtypeStruct((*lead, *common.image_shape(config)), np.float32),
-    'label': jax.ShapeDtypeStruct(lead, np.int32),
+def _input(config, num_devices):
+  """What a step draws its batches from: the function, axes over devices, and shapes."""
+  shape, size = common.image_shape(config), config.batch_size // num_devices
+  if config.dataset.in_memory:
+    num_images = common.num_train_images(config)
+    labels = order = jax.ShapeDtypeStruct((num_images,), np.int32)
+    source = (
+      jax.ShapeDtypeStruct((num_images, *shape), np.uint8),
+      labels,
+      order,
+      jax.ShapeDtypeStruct((num_devices,), np.int32),
+    )
+    return functools.partial(in_memory.draw_batch, config), in_memory.SOURCE_AXES, source
+  source = {
+    'image': jax.ShapeDtypeStruct((num_devices, 1, size, *shape), np.uint8),
+    'label': jax.ShapeDtypeStruct((num_devices, 1, size), np.int32),
+    'start': jax.ShapeDtypeStruct((), np.int32),
   }
-  return state, teacher, batch
+  return functools.partial(streamed.draw_batch, config), streamed.SOURCE_AXES, source
 
 
 def _compile(lowered, target):

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from imta_jax.errors import UsageError
+from imta_jax.packing import pack_like, unpack
 
 _LATEST_KEPT = 2
 
@@ -54,12 +55,13 @@ class Checkpoints:
 
     Args:
       step: Step of the state. If this step already has a checkpoint, nothing is saved.
-      state: A tree of arrays.
+      state: A tree of arrays; what is packed is saved as the tree that it stands for.
       validation_accuracy: The accuracy that ranks checkpoints for 'best'; None if not evaluated.
     """
     if step in self._manager.all_steps():
       return
-    state = jax.device_get(state)
+    # Copies, because the devices may reuse the memory of the state while it is written.
+    state = jax.tree.map(lambda leaf: np.array(leaf, order='C'), unpack(jax.device_get(state)))
     self._accuracies[step] = validation_accuracy
     record = {'crc32': _checksum(state), 'validation_accuracy': validation_accuracy}
     self._manager.save(
@@ -85,17 +87,18 @@ class Checkpoints:
       order: See `steps`.
 
     Returns:
-      The state as NumPy arrays, or None if there is no intact checkpoint.
+      The state as NumPy arrays, packed as in `like`, or None if there is no intact checkpoint.
 
     Raises:
       UsageError: If a checkpoint has a different structure.
     """
     self.wait()
-    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    packed = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    like = unpack(packed)
     for step in self.steps(order):
       try:
         with _quiet():
-          return self._read(step, like)
+          return pack_like(packed, self._read(step, like))
       except UsageError:
         raise
       except Exception as error:

@@ -43,6 +43,9 @@ def default() -> ConfigDict:
       'model': {'name': 'msdnet', 'dtype': 'float32'},  # Plus any field of models.create.
       'global_batch_norm': True,  # Whether batch statistics are over all devices, not per device.
       'phases': [phase_one(), phase_two()],
+      # Training steps that the devices take before they need the host again. Default: chosen by the
+      # time of a step for sets in memory; 1 for streamed sets, whose batches the host sends.
+      'steps_per_dispatch': config_dict.placeholder(int),
       'checkpoint_every_epochs': 1,  # Epochs between validations and checkpoints.
       'log_every_steps': 50,
       'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
@@ -194,6 +197,8 @@ def validate(config: ConfigDict) -> None:
     if phase['alpha'] > 1:
       raise UsageError(f'{path}.alpha is {phase["alpha"]}: it must be from 0 to 1')
   _check_range(fields, _BOUNDS, 'config')
+  if fields['steps_per_dispatch'] is not None:
+    _check_range(fields, {'steps_per_dispatch': (0, True)}, 'config')
   dataset = fields['dataset']
   _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
   if not dataset['std'] or not all(value > 0 for value in dataset['std']):

@@ -16,11 +16,16 @@ def numbers() -> np.ndarray:
   return jax.process_index() * local + np.arange(local, dtype=np.int32)
 
 
+def replicated() -> NamedSharding:
+  """The sharding of arrays that every device has: that of pmap's results with `out_axes=None`.
+
+  A pmapped function that takes its own results and other arrays of this sharding is compiled once.
+  """
+  return NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec())
+
+
 def replicate(tree: Any) -> Any:
   """Copies a tree of arrays to every device.
-
-  The result has the sharding of pmap's results with `out_axes=None`, so a pmapped function that
-  takes both is compiled only once.
 
   Args:
     tree: Arrays on the host or on one device, the same on every host.
@@ -28,5 +33,4 @@ def replicate(tree: Any) -> Any:
   Returns:
     The same tree, replicated over all devices.
   """
-  mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return jax.device_put(tree, replicated())

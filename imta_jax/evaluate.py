@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,13 +60,13 @@ class Predictions:
 
 
 def predict(
-  step: Callable[[Mapping, Batch], tuple], variables: Mapping, batches: Iterable[Batch]
+  step: Callable[[Any, Batch], tuple], weights: Any, batches: Iterable[Batch]
 ) -> Predictions:
   """Runs a network over a split.
 
   Args:
     step: The mapped evaluation step; see `steps.make_predict_step`.
-    variables: Variables of the network, replicated.
+    weights: Variables of the network as that step takes them, replicated.
     batches: Batches of the split, from `Dataset.evaluation_batches`.
 
   Returns:
@@ -80,7 +81,7 @@ def predict(
     labels.append(batch_labels[mask])
 
   for batch in batches:
-    result = step(variables, batch)
+    result = step(weights, batch)
     if pending is not None:
       collect(pending)  # Meanwhile the devices work on this batch.
     pending = result

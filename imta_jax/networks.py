@@ -27,14 +27,14 @@ class TrainedNetwork:
   Attributes:
     name: Name of the phase.
     model: The network.
-    variables: Variables of the network, on the host.
+    weights: Its variables, on the host.
     predict: The mapped evaluation step; see `steps.make_predict_step`.
     costs: The cost up to each exit, [exit].
   """
 
   name: str
   model: MultiExitNetwork
-  variables: Mapping[str, Any]
+  weights: steps.Weights
   predict: Callable
   costs: list[ExitCost]
 
@@ -107,8 +107,8 @@ def restore_network(
   with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
     chosen = chosen_state(checkpoints, like, phase, name, workdir)
   costs = exit_costs(model, image_shape, variables)
-  predict = steps.on_devices(steps.make_predict_step(model), num_replicated=1)
-  return TrainedNetwork(name, model, chosen.variables, predict, costs)
+  predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
+  return TrainedNetwork(name, model, chosen.weights, predict, costs)
 
 
 def chosen_state(
@@ -133,9 +133,9 @@ def chosen_state(
 
 def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evaluate.Predictions]:
   """Runs a network on the validation and test images."""
-  variables = devices.replicate(network.variables)
+  weights = devices.replicate(network.weights)
   return {
-    split: evaluate.predict(network.predict, variables, dataset.evaluation_batches(split))
+    split: evaluate.predict(network.predict, weights, dataset.evaluation_batches(split))
     for split in evaluate.SPLITS
   }
 
@@ -172,7 +172,7 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
   network = restore_network(config, workdir, index, len(class_names), image_shape)
   return AdaptiveClassifier.from_model(
     network.model,
-    network.variables,
+    network.weights.variables,
     no_early_exits if chosen is None else chosen.thresholds,
     image_shape,
     mean=dataset.mean,

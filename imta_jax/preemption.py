@@ -19,6 +19,7 @@ class StopRequest:
 
   def __init__(self):
     self._noted = False
+    self._num_calls = 0
     self._previous = {}
 
   def __enter__(self) -> 'StopRequest':
@@ -30,10 +31,11 @@ class StopRequest:
   def __exit__(self, *_) -> None:
     self._restore()
 
-  def requested(self, step: int) -> bool:
-    """Whether to stop after this step; all hosts get the same answer."""
+  def requested(self) -> bool:
+    """Whether to stop now; all hosts, which must call this equally often, get the same answer."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      self._num_calls += 1  # JAX stops at a certain number, so none may be left out.
+      return multihost_utils.reached_preemption_sync_point(self._num_calls)
     return self._noted
 
   def leave(self, message: str) -> None:

@@ -1,5 +1,8 @@
 """A profile of some training steps, for TensorBoard's profiler."""
 
+import math
+from collections.abc import Callable
+
 import jax
 from etils import epath
 
@@ -22,15 +25,21 @@ class Profile:
     self._end = self._start + (num_steps if jax.process_index() == 0 else 0)
     self._is_on = False
 
-  def after_step(self, step: int, result: jax.Array) -> None:
-    """Starts or ends the profile when it is time; to be called after each step is dispatched.
+  def steps_left(self, step: int) -> float:
+    """Returns how many steps may be dispatched after `step` before `after_step` must be called."""
+    if self._start == self._end:
+      return math.inf
+    return min((edge - step for edge in (self._start, self._end) if edge > step), default=math.inf)
+
+  def after_step(self, step: int, wait: Callable[[], None]) -> None:
+    """Starts or ends the profile when it is time; to be called after each dispatch.
 
     Args:
       step: The number of steps that were dispatched.
-      result: A result of the last one, to wait for.
+      wait: Waits until they are done.
     """
     if self._start < self._end and step in (self._start, self._end):
-      result.block_until_ready()
+      wait()
       if step == self._start:
         jax.profiler.start_trace(str(self._folder))
         self._is_on = True

@@ -8,16 +8,40 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from imta_jax.adaptive.engine.compiler import compiler_options
 from imta_jax.data.dataset import Batch
 from imta_jax.devices import AXIS
+from imta_jax.models.batch_norm import MOMENTUM
 from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.packing import Packed, pack, unpack
 from imta_jax.techniques.one_for_all import one_for_all_loss
 
 Tree = Any
+
+
+@flax.struct.dataclass
+class Weights:
+  """The variables of a network as few arrays.
+
+  Attributes:
+    trained: Parameters that the phase trains.
+    frozen: The other parameters; empty if everything is trained.
+    batch_stats: Running statistics of batch norm.
+  """
+
+  trained: Packed
+  frozen: Packed
+  batch_stats: Packed
+
+  @property
+  def variables(self) -> dict[str, Tree]:
+    """The variables that `model.apply` takes."""
+    params = {**self.frozen.tree, **self.trained.tree}
+    return {'params': params, 'batch_stats': self.batch_stats.tree}
 
 
 @flax.struct.dataclass
@@ -26,25 +50,25 @@ class TrainState:
 
   Attributes:
     step: Number of steps taken in this phase, a scalar.
-    trained: Parameters that the phase trains.
-    frozen: The other parameters; empty if everything is trained.
-    batch_stats: Running statistics of batch norm.
+    trained: See `Weights`.
+    frozen: See `Weights`.
+    batch_stats: See `Weights`.
     opt_state: State of the optimizer, for `trained` only.
     totals: Sums over the steps since the last reset: 'steps', 'loss', 'gradient_norm' and
       'accuracy' [num_exits].
   """
 
   step: jax.Array
-  trained: Tree
-  frozen: Tree
-  batch_stats: Tree
+  trained: Packed
+  frozen: Packed
+  batch_stats: Packed
   opt_state: Tree
   totals: Tree
 
   @property
-  def variables(self) -> dict[str, Tree]:
-    """The variables that `model.apply` takes."""
-    return {'params': {**self.frozen, **self.trained}, 'batch_stats': self.batch_stats}
+  def weights(self) -> Weights:
+    """The variables of the network."""
+    return Weights(self.trained, self.frozen, self.batch_stats)
 
 
 def create_state(
@@ -62,24 +86,22 @@ def create_state(
   """
   params = variables['params']
   is_trained = {name: trained == 'everything' or name.startswith('classifiers_') for name in params}
-  chosen = {name: tree for name, tree in params.items() if is_trained[name]}
+  chosen = pack({name: tree for name, tree in params.items() if is_trained[name]})
   num_exits = sum(name.startswith('classifiers_') for name in params)
   return TrainState(
-    step=jnp.zeros((), jnp.int32),
+    step=np.zeros((), np.int32),
     trained=chosen,
-    frozen={name: tree for name, tree in params.items() if not is_trained[name]},
-    batch_stats=variables.get('batch_stats', {}),
-    # Under jit this compiles one program; otherwise one for each of hundreds of arrays.
-    opt_state=jax.jit(optimizer.init)(chosen),
+    frozen=pack({name: tree for name, tree in params.items() if not is_trained[name]}),
+    batch_stats=pack(variables.get('batch_stats', {})),
+    opt_state=optimizer.init(chosen),
     totals=empty_totals(num_exits),
   )
 
 
 def empty_totals(num_exits: int) -> Tree:
-  """Returns the totals of zero steps."""
-  zero = jnp.zeros((), jnp.float32)
-  accuracy = jnp.zeros(num_exits, jnp.float32)
-  return {'steps': zero, 'loss': zero, 'gradient_norm': zero, 'accuracy': accuracy}
+  """Returns the totals of zero steps, on the host."""
+  scalars = {name: np.zeros((), np.float32) for name in ('steps', 'loss', 'gradient_norm')}
+  return {**scalars, 'accuracy': np.zeros(num_exits, np.float32)}
 
 
 def create_schedule(
@@ -139,28 +161,39 @@ def make_train_step(
     optimizer: Optimizer of the phase.
 
   Returns:
-    A function (state, teacher variables, batch) → state, for `on_devices`: it takes the batch of
-    one device and averages over the mapped axis.
+    A function (state, variables of the teacher, batch) → state, for `on_devices`: it takes the
+    batch of one device and averages over the mapped axis.
   """
   return partial(_train_step, model, teacher_model, phase, optimizer)
 
 
 def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
   images, labels = batch['image'], batch['label']
-  stats = state.batch_stats
+  keeps_stats = phase.trained == 'last_layers' and phase.frozen_batch_norm == 'evaluation'
+  stats = state.batch_stats.tree
+  if not keeps_stats:
+    # A new running average is MOMENTUM times the old one plus what the batch adds. With zeros for
+    # the old ones the network returns what the batch adds; the sum is one kernel, not hundreds.
+    stats = jax.tree.map(jnp.zeros_like, stats)
+  frozen = _cast_kernels(state.frozen, model.dtype).tree
   embeddings = None
   if phase.trained == 'last_layers':
-    embeddings, stats = _embed_frozen(model, phase, state, images)
+    variables = {'params': {**frozen, **state.trained.tree}, 'batch_stats': stats}
+    embeddings, stats = _embed_frozen(model, phase, variables, images)
 
   teacher_logits = None
   if teacher_model is not None:
-    teacher_logits = _run_teacher(teacher_model, teacher, images, embeddings)
+    teacher_logits = _run_teacher(teacher_model, unpack(teacher), images, embeddings)
 
   def loss_fn(trained):
-    variables = {'params': {**state.frozen, **trained}, 'batch_stats': stats}
+    params = {**frozen, **_cast_kernels(trained, model.dtype).tree}
     inputs, method = (images, '__call__') if embeddings is None else (embeddings, 'classify')
     logits, updated = model.apply(
-      variables, inputs, train=True, mutable=['batch_stats'], method=method
+      {'params': params, 'batch_stats': stats},
+      inputs,
+      train=True,
+      mutable=['batch_stats'],
+      method=method,
     )
     loss = _loss(phase, logits, labels, teacher_logits)
     return loss, (logits, updated.get('batch_stats', stats))
@@ -168,8 +201,13 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, (logits, stats)), gradient = grad_fn(state.trained)
   accuracy = (logits.argmax(-1) == labels).mean(-1)
+  stats = pack(stats)
   # Averaging over devices keeps the state the same on every device.
-  gradient, stats, loss, accuracy = jax.lax.pmean((gradient, stats, loss, accuracy), AXIS)
+  gradient, loss, accuracy = jax.lax.pmean((gradient, loss, accuracy), AXIS)
+  if model.batch_norm_axis is None:
+    stats = jax.lax.pmean(stats, AXIS)
+  if not keeps_stats:
+    stats = jax.tree.map(lambda old, added: MOMENTUM * old + added, state.batch_stats, stats)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
     'steps': 1,
@@ -187,12 +225,21 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
   )
 
 
-def _embed_frozen(model, phase, state, images):
+def _cast_kernels(packed, dtype):
+  """Casts all kernels together, instead of each one where it is read."""
+  vectors = {
+    name: vector.astype(dtype) if name == 'kernel' else vector
+    for name, vector in packed.vectors.items()
+  }
+  return packed.replace(vectors=vectors)
+
+
+def _embed_frozen(model, phase, variables, images):
   """Returns the embeddings of the frozen backbone and the updated batch statistics."""
   if phase.frozen_batch_norm == 'evaluation':
-    return model.apply(state.variables, images, method='embed'), state.batch_stats
+    return model.apply(variables, images, method='embed'), variables['batch_stats']
   embeddings, updated = model.apply(
-    state.variables, images, train=True, mutable=['batch_stats'], method='embed'
+    variables, images, train=True, mutable=['batch_stats'], method='embed'
   )
   return embeddings, updated['batch_stats']
 
@@ -218,22 +265,51 @@ def _loss(phase, logits, labels, teacher_logits):
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1).sum()
 
 
+def make_train_loop(
+  train_step: Callable[[TrainState, Tree, Batch], TrainState],
+  draw: Callable[[Any, jax.Array, jax.Array], Batch],
+) -> Callable[[TrainState, Tree, Any, jax.Array], tuple[TrainState, jax.Array]]:
+  """Makes a function that takes several training steps, between which the host does nothing.
+
+  Args:
+    train_step: See `make_train_step`.
+    draw: See `Dataset.draw`.
+
+  Returns:
+    A function (state, variables of the teacher, source of the batches, number of steps) → (state,
+    its step), for `on_devices`. The number of steps is an array, so that any number is the same
+    program. The step is there to be waited for when the state has been donated.
+  """
+
+  def run(state, teacher, source, num_steps):
+    frozen = state.frozen
+
+    def body(index, state):
+      state = state.replace(frozen=frozen)
+      return train_step(state, teacher, draw(source, index, state.step)).replace(frozen=None)
+
+    state = jax.lax.fori_loop(0, num_steps, body, state.replace(frozen=None))
+    return state.replace(frozen=frozen), state.step
+
+  return run
+
+
 def make_predict_step(
   model: MultiExitNetwork,
-) -> Callable[[dict[str, Tree], Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[Weights, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
   """Makes the evaluation step.
 
   Args:
     model: The network.
 
   Returns:
-    A function (variables, batch) → logits [num_exits, image, num_classes], labels [image] and mask
+    A function (weights, batch) → logits [num_exits, image, num_classes], labels [image] and mask
     [image], for `on_devices`: it takes the batch of one device and returns the results of all
     devices and hosts.
   """
 
-  def step(variables, batch):
-    logits = model.apply(variables, batch['image'])
+  def step(weights, batch):
+    logits = model.apply(weights.variables, batch['image'])
     logits = jax.lax.all_gather(logits, AXIS, axis=1, tiled=True)
     labels, mask = jax.lax.all_gather((batch['label'], batch['mask']), AXIS, tiled=True)
     return logits, labels, mask
@@ -242,21 +318,33 @@ def make_predict_step(
 
 
 def on_devices(
-  step: Callable, num_replicated: int, devices: Sequence[jax.Device] | None = None
+  step: Callable,
+  in_axes: Sequence[Any],
+  *,
+  donated: Sequence[int] = (),
+  devices: Sequence[jax.Device] | None = None,
 ) -> Callable:
   """Maps a step over the devices of all hosts.
 
   Args:
-    step: A function (…, batch) → results that are the same on every device.
-    num_replicated: Number of arguments before the batch; they are replicated.
+    step: A function of arrays whose results are the same on every device.
+    in_axes: For each argument None, if it is replicated and has no axis over devices; or 0, if its
+      leading axis is over local devices; or a tree of these.
+    donated: Indices of arguments whose memory the results take, so that they cannot be used again.
+      Ignored with several hosts, where donating replicated arrays has failed.
     devices: Devices to compile for, which need not be present. Default: the devices of all hosts.
 
   Returns:
-    The pmapped function. Its batch has a leading axis over local devices; its other arguments and
-    its results are replicated and have no such axis.
+    The pmapped function. Its results are replicated and have no axis over devices.
   """
-  in_axes = (*(None,) * num_replicated, 0)
-  step = jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices)
+  step = jax.pmap(
+    step,
+    axis_name=AXIS,
+    in_axes=tuple(in_axes),
+    out_axes=None,
+    devices=devices,
+    donate_argnums=tuple(donated) if jax.process_count() == 1 else (),
+  )
   # pmap takes no compiler options, so the step is compiled ahead of time. With several hosts, the
   # compiled program would not accept the arrays of one host, so the options are left out.
   options = compiler_options()
@@ -266,7 +354,7 @@ def on_devices(
 
   @functools.wraps(step)  # Keeps the attribute `lower`.
   def run(*arguments):
-    shapes = tuple(array.shape for array in arguments[-1].values())
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
     if shapes not in programs:
       programs[shapes] = step.lower(*arguments).compile(compiler_options=options)
     return programs[shapes](*arguments)

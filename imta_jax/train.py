@@ -1,6 +1,5 @@
 """The training loop: phases, steps, validation and checkpoints; then the final evaluation."""
 
-import collections
 import math
 import time
 from collections.abc import Mapping
@@ -18,16 +17,14 @@ from imta_jax.adaptive.cost import exit_costs
 from imta_jax.console import Reporter
 from imta_jax.data.dataset import Dataset
 from imta_jax.data.pipeline import open_dataset
+from imta_jax.dispatch import Dispatcher
 from imta_jax.errors import UsageError
 from imta_jax.metrics import Metrics, has_tensorboard
 from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.packing import pack
 from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 from imta_jax.profiling import Profile
-
-# Number of steps dispatched ahead of the last finished one: enough to keep the devices busy, few
-# enough that their batches fit in memory and that a stop request takes effect soon.
-_STEPS_IN_FLIGHT = 4
 
 
 def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
@@ -65,7 +62,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   trained = []
   with StopRequest() as stop:
     for index in range(len(config.phases)):
-      predecessor = (trained[-1].model, trained[-1].variables) if trained else None
+      predecessor = (trained[-1].model, trained[-1].weights.variables) if trained else None
       trained.append(_train_phase(config, workdir, index, dataset, predecessor, reporter, stop))
 
   evaluations = []
@@ -104,14 +101,19 @@ def _train_phase(
     steps_per_epoch=dataset.steps_per_epoch,
   )
   name, num_steps = phase.name, phase.num_steps
-  costs = exit_costs(phase.model, dataset.image_shape, phase.state.variables)
+  costs = exit_costs(phase.model, dataset.image_shape, phase.state.weights.variables)
   reporter.overview(
     f'{name}: {phase.config.loss}, trains {phase.config.trained}, {num_steps:,} steps', costs
   )
-  train = steps.on_devices(phase.train_step, num_replicated=2)
-  predict = steps.on_devices(phase.predict_step, num_replicated=1)
-  empty_totals = devices.replicate(steps.empty_totals(phase.model.num_exits))
-  teacher = devices.replicate(phase.teacher)
+  train = steps.on_devices(
+    steps.make_train_loop(phase.train_step, dataset.draw),
+    (None, None, dataset.source_axes, None),
+    donated=(0,),
+  )
+  dispatch = Dispatcher(train, config.steps_per_dispatch)
+  predict = steps.on_devices(phase.predict_step, (None, 0))
+  empty_totals = steps.empty_totals(phase.model.num_exits)
+  teacher = devices.replicate(pack(phase.teacher))
 
   tensorboard = layout.tensorboard_folder(workdir, name)
   writes_tensorboard = config.tensorboard and has_tensorboard()
@@ -121,9 +123,9 @@ def _train_phase(
     step = int(state.step)
     if step:
       reporter.say(f'{name} resumes from step {step:,}.')
-    batches = dataset.train_batches(step)
+    read = dataset.train_reader(step)
     num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
-    epoch_totals, in_flight = None, collections.deque()
+    epoch_totals, first_step = None, step
     with (
       Metrics(
         layout.metrics_path(workdir), name, step, tensorboard if writes_tensorboard else None
@@ -134,23 +136,21 @@ def _train_phase(
       ) as progress,
     ):
       while step < num_steps:
+        until_log = config.log_every_steps - step % config.log_every_steps
+        most = min(dispatch.most, until_log, profile.steps_left(step), num_steps - step)
         with progress.waiting_for_data():
-          batch = next(batches)
-        state = train(state, teacher, batch)
-        step += 1
-        if not in_flight:
-          state.step.block_until_ready()
+          source, count = read(most)
+        state = dispatch(state, teacher, source, count)
+        if step == first_step:
           reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
-          progress.start_interval(step)
-        profile.after_step(step, state.step)
-        in_flight.append(state.step)
-        if len(in_flight) > _STEPS_IN_FLIGHT:
-          in_flight.popleft().block_until_ready()
+          progress.start_interval(step + count)
+        step += count
+        profile.after_step(step, dispatch.wait)
         ends_epoch = step % dataset.steps_per_epoch == 0 or step == num_steps
 
         if ends_epoch or step % config.log_every_steps == 0:
           totals = jax.device_get(state.totals)
-          state = state.replace(totals=empty_totals)
+          state = state.replace(totals=devices.replicate(empty_totals))
           means = _means(totals)
           _check_finite(means, step, name, checkpoints)
           rates = progress.update(step, means['loss'])
@@ -164,7 +164,7 @@ def _train_phase(
           accuracy = None
           if epoch % config.checkpoint_every_epochs == 0 or step == num_steps:
             batches_of_split = dataset.evaluation_batches('validation')
-            validation = evaluate.predict(predict, state.variables, batches_of_split)
+            validation = evaluate.predict(predict, state.weights, batches_of_split)
             accuracy = validation.accuracy()
             figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
             metrics.write(step, figures, 'validation/')
@@ -173,7 +173,7 @@ def _train_phase(
           epoch_totals = None
           progress.start_interval(step)
 
-        if stop.requested(step) and step < num_steps:
+        if stop.requested() and step < num_steps:
           checkpoints.save(step, state, None)
           checkpoints.wait()
           stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')
@@ -182,7 +182,7 @@ def _train_phase(
   reporter.say(
     f'{name} is finished; its {phase.config.chosen_state} state is from step {int(chosen.step):,}.'
   )
-  return networks.TrainedNetwork(name, phase.model, chosen.variables, predict, costs)
+  return networks.TrainedNetwork(name, phase.model, chosen.weights, predict, costs)
 
 
 def _means(totals: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,14 +60,16 @@ def phase_two(predecessor):
 def test_phase_one_starts_from_the_initial_values_of_the_seed():
   phase = set_up(make_config(), 0)
   jax.tree.map(
-    np.testing.assert_array_equal, phase.state.variables, initialize(phase.model, 3, SHAPE)
+    np.testing.assert_array_equal, phase.state.weights.variables, initialize(phase.model, 3, SHAPE)
   )
   assert phase.teacher == {}
   assert phase.name == 'phase_1'
 
 
 def test_phase_two_starts_as_phase_one_ended_bit_for_bit(predecessor, phase_two):
-  trained, start = (flatten_dict(v, sep='/') for v in (predecessor[1], phase_two.state.variables))
+  trained, start = (
+    flatten_dict(v, sep='/') for v in (predecessor[1], phase_two.state.weights.variables)
+  )
   assert set(trained) <= set(start)
   for name, value in trained.items():
     np.testing.assert_array_equal(start[name][: len(value)], value, err_msg=name)
@@ -81,12 +83,12 @@ def test_exits_give_the_logits_of_phase_one_before_the_first_step(predecessor, p
   images = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
   model, variables = predecessor
   logits = jax.jit(model.apply)(variables, images)
-  own = jax.jit(phase_two.model.apply)(phase_two.state.variables, images)
+  own = jax.jit(phase_two.model.apply)(phase_two.state.weights.variables, images)
   np.testing.assert_allclose(own, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_last_layers_alone_are_trained_in_phase_two(phase_two):
-  assert set(phase_two.state.trained) == {f'classifiers_{index}' for index in range(3)}
+  assert set(phase_two.state.trained.tree) == {f'classifiers_{index}' for index in range(3)}
   assert int(phase_two.state.step) == 0
 
 
@@ -101,14 +103,15 @@ def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(predecessor, 
   # The student's own last layers differ from the teacher's.
   trained = jax.tree.map(lambda leaf: leaf + 0.1, phase_two.state.trained)
   state = phase_two.state.replace(trained=trained)
-  step = steps.on_devices(phase_two.train_step, num_replicated=2)
+  step = steps.on_devices(phase_two.train_step, (None, None, 0))
   after = step(*devices.replicate((state, phase_two.teacher)), batch)
 
   images, labels = (array.reshape(-1, *array.shape[2:]) for array in batch.values())
   student = phase_two.model.clone(batch_norm_axis=None)
-  embeddings = student.apply(state.variables, images, method='embed')
+  variables_of_student = state.weights.variables
+  embeddings = student.apply(variables_of_student, images, method='embed')
   logits, _ = student.apply(
-    state.variables, embeddings, train=True, mutable=['batch_stats'], method='classify'
+    variables_of_student, embeddings, train=True, mutable=['batch_stats'], method='classify'
   )
   teacher_logits = model.clone(batch_norm_axis=None).apply(variables, images)[-1]
   expected = one_for_all_loss(logits, labels, teacher_logits, alpha=0.3, temperature=2.0)
@@ -127,7 +130,7 @@ def test_a_phase_that_trains_everything_has_a_whole_teacher(predecessor):
   config.phases[1].trained = 'everything'
   phase = set_up(config, 1, predecessor)
   jax.tree.map(np.testing.assert_array_equal, phase.teacher, predecessor[1])
-  assert phase.state.frozen == {}
+  assert phase.state.frozen.tree == {}
 
 
 @pytest.mark.parametrize(

@@ -24,20 +24,20 @@ def received():
 @pytest.mark.parametrize('number', SIGNALS)
 def test_a_signal_is_noted_and_a_second_one_acts_as_ever(number, received):
   with StopRequest() as stop:
-    assert not stop.requested(1)
+    assert not stop.requested()
     os.kill(os.getpid(), number)
-    assert stop.requested(1)
+    assert stop.requested()
     assert received == []
     os.kill(os.getpid(), number)
     assert received == [number]
-    assert stop.requested(2)
+    assert stop.requested()
 
 
 def test_after_one_signal_the_other_acts_as_ever(received):
   with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop.requested(1)
+    assert stop.requested()
   assert received == [signal.SIGINT]
 
 
@@ -76,8 +76,8 @@ def test_only_the_first_host_says_why(capsys, monkeypatch):
 
 def test_several_hosts_ask_jax_and_leave_signals_alone(monkeypatch):
   monkeypatch.setattr('jax.process_count', lambda: 2)
-  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda step: step >= 3)
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda number: number == 3)
   before = [signal.getsignal(number) for number in SIGNALS]
   with StopRequest() as stop:
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    assert [stop.requested(step) for step in (1, 2, 3)] == [False, False, True]
+    assert [stop.requested() for _ in range(3)] == [False, False, True]

@@ -21,7 +21,7 @@ def run(calls, first_step, num_profiled, num_steps):
   with Profile(epath.Path('folder'), first_step, num_profiled) as profile:
     for step in range(first_step + 1, first_step + num_steps + 1):
       calls.append(step)
-      profile.after_step(step, jnp.zeros(()))
+      profile.after_step(step, lambda: None)
 
 
 @pytest.mark.parametrize('first_step', [0, 50])
@@ -45,5 +45,15 @@ def test_tensorboard_finds_the_profile(tmp_path):
   double = jax.jit(lambda x: 2 * x)
   with Profile(epath.Path(tmp_path), 0, 2) as profile:
     for step in range(1, 14):
-      profile.after_step(step, double(jnp.ones(3)))
+      profile.after_step(step, double(jnp.ones(3)).block_until_ready)
   assert list(tmp_path.glob('plugins/profile/*/*.xplane.pb'))
+
+
+@pytest.mark.parametrize('first_step', [0, 50])
+def test_dispatches_end_where_the_profile_starts_and_ends(first_step, calls):
+  step, calls_expected = first_step, ['wait', 'start', 'wait', 'stop']
+  with Profile(epath.Path('folder'), first_step, 3) as profile:
+    while step < first_step + 40:
+      step += min(8, profile.steps_left(step))
+      profile.after_step(step, lambda: calls.append('wait'))
+  assert calls == calls_expected

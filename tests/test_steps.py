@@ -9,6 +9,7 @@ import pytest
 from imta_jax import config as config_lib
 from imta_jax import devices, models, steps
 from imta_jax.models.initial_values import initialize
+from imta_jax.packing import unpack
 from imta_jax.techniques.one_for_all import one_for_all_loss
 
 SHAPE = (8, 8, 1)
@@ -167,17 +168,17 @@ def test_everything_is_trained_or_the_classifiers_alone():
   variables = initialize(make_model(collaboration='network'), 0, SHAPE)
   optimizer = optax.sgd(0.1, momentum=0.9)
   everything = steps.create_state(variables, 'everything', optimizer)
-  assert everything.frozen == {}
-  assert everything.trained.keys() == variables['params'].keys()
+  assert everything.frozen.tree == {}
+  assert everything.trained.tree.keys() == variables['params'].keys()
 
   state = steps.create_state(variables, 'last_layers', optimizer)
-  assert set(state.trained) == {f'classifiers_{i}' for i in range(NUM_EXITS)}
-  assert set(state.frozen) == set(variables['params']) - set(state.trained)
+  trained = {f'classifiers_{i}' for i in range(NUM_EXITS)}
+  assert set(state.trained.tree) == trained
+  assert set(state.frozen.tree) == set(variables['params']) - trained
   assert jax.tree.structure(state.opt_state[0].trace) == jax.tree.structure(state.trained)
   for made in (everything, state):
     assert int(made.step) == 0
-    assert_same(made.variables['params'], variables['params'])
-    assert_same(made.variables['batch_stats'], variables['batch_stats'])
+    assert_same(made.weights.variables, variables)
     assert jax.tree.all(jax.tree.map(lambda total: not np.any(total), made.totals))
     assert made.totals['accuracy'].shape == (NUM_EXITS,)
 
@@ -187,12 +188,12 @@ def phase_one_steps():
   """States of phase I before the first step, after one step and after two."""
   model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
-  step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), num_replicated=2)
+  step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), (None, None, 0))
   state = steps.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
   states = [devices.replicate(state)]
   for seed in range(2):
     states.append(step(states[-1], {}, make_batch(seed)))
-  return jax.device_get(states)
+  return unpack(jax.device_get(states))
 
 
 def test_a_step_follows_the_gradient_of_the_summed_cross_entropy(phase_one_steps):
@@ -261,12 +262,12 @@ def phase_two_step(request):
   }
   optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.on_devices(
-    steps.make_train_step(model, teacher_model, phase, optimizer), num_replicated=2
+    steps.make_train_step(model, teacher_model, phase, optimizer), (None, None, 0)
   )
   before = devices.replicate(steps.create_state(variables, 'last_layers', optimizer))
   batch = make_batch()
-  after = jax.device_get(step(before, devices.replicate(teacher), batch))
-  before = jax.device_get(before)
+  after = unpack(jax.device_get(step(before, devices.replicate(teacher), batch)))
+  before = unpack(jax.device_get(before))
   return request.param, teacher, batch, before, after
 
 
@@ -306,16 +307,18 @@ def test_phase_two_minimises_one_for_all_with_the_teachers_last_exit(phase_two_s
     'params': {**before.frozen, **teacher['params']},
     'batch_stats': backbone(before.batch_stats),
   }
+  params = {**before.frozen, **before.trained}
+  variables = {'params': params, 'batch_stats': before.batch_stats}
 
   @jax.jit
   def expected(images):
     if mode == 'evaluation':
       teacher_logits = teacher_model.apply(shared, images)[-1]
-      embeddings = model.apply(before.variables, images, method='embed')
-      logits = train_mode_logits(model, before.variables, embeddings, 'classify')
+      embeddings = model.apply(variables, images, method='embed')
+      logits = train_mode_logits(model, variables, embeddings, 'classify')
     else:
       teacher_logits = train_mode_logits(teacher_model, shared, images)[-1]
-      logits = train_mode_logits(model, before.variables, images)
+      logits = train_mode_logits(model, variables, images)
     return one_for_all_loss(
       logits, batch['label'], teacher_logits, alpha=0.3, temperature=2.0, class_reduction='sum'
     )
@@ -328,8 +331,9 @@ def test_predictions_are_the_models_in_the_order_of_the_images():
   variables = initialize(model, 0, SHAPE)
   batch = make_batch()
   batch['mask'] = np.arange(batch['label'].size).reshape(batch['label'].shape) % 3 != 0
-  predict = steps.on_devices(steps.make_predict_step(model), num_replicated=1)
-  logits, labels, mask = predict(devices.replicate(variables), batch)
+  predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
+  weights = steps.create_state(variables, 'last_layers', optax.sgd(0.1)).weights
+  logits, labels, mask = predict(devices.replicate(weights), batch)
   expected = jax.jit(model.apply)(variables, flat(batch)['image'])
   assert logits.shape == (NUM_EXITS, batch['label'].size, NUM_CLASSES)
   assert logits.dtype == np.float32

@@ -132,7 +132,7 @@ def outcome(config: ConfigDict, dtype: str, precision: str) -> dict[str, np.ndar
   config.model.dtype = dtype
   config.global_batch_norm = False  # A single device computes everything.
   task = common.make_task(config, 0, _IMAGES * jax.device_count())
-  model, variables = task.phase.model, jax.device_get(task.phase.state.variables)
+  model, variables = task.phase.model, jax.device_get(task.phase.state.weights.variables)
   images, labels = task.images[:_IMAGES], task.labels[:_IMAGES]
 
   @jax.jit

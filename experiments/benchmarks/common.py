@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax import devices, phases, steps
 from imta_jax.compilation_cache import set_up_compilation_cache
+from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
 from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.packing import pack
 
 # Number of training images, before any are held out for validation, and number of classes.
 DATASETS = {
@@ -32,8 +35,6 @@ DATASETS = {
 }
 # Seconds that a turn takes, approximately, if its number of runs is not given.
 _SECONDS_PER_TURN = 0.5
-# Number of steps dispatched ahead, as in training.
-_STEPS_IN_FLIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,23 @@ class Task:
     }
     return jax.pmap(lambda batch: batch)(parts)
 
-  def train_step(self) -> tuple[Callable, steps.TrainState, Any]:
-    """Returns the mapped training step, the state and the teacher's variables on the devices."""
-    step = steps.on_devices(self.phase.train_step, num_replicated=2)
-    return step, *devices.replicate((self.phase.state, self.phase.teacher))
+  def train_loop(self) -> tuple[Callable, steps.TrainState, Any, Batch]:
+    """Returns the mapped training loop, and the state, teacher and batches on the devices.
+
+    The loop takes these and a number of steps, as in training. Its steps alternate between two
+    batches, so that the compiler cannot compute anything once for all steps that depends on images.
+    """
+    source = jax.pmap(lambda batch: jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch))(
+      self.batch
+    )
+
+    def draw(source, index, step):
+      del step
+      return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index % 2, 0, False), source)
+
+    loop = steps.make_train_loop(self.phase.train_step, draw)
+    loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
+    return loop, *devices.replicate((self.phase.state, pack(self.phase.teacher))), source
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
@@ -113,25 +127,30 @@ def set_up_without_data(
     raise UsageError(f'phase {index + 1} does not exist: the config has 1 to {len(config.phases)}')
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size
-  num_images, num_classes = _dataset(config)
+  _, num_classes = _dataset(config)
   phase, predecessor = None, None
   for number in range(index + 1):
     if phase is not None:
-      predecessor = phase.model, phase.state.variables
+      predecessor = phase.model, phase.state.weights.variables
     phase = phases.set_up_phase(
       config,
       number,
       predecessor,
       num_classes=num_classes,
       image_shape=image_shape(config),
-      steps_per_epoch=(num_images - config.dataset.validation_size) // batch_size,
+      steps_per_epoch=num_train_images(config) // batch_size,
     )
     changed = {
-      name: jax.tree.map(change, getattr(phase.state, name))
+      name: pack(jax.tree.map(change, getattr(phase.state, name).tree))
       for name in ('trained', 'frozen', 'batch_stats')
     }
     phase = dataclasses.replace(phase, state=phase.state.replace(**changed))
   return phase, predecessor
+
+
+def num_train_images(config: ConfigDict) -> int:
+  """Returns the number of images that a config trains on."""
+  return _dataset(config)[0] - config.dataset.validation_size
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -158,17 +177,11 @@ def _dataset(config):
 
 def ours(task: Task) -> Callable[[int], None]:
   """Returns a function that runs a given number of training steps and waits for them."""
-  train, state, teacher = task.train_step()
-  batch = task.batch
+  train, state, teacher, source = task.train_loop()
 
   def run(count):
     nonlocal state
-    in_flight = []
-    for _ in range(count):
-      state = train(state, teacher, batch)
-      in_flight.append(state.step)
-      if len(in_flight) > _STEPS_IN_FLIGHT:
-        in_flight.pop(0).block_until_ready()
+    state, _ = train(state, teacher, source, np.int32(count))
     jax.block_until_ready(state)
 
   return run
@@ -202,7 +215,7 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
   fields.pop('remat', None)
   num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
   network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
-  state = to_state_dict(task.phase.state.variables, task.phase.model)
+  state = to_state_dict(task.phase.state.weights.variables, task.phase.model)
   if phase.collaboration == 'network':
     network = torch_peer.PhaseTwoNetwork(network, phase.stop_collaboration_gradient)
     model, variables = task.predecessor
@@ -245,7 +258,9 @@ def check_peer(config: ConfigDict, index: int) -> float:
   config.model.dtype = 'float32'
   task = make_task(config, index, 4)
   with jax.default_matmul_precision('highest'):
-    logits = np.asarray(jax.jit(task.phase.model.apply)(task.phase.state.variables, task.images))
+    logits = np.asarray(
+      jax.jit(task.phase.model.apply)(task.phase.state.weights.variables, task.images)
+    )
   allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
   torch.backends.cudnn.allow_tf32 = False
   torch.set_float32_matmul_precision('highest')

@@ -91,11 +91,11 @@ def main() -> None:
 
 def ours(task: common.Task) -> Callable[[int], None]:
   """Returns a function that predicts a given number of batches."""
-  predict = steps.on_devices(task.phase.predict_step, num_replicated=1)
-  variables = devices.replicate(task.phase.state.variables)
+  predict = steps.on_devices(task.phase.predict_step, (None, 0))
+  weights = devices.replicate(task.phase.state.weights)
   mask = np.ones((jax.local_device_count(), len(task.images) // jax.device_count()), bool)
   batch = {**task.batch, 'mask': mask}
-  return lambda count: evaluate.predict(predict, variables, itertools.repeat(batch, count))
+  return lambda count: evaluate.predict(predict, weights, itertools.repeat(batch, count))
 
 
 def peer(config: Any, task: common.Task) -> Callable[[int], None]:

@@ -136,8 +136,9 @@ def ours(config: Any, num_images: int) -> float:
 
   from imta_jax.data.pipeline import open_dataset
 
-  dataset = open_dataset(config)
-  return _rate(map(jax.block_until_ready, dataset.train_batches(0)), config.batch_size, num_images)
+  read = open_dataset(config).train_reader(0)
+  batches = (jax.block_until_ready(read(1)) for _ in itertools.count())
+  return _rate(batches, config.batch_size, num_images)
 
 
 def peer(

@@ -6,7 +6,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from imta_jax.models.convolution import convolve
+from imta_jax.models.convolution import convolve, convolve_pair
 from imta_jax.phases import Phase
 
 
@@ -35,7 +35,7 @@ def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> di
   activations = sum(size for _, _, size in products) * phase.model.dtype.itemsize
   sizes = {
     name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for name, tree in phase.state.variables['params'].items()
+    for name, tree in phase.state.weights.variables['params'].items()
   }
   if phase.config.trained == 'everything':
     (_, first, _), *_ = products
@@ -55,16 +55,21 @@ def _matrix_products(phase, images):
 
   def walk(jaxpr):
     for equation in jaxpr.eqns:
-      is_convolution = equation.params.get('name') == convolve.__name__
-      if is_convolution or equation.primitive.name == 'dot_general':
-        size, kernel = equation.outvars[0].aval.size, equation.invars[1].aval
+      name, size = equation.params.get('name'), equation.outvars[0].aval.size
+      if name == convolve_pair.__name__:
+        kernels = [operand.aval for operand in equation.invars[2:]]
+        outputs = sum(kernel.shape[-1] for kernel in kernels)
+        madds = size // outputs * sum(kernel.size for kernel in kernels)
+        products.append((False, madds, size))
+      elif name == convolve.__name__ or equation.primitive.name == 'dot_general':
+        kernel = equation.invars[1].aval
         madds = size * kernel.size // kernel.shape[-1]
-        products.append((not is_convolution, madds, size))
+        products.append((name != convolve.__name__, madds, size))
       else:
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
           walk(inner)
 
-  walk(jax.make_jaxpr(phase.model.apply)(phase.state.variables, images).jaxpr)
+  walk(jax.make_jaxpr(phase.model.apply)(phase.state.weights.variables, images).jaxpr)
   return products
 
 

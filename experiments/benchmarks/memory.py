@@ -16,6 +16,7 @@ from typing import Any
 
 import common
 import jax
+import numpy as np
 
 from imta_jax import command_line
 from imta_jax import config as config_lib
@@ -145,14 +146,12 @@ def measure(
   if remat == 'on':
     config.model.remat = True
   task = common.make_task(config, phase - 1, batch_size)
-  train, state, teacher = task.train_step()
-  batch = task.batch
+  train, *arguments = task.train_loop()
   device, peak = jax.local_devices()[0], None
   try:
-    plan = train.lower(state, teacher, batch).compile().memory_analysis()
+    plan = train.lower(*arguments, np.int32(2)).compile().memory_analysis()
     if device.platform != 'cpu':
-      for _ in range(2):
-        state = jax.block_until_ready(train(state, teacher, batch))
+      jax.block_until_ready(train(*arguments, np.int32(2)))
       peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 
@@ -16,8 +17,20 @@ _COLLECTIVES = (
   'all-gather', 'all-reduce', 'all-to-all', 'collective-broadcast', 'collective-permute',
   'ragged-all-to-all', 'reduce-scatter',
 )  # fmt: skip
-# Instructions that read a part of their first operand, and those that give it another shape.
-_SLICES, _VIEWS = {'slice', 'dynamic-slice', 'gather'}, {'bitcast', 'reshape'}
+# Instructions that read a part of their first operand, and those that read of each operand the part
+# that is read of their result.
+_SLICES = {'slice', 'dynamic-slice', 'gather'}
+_ELEMENTWISE = {
+  'add',
+  'bitcast',
+  'convert',
+  'divide',
+  'multiply',
+  'negate',
+  'reshape',
+  'select',
+  'subtract',
+}
 _ITEM_BYTES = {'pred': 1, 'token': 0}
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -100,7 +113,7 @@ def count_hlo(text: str) -> Counts:
 def _bytes_read(instruction, sizes, computations):
   """[2]: bytes of the operands of an instruction, as in `_Instruction.size`."""
   full = [sizes.get(operand, np.zeros(2)) for operand in instruction.operands]
-  if instruction.opcode in _SLICES:
+  if instruction.opcode.removesuffix('-start') in _SLICES:
     full[0] = np.minimum(full[0], instruction.size)
   if instruction.opcode != 'fusion':
     return sum(full, np.zeros(2))
@@ -110,20 +123,26 @@ def _bytes_read(instruction, sizes, computations):
     for operand in inner.operands:
       users[operand].append(inner)
 
-  def sliced(name):
-    """What the users of a value read of it, or None if one of them reads all."""
-    parts = [
-      user.size if user.opcode in _SLICES else sliced(user.name) if user.opcode in _VIEWS else None
-      for user in users[name]
-    ]
-    return None if not parts or any(part is None for part in parts) else sum(parts, np.zeros(2))
+  own = {inner.name: inner.size[0] for inner in fused}
+
+  @functools.cache
+  def fraction(name):
+    """The part of a value that its users read, at most 1."""
+    parts = 0.0
+    for user in users[name]:
+      if user.opcode in _SLICES and user.operands[0] == name:
+        parts += user.size[0] / max(own[name], 1) * fraction(user.name)
+      elif user.opcode in _ELEMENTWISE:
+        parts += fraction(user.name)
+      else:
+        return 1.0
+    return min(parts, 1.0) if users[name] else 1.0
 
   for inner in fused:
     if inner.opcode == 'parameter':
       number = int(re.match(r'.*? parameter\((\d+)\)', f' {inner.text}')[1])
-      part = sliced(inner.name)
-      if part is not None and number < len(full):
-        full[number] = np.minimum(full[number], part)
+      if number < len(full):
+        full[number] = full[number] * fraction(inner.name)
   return sum(full, np.zeros(2))
 
 
@@ -148,6 +167,8 @@ def _parse(text):
       arrays = _ARRAY.findall(shape)
       if opcode[1] == 'copy-start':  # What follows is the operand again, and a semaphore.
         arrays = arrays[:1]
+      elif opcode[1] == 'slice-start':  # Between the operand and a semaphore.
+        arrays = arrays[1:2]
       size = sum((_size(*array) for array in arrays), np.zeros(2))
       current.append(_Instruction(name, opcode[1], size, operands, rest))
   return computations, entry

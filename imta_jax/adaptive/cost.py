@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from imta_jax.models.convolution import convolve
+from imta_jax.models.convolution import convolve, convolve_pair
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 
@@ -90,6 +90,9 @@ def _count(jaxpr: core.Jaxpr) -> int:
     if equation.params.get('name') == convolve.__name__:
       # Counted as a convolution, in whatever form it is computed.
       total += out.size * math.prod(equation.invars[1].aval.shape[:3])
+    elif equation.params.get('name') == convolve_pair.__name__:
+      pixels = out.size // out.shape[-1]
+      total += pixels * sum(kernel.aval.size for kernel in equation.invars[2:])
     elif name == 'conv_general_dilated':
       kernel = equation.invars[1].aval.shape
       _, *inputs_and_area = equation.params['dimension_numbers'].rhs_spec

@@ -1,12 +1,14 @@
-"""The interface of data sets, which yield batches for the local devices.
+"""The interface of data sets.
 
-A batch is {'image': float32, 'label': int32}, each [local devices, batch per device, …]; evaluation
-batches also have 'mask', which is False for padding. Training batches are a pure function of (seed,
-step).
+A batch is {'image': float32, 'label': int32}, each [batch, …]; evaluation batches also have a
+leading axis over local devices and 'mask', which is False for padding. Training batches are a pure
+function of (seed, step), and are drawn on the devices, so that several steps need no host between
+them.
 """
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -21,16 +23,39 @@ class Dataset(abc.ABC):
     image_shape: (height, width, channels) of the images that a network reads.
     num_images: Number of images in each split.
     steps_per_epoch: Training batches per epoch; images that do not fill a batch are skipped.
+    source_axes: The axis over local devices of what `draw` reads, for `steps.on_devices`.
   """
 
   class_names: Sequence[str]
   image_shape: tuple[int, int, int]
   num_images: dict[str, int]
   steps_per_epoch: int
+  source_axes: Any
 
   @abc.abstractmethod
-  def train_batches(self, first_step: int) -> Iterator[Batch]:
-    """Yields training batches without end, from step `first_step` on, counted from 0."""
+  def train_reader(self, first_step: int) -> Callable[[int], tuple[Any, int]]:
+    """Starts to read training batches.
+
+    Args:
+      first_step: The number of the first step, counted from 0.
+
+    Returns:
+      A function that takes the largest number of steps wanted and returns what the next steps draw
+      their batches from, for `draw`, and how many steps it is for: at least one, all in one epoch.
+    """
+
+  @abc.abstractmethod
+  def draw(self, source: Any, index: jax.Array, step: jax.Array) -> Batch:
+    """Draws this device's part of a training batch; to be called inside a mapped step.
+
+    Args:
+      source: From the function that `train_reader` returns, the part of this device.
+      index: How many steps have been drawn from it.
+      step: The number of the step, counted from 0.
+
+    Returns:
+      The batch of this device.
+    """
 
   @abc.abstractmethod
   def evaluation_batches(self, split: str) -> Iterator[Batch]:

@@ -1,7 +1,6 @@
 """Small data sets, which are kept in the memory of every device and batched there."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -14,6 +13,9 @@ from imta_jax.data import preprocess
 from imta_jax.data.arrays import Arrays
 from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
+
+# The axes over devices of what `draw_batch` reads.
+SOURCE_AXES = (None, None, None, 0)
 
 
 def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
@@ -46,16 +48,16 @@ class InMemoryDataset(Dataset):
     arrays: The data set.
   """
 
+  source_axes = SOURCE_AXES
+
   def __init__(self, arrays: Arrays, config: ConfigDict):
     self.arrays, self._config = arrays, config
     self.class_names = arrays.class_names
     self.image_shape = tuple(arrays.images['train'].shape[1:])
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
     self.steps_per_epoch = self.num_images['train'] // config.batch_size
-    self._draw = jax.pmap(
-      partial(_draw, config, self.steps_per_epoch),
-      axis_name=devices.AXIS,
-      in_axes=(0, None, None, None),
+    self._shuffle = jax.jit(
+      partial(_shuffle, config.seed, self.num_images['train']), out_shardings=devices.replicated()
     )
     self._prepare = jax.pmap(
       partial(_prepare, config),
@@ -64,10 +66,23 @@ class InMemoryDataset(Dataset):
       static_broadcasted_argnums=3,
     )
 
-  def train_batches(self, first_step: int) -> Iterator[Batch]:
+  def train_reader(self, first_step: int) -> Callable[[int], tuple[tuple[jax.Array, ...], int]]:
     images, labels = devices.replicate((self.arrays.images['train'], self.arrays.labels['train']))
-    for step in itertools.count(first_step):
-      yield self._draw(devices.numbers(), images, labels, np.int32(step))
+    step, epoch, order = first_step, None, None
+
+    def read(most):
+      nonlocal step, epoch, order
+      if epoch != step // self.steps_per_epoch:
+        epoch = step // self.steps_per_epoch
+        order = self._shuffle(np.int32(epoch))
+      num_steps = min(most, self.steps_per_epoch - step % self.steps_per_epoch)
+      step += num_steps
+      return (images, labels, order, devices.numbers()), num_steps
+
+    return read
+
+  def draw(self, source: tuple[jax.Array, ...], index: jax.Array, step: jax.Array) -> Batch:
+    return draw_batch(self._config, source, index, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     images, labels = self.arrays.images[split], self.arrays.labels[split]
@@ -88,18 +103,41 @@ class InMemoryDataset(Dataset):
       yield self._prepare(devices.numbers(), np.int32(start), batch, augments)
 
 
-def _draw(config, steps_per_epoch, device, images, labels, step):
-  """Draws this device's part of a training batch, as a pure function of (seed, step)."""
+def draw_batch(
+  config: ConfigDict, source: tuple[jax.Array, ...], index: jax.Array, step: jax.Array
+) -> Batch:
+  """Draws this device's part of a training batch, as a pure function of (seed, step).
+
+  Args:
+    config: A complete config.
+    source: Training images, labels, the order of the images in the epoch of the step, and the index
+      of this device.
+    index: See `Dataset.draw`.
+    step: The number of the step, counted from 0.
+
+  Returns:
+    The batch of this device.
+  """
+  del index
+  images, labels, order, device = source
+  steps_per_epoch = len(labels) // config.batch_size
   epoch, position = step // steps_per_epoch, step % steps_per_epoch
-  order_key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), epoch))
-  order = jax.random.permutation(order_key, len(labels))
-  per_device = config.batch_size // jax.device_count()
-  indices = jax.lax.dynamic_slice(
-    order, (position * config.batch_size + device * per_device,), (per_device,)
-  )
-  key = jax.random.fold_in(augment_key, position)
-  image = _augment(config, key, device, images[indices])
+  per_device = config.batch_size // jax.lax.axis_size(devices.AXIS)
+  start = position * config.batch_size + device * per_device
+  indices = jax.lax.dynamic_slice(order, (start,), (per_device,))
+  _, augment_key = _epoch_keys(config.seed, epoch)
+  image = _augment(config, jax.random.fold_in(augment_key, position), device, images[indices])
   return {'image': _normalize(config, image), 'label': labels[indices]}
+
+
+def _shuffle(seed, num_images, epoch):
+  """The order of the training images in an epoch."""
+  order_key, _ = _epoch_keys(seed, epoch)
+  return jax.random.permutation(order_key, num_images)
+
+
+def _epoch_keys(seed, epoch):
+  return jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch))
 
 
 def _prepare(config, device, start, batch, augments):

@@ -1,7 +1,8 @@
 """Large data sets, which tf.data reads, decodes and crops while the devices compute."""
 
 import collections
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ from imta_jax.errors import UsageError
 _SHUFFLE_BUFFER = 16_384
 # Number of batches that are sent to the devices before they are needed.
 _BATCHES_AHEAD = 2
+# The axes over devices of what `draw_batch` reads.
+SOURCE_AXES = {'image': 0, 'label': 0, 'start': None}
 
 
 class StreamedDataset(Dataset):
   """A data set of encoded images of any size; each host reads its part of every split."""
+
+  source_axes = SOURCE_AXES
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
     self._builder, self._splits, self._config = builder, splits, config
@@ -33,13 +38,38 @@ class StreamedDataset(Dataset):
     self.steps_per_epoch = (self.num_images['train'] // jax.process_count()) // (
       config.batch_size // jax.process_count()
     )
+    self._steps_per_stack = config.steps_per_dispatch or 1
+    self._send = jax.pmap(lambda batch: batch, axis_name=devices.AXIS)
     self._normalize = jax.pmap(self._normalize_batch, axis_name=devices.AXIS)
 
-  def train_batches(self, first_step: int) -> Iterator[Batch]:
-    return self._send(self._train_stream(first_step))
+  def train_reader(self, first_step: int) -> Callable[[int], tuple[dict[str, jax.Array], int]]:
+    size = self._steps_per_stack
+    stacks = self._send_ahead(self._train_stacks(first_step))
+    step, stack, position = first_step, None, size
+
+    def read(most):
+      nonlocal step, stack, position
+      if position == size:
+        stack, position = next(stacks), 0
+      left_in_epoch = self.steps_per_epoch - step % self.steps_per_epoch
+      num_steps = min(most, size - position, left_in_epoch)
+      source = {**stack, 'start': np.int32(position)}
+      step, position = step + num_steps, position + num_steps
+      return source, num_steps
+
+    return read
+
+  def draw(self, source: dict[str, jax.Array], index: jax.Array, step: jax.Array) -> Batch:
+    return draw_batch(self._config, source, index, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    return self._send(self._evaluation_stream(split))
+    return map(self._normalize, self._send_ahead(self._evaluation_stream(split)))
+
+  def _train_stacks(self, first_step):
+    """Yields batches from a step on without end, stacked [local devices, step, image, …]."""
+    batches = self._train_stream(first_step)
+    while stack := list(itertools.islice(batches, self._steps_per_stack)):
+      yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
 
   def _train_stream(self, first_step):
     epoch, position = divmod(first_step, self.steps_per_epoch)
@@ -125,15 +155,40 @@ class StreamedDataset(Dataset):
     batches = examples.batch(batch_size // local, drop_remainder=True)
     return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
-  def _send(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-    """Yields normalised batches on the devices, and sends the next ones ahead of time."""
+  def _send_ahead(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
+    """Yields batches on the devices, and sends the next ones ahead of time."""
     ahead = collections.deque()
     for batch in batches:
-      ahead.append(self._normalize(batch))
+      ahead.append(self._send(batch))
       if len(ahead) > _BATCHES_AHEAD:
         yield ahead.popleft()
     yield from ahead
 
   def _normalize_batch(self, batch):
-    mean, std = self._config.dataset.mean, self._config.dataset.std
-    return {**batch, 'image': preprocess.normalize(batch['image'], mean, std)}
+    return {**batch, 'image': _normalize(self._config, batch['image'])}
+
+
+def draw_batch(
+  config: ConfigDict, source: dict[str, jax.Array], index: jax.Array, step: jax.Array
+) -> Batch:
+  """Takes a batch of a device from a stack of batches, and normalises it.
+
+  Args:
+    config: A complete config.
+    source: 'image' and 'label', each [step, image, …], and 'start', the first step to be read.
+    index: How many steps after the first one.
+    step: See `Dataset.draw`.
+
+  Returns:
+    The batch of this device.
+  """
+  del step
+  at = source['start'] + index
+  image, label = (
+    jax.lax.dynamic_index_in_dim(source[name], at, keepdims=False) for name in ('image', 'label')
+  )
+  return {'image': _normalize(config, image), 'label': label}
+
+
+def _normalize(config, images):
+  return preprocess.normalize(images, config.dataset.mean, config.dataset.std)

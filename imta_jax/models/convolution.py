@@ -17,6 +17,9 @@ _NARROW = 128
 # of outputs: with fewer values, vector lanes are idle; with more, most are multiplied by zero and
 # compilation takes longer.
 _MIN_INPUTS, _MAX_INPUTS, _MIN_OUTPUTS = 12, 56, 14
+# On accelerators, a pair of convolutions is computed as one if at most this many products are with
+# zeros. They take a few microseconds there, as every further kernel does.
+_MAX_ZEROS = 500_000_000
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
@@ -37,6 +40,86 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
   if kernel.shape[:2] == (3, 3) and padding == 1:
     return _convolve_3x3(stride, x, kernel)
   return _direct(x, kernel, stride, padding)
+
+
+@jax.jit
+def convolve_pair(
+  fine: jax.Array, x: jax.Array, fine_kernel: jax.Array, kernel: jax.Array
+) -> jax.Array:
+  """Computes a 3×3 convolution of stride 2 and one of stride 1, whose results have the same size.
+
+  Args:
+    fine: [batch, fine height, fine width, fine inputs], read with stride 2.
+    x: [batch, height, width, inputs], half as high and wide, rounded up.
+    fine_kernel: [3, 3, fine inputs, fine outputs].
+    kernel: [3, 3, inputs, outputs].
+
+  Returns:
+    [batch, height, width, fine outputs + outputs].
+  """
+  return _convolve_pair(fine, x, fine_kernel, kernel)
+
+
+@jax.custom_vjp
+def _convolve_pair(*operands):
+  return _in_best_form(lambda form, *operands: form(*operands), operands)
+
+
+def _pair_backward(operands, gradient):
+  def differentiate(form, gradient, *operands):
+    return jax.vjp(form, *operands)[1](gradient)
+
+  return _in_best_form(differentiate, operands, gradient)
+
+
+_convolve_pair.defvjp(lambda *operands: (_convolve_pair(*operands), operands), _pair_backward)
+
+
+def _in_best_form(function, operands, *more):
+  """Calls function(form, *more, *operands) with the best form of `_convolve_pair`."""
+  fine, x, fine_kernel, kernel = operands
+  weights = fine_kernel.size + kernel.size
+  weights_as_one = (
+    9 * (4 * fine.shape[-1] + x.shape[-1]) * (fine_kernel.shape[-1] + kernel.shape[-1])
+  )
+  zeros = x.size // x.shape[-1] * (weights_as_one - weights)
+  return jax.lax.platform_dependent(
+    *more,
+    *operands,
+    cpu=partial(function, _pair_apart),
+    default=partial(function, _pair_as_one if zeros <= _MAX_ZEROS else _pair_apart),
+  )
+
+
+def _pair_apart(fine, x, fine_kernel, kernel):
+  return jnp.concatenate(
+    [_convolve_3x3(2, fine, fine_kernel), _convolve_3x3(1, x, kernel)], axis=-1
+  )
+
+
+def _pair_as_one(fine, x, fine_kernel, kernel):
+  """Computes both as one convolution, with zeros where an output does not read an input.
+
+  Each 2×2 block of the finer map becomes one pixel with four times the channels.
+  """
+  batch, height, width, inputs = fine.shape
+  fine = jnp.pad(fine, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+  blocks = fine.reshape(batch, x.shape[1], 2, x.shape[2], 2, inputs).transpose(0, 1, 3, 2, 4, 5)
+  blocks = blocks.reshape(*x.shape[:3], 4 * inputs)
+  # Output pixel i reads the rows 2 i - 1 to 2 i + 1: the second row of the block before, and both
+  # rows of its own block. Of the six rows of three blocks these are the rows 1 to 3.
+  outputs = fine_kernel.shape[-1]
+  taps = jnp.pad(fine_kernel, ((1, 2), (1, 2), (0, 0), (0, 0)))
+  taps = taps.reshape(3, 2, 3, 2, inputs, outputs).transpose(0, 2, 1, 3, 4, 5)
+  taps = taps.reshape(3, 3, 4 * inputs, outputs)
+  both = jnp.concatenate(
+    [
+      jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, kernel.shape[-1]))),
+      jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (outputs, 0))),
+    ],
+    axis=2,
+  )
+  return _direct(jnp.concatenate([blocks, x], axis=-1), both, 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

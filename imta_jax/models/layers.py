@@ -5,7 +5,6 @@ and each shape is traced, differentiated and lowered only once.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imta_jax.models.convolution import convolve
-
-_EPSILON = 1e-5
-_MOMENTUM = 0.9
+from imta_jax.models.batch_norm import MOMENTUM, batch_norm, normalize
+from imta_jax.models.convolution import convolve, convolve_pair
 
 # Flax traces an initializer whenever it reads the parameter; under jit, only once per shape.
 _normal = jax.jit(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), static_argnums=(1, 2))
@@ -49,7 +46,7 @@ class ConvNorm(nn.Module):
   batch_norm_axis: str | None = None
 
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    return run_together([self], x, train)[0]
+    return run_together([[(self, x)]], train)[0]
 
   @nn.compact
   def parts(self, inputs: int) -> tuple['ConvParams', 'BatchNormVars']:
@@ -90,115 +87,68 @@ class BatchNormVars(nn.Module):
     )
 
 
-def run_together(layers: Sequence[ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
-  """Runs layers as one layer; they must read the same map and differ only in width.
+Group = Sequence[tuple[ConvNorm, jax.Array]]
+
+
+def run_together(groups: Sequence[Group], train: bool) -> list[jax.Array]:
+  """Runs layers that do not depend on each other, with one batch norm for all of them.
+
+  Many small kernels, and many small exchanges between devices, become a few.
 
   Args:
-    layers: The layers.
-    x: [batch, height, width, channels].
+    groups: Groups of layers with their inputs [batch, height, width, channels]. The outputs of a
+      group form one map. It consists of a single layer, or of layers that read the same map and
+      differ only in width, or of two layers of kernel size 3 and stride 2 and 1, in this order,
+      whose outputs have the same size. All layers agree in `relu`, `dtype` and `batch_norm_axis`.
     train: Whether batch norm uses and records the statistics of the batch.
 
   Returns:
-    The output of each layer, [batch, height, width, features].
+    For each group a map [batch, height, width, features], with the features of its layers in order.
   """
-  layer, dtype = layers[0], layers[0].dtype
-  convolutions, norms = zip(*(each.parts(x.shape[-1]) for each in layers), strict=True)
-  kernels, biases = zip(*convolutions, strict=True)
-  scales, shifts, *statistics = zip(*norms, strict=True)
-  scale, shift = _join(scales), _join(shifts)
-  x = convolve(x.astype(dtype), _join(kernels).astype(dtype), layer.stride, layer.kernel_size // 2)
-  if layer.use_bias:
-    x = x + _join(biases).astype(dtype)
-  ends = np.cumsum([each.features for each in layers])[:-1]
-  if train:
-    axis_name = None if layer.is_initializing() else layer.batch_norm_axis
-    x, *batch_statistics = batch_norm(x, scale, shift, layer.relu, axis_name)
-    for running, batch in zip(statistics, batch_statistics, strict=True):
-      for variable, value in zip(running, jnp.split(batch, ends), strict=True):
-        if not layer.is_initializing():
-          variable.value = _MOMENTUM * variable.value + (1 - _MOMENTUM) * value
-  else:
+  layers = [layer for group in groups for layer, _ in group]
+  parts = [layer.parts(x.shape[-1]) for group in groups for layer, x in group]
+  remaining = iter(params for params, _ in parts)
+  maps = tuple(_convolve(group, [next(remaining) for _ in group]) for group in groups)
+  scales, biases, *statistics = zip(*(norm for _, norm in parts), strict=True)
+  scale, bias, relu = _join(scales), _join(biases), layers[0].relu
+  if not train:
     mean, var = (_join([variable.value for variable in running]) for running in statistics)
-    x = _scale_and_shift(x, mean, var, scale, shift, layer.relu)
+    return list(normalize(maps, mean, var, scale, bias, relu))
+  initializing = layers[0].is_initializing()
+  axis_name = None if initializing else layers[0].batch_norm_axis
+  maps, *added = batch_norm(maps, scale, bias, relu, axis_name)
+  if not initializing:
+    for running, of_batch in zip(statistics, added, strict=True):
+      for variable, value in zip(running, split_features(layers, of_batch), strict=True):
+        variable.value = MOMENTUM * variable.value + value
+  return list(maps)
+
+
+def split_features(layers: Sequence[ConvNorm], x: jax.Array) -> list[jax.Array]:
+  """Splits the last axis into the features of each layer."""
+  ends = np.cumsum([layer.features for layer in layers])[:-1]
   return jnp.split(x, ends, axis=-1)
+
+
+def _convolve(group, params):
+  """Computes the convolutions of a group of `run_together`."""
+  (layer, x), *others = group
+  kernels, biases = zip(*params, strict=True)
+  if all(other is x for _, other in others):
+    x = convolve(
+      x.astype(layer.dtype),
+      _join(kernels).astype(layer.dtype),
+      layer.stride,
+      layer.kernel_size // 2,
+    )
+  else:
+    (_, other), *_ = others
+    x = convolve_pair(*(array.astype(layer.dtype) for array in (x, other, *kernels)))
+  return x + _join(biases).astype(layer.dtype) if layer.use_bias else x
 
 
 def _join(arrays):
   return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
-
-
-@partial(jax.jit, static_argnames='relu')
-def _scale_and_shift(x, mean, var, scale, bias, relu):
-  """Applies batch norm with given statistics, then optionally ReLU."""
-  y = (x.astype(jnp.float32) - mean) * (scale * jax.lax.rsqrt(var + _EPSILON)) + bias
-  y = y.astype(x.dtype)
-  return nn.relu(y) if relu else y
-
-
-@partial(jax.jit, static_argnames=('relu', 'axis_name'))
-def batch_norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Normalises with the statistics of the batch, then optionally applies ReLU.
-
-  The gradient is written by hand: it takes a fraction of the operations that automatic
-  differentiation would trace, and the input is the only large array that it stores.
-
-  Args:
-    x: [..., channels].
-    scale: [channels].
-    bias: [channels].
-    relu: Whether ReLU follows.
-    axis_name: Name of the mapped axis over which statistics are averaged, or None.
-
-  Returns:
-    The result with the type of `x`; mean and variance [channels], float32, without gradients.
-  """
-  y, mean, var = _batch_norm(relu, axis_name, x, scale, bias)
-  return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _batch_norm(relu, axis_name, x, scale, bias):
-  return _batch_norm_forward(relu, axis_name, x, scale, bias)[0]
-
-
-def _batch_norm_forward(relu, axis_name, x, scale, bias):
-  x32 = x.astype(jnp.float32)
-  mean, square = _average(axis_name, _mean(x32), _mean(jnp.square(x32)))
-  var = jnp.maximum(square - jnp.square(mean), 0)
-  y = _scale_and_shift(x, mean, var, scale, bias, relu)
-  return (y, mean, var), (x, mean, var, scale, bias)
-
-
-def _batch_norm_backward(relu, axis_name, residuals, gradients):
-  x, mean, var, scale, bias = residuals
-  inverse = jax.lax.rsqrt(var + _EPSILON)
-  normalized = (x.astype(jnp.float32) - mean) * inverse
-  gradient = gradients[0].astype(jnp.float32)
-  if relu:
-    gradient = jnp.where(normalized * scale + bias > 0, gradient, 0)
-  scale_gradient, bias_gradient = _mean(gradient * normalized), _mean(gradient)
-  mean_product, mean_gradient = _average(axis_name, scale_gradient, bias_gradient)
-  x_gradient = (gradient - mean_gradient - normalized * mean_product) * (scale * inverse)
-  count = x.size / x.shape[-1]
-  return x_gradient.astype(x.dtype), count * scale_gradient, count * bias_gradient
-
-
-_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
-
-
-def _mean(x):
-  """Means [channels] of [batch, ..., channels], first per image and then over images.
-
-  On CPUs, XLA adds term by term, which loses precision in long sums: two decimal digits if all
-  pixels of a batch are summed at once.
-  """
-  return x.mean(tuple(range(1, x.ndim - 1))).mean(0)
-
-
-def _average(axis_name, *values):
-  return values if axis_name is None else jax.lax.pmean(values, axis_name)
 
 
 class PooledExit(nn.Module):

@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, PooledExit, run_together
+from imta_jax.models.layers import ConvNorm, PooledExit, run_together, split_features
 from imta_jax.models.multi_exit import Features
 
 ConvNormFactory = Callable[..., ConvNorm]
@@ -53,14 +52,6 @@ class Branch(nn.Module):
     return bottleneck, self.conv_norm(self.features, 3, stride=self.stride, name='conv')
 
 
-def run_branches(branches: Sequence[Branch], x: jax.Array, train: bool) -> list[jax.Array]:
-  """Runs branches that read the same map; their bottlenecks run as one layer."""
-  bottlenecks, convolutions = zip(*(branch.parts(x.shape[-1]) for branch in branches), strict=True)
-  has_bottlenecks = bottlenecks[0] is not None
-  narrowed = run_together(bottlenecks, x, train) if has_bottlenecks else [x] * len(branches)
-  return [convolution(y, train) for convolution, y in zip(convolutions, narrowed, strict=True)]
-
-
 class DenseLayer(nn.Module):
   """A multi-scale dense layer: each scale gains features of its own and of the next finer map.
 
@@ -97,14 +88,29 @@ class DenseLayer(nn.Module):
           branch(scale - 1, growth // 2, 2, f'down_{scale}'),
           branch(scale, growth // 2, 1, f'normal_{scale}'),
         ]
-    gained = {}
-    for source, x in maps.items():
-      readers = [b for branches in gains.values() for reads, b in branches if reads == source]
-      gained |= zip((b.name for b in readers), run_branches(readers, x, train), strict=True)
-    return tuple(
-      jnp.concatenate([maps[scale], *(gained[b.name] for _, b in branches)], axis=-1)
-      for scale, branches in gains.items()
+    branches = [pair for of_scale in gains.values() for pair in of_scale]
+    narrowed = self._narrow(maps, branches, train)
+    gained = run_together(
+      [[narrowed[b.name] for _, b in of_scale] for of_scale in gains.values()], train
     )
+    return tuple(
+      jnp.concatenate([maps[scale], gain], axis=-1)
+      for scale, gain in zip(gains, gained, strict=True)
+    )
+
+  def _narrow(self, maps, branches, train):
+    """Returns for each branch, by name, its 3×3 convolution and the input of that."""
+    readers = {source: [b for reads, b in branches if reads == source] for source in maps}
+    parts = {b.name: b.parts(maps[source].shape[-1]) for source in maps for b in readers[source]}
+    inputs = {b.name: maps[source] for source, b in branches}
+    if self.bottleneck_factors is not None:
+      groups = {s: [(parts[b.name][0], maps[s]) for b in readers[s]] for s in maps}
+      for group, of_source, x in zip(
+        groups.values(), readers.values(), run_together(groups.values(), train), strict=True
+      ):
+        split = split_features([bottleneck for bottleneck, _ in group], x)
+        inputs |= zip((b.name for b in of_source), split, strict=True)
+    return {name: (convolution, inputs[name]) for name, (_, convolution) in parts.items()}
 
 
 class Transition(nn.Module):
@@ -115,10 +121,11 @@ class Transition(nn.Module):
 
   @nn.compact
   def __call__(self, features: Features, train: bool) -> Features:
-    return tuple(
-      self.conv_norm(width, 1, name=f'map_{index}')(x, train)
+    groups = [
+      [(self.conv_norm(width, 1, name=f'map_{index}'), x)]
       for index, (x, width) in enumerate(zip(features, self.widths, strict=True))
-    )
+    ]
+    return tuple(run_together(groups, train))
 
 
 class Stage(nn.Module):

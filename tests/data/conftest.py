@@ -1,9 +1,11 @@
 """Small data sets for tests, prepared once."""
 
+import jax
 import numpy as np
 import pytest
 
 from imta_jax import config as config_lib
+from imta_jax import devices
 from imta_jax.data.pipeline import open_dataset
 
 
@@ -82,3 +84,21 @@ def collect():
     )
 
   return images_and_labels
+
+
+@pytest.fixture(scope='session')
+def train_batches():
+  """A function that yields a data set's training batches, drawn as in a training step."""
+
+  def batches(dataset, first_step, most=1):
+    axes = (dataset.source_axes, None, None)
+    draw = jax.pmap(dataset.draw, axis_name=devices.AXIS, in_axes=axes)
+    read, step = dataset.train_reader(first_step), first_step
+    while True:
+      source, num_steps = read(most)
+      assert 1 <= num_steps <= most
+      for index in range(num_steps):
+        yield draw(source, np.int32(index), np.int32(step + index))
+      step += num_steps
+
+  return batches

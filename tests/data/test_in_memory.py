@@ -31,11 +31,11 @@ def numbers_of(mnist5k_splits, mnist5k_config):
 
 
 @pytest.fixture
-def take(flat):
+def take(flat, train_batches):
   """A function that returns training batches, starting at a given step."""
 
-  def batches(dataset, first_step, count):
-    stream = itertools.islice(dataset.train_batches(first_step), count)
+  def batches(dataset, first_step, count, most=1):
+    stream = itertools.islice(train_batches(dataset, first_step, most), count)
     return [flat(batch) for batch in stream]
 
   return batches
@@ -87,10 +87,10 @@ def test_an_epoch_visits_an_image_once_and_the_next_in_another_order(
   assert one != sorted(one)
 
 
-def test_batches_are_floats_and_integers_a_device(mnist5k_config):
+def test_batches_are_floats_and_integers_a_device(mnist5k_config, train_batches):
   import jax
 
-  batch = next(open_dataset(mnist5k_config).train_batches(0))
+  batch = next(train_batches(open_dataset(mnist5k_config), 0))
   devices = jax.local_device_count()
   assert batch['image'].shape == (devices, 16 // devices, 28, 28, 1)
   assert batch['label'].shape == (devices, 16 // devices)

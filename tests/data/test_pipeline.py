@@ -84,13 +84,13 @@ def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monk
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
 
 
-def test_training_validation_and_test_images_are_apart(mnist5k_config, mnist5k_splits, collect):
+def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):
   mnist5k_config.batch_size = 104
   mnist5k_config.dataset.validation_size = 3_896
   dataset = open_dataset(mnist5k_config)
   assert dataset.num_images == {'train': 104, 'validation': 3_896, 'test': 1_000}
   assert dataset.steps_per_epoch == 1
-  batch = next(dataset.train_batches(0))
+  batch = next(train_batches(dataset, 0))
   seen = {
     'train': batch['image'].reshape(-1, 28, 28, 1),
     'validation': collect(dataset.evaluation_batches('validation'))[0],

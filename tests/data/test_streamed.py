@@ -88,9 +88,9 @@ def as_host(monkeypatch):
 
 
 @pytest.fixture
-def take(flat):
-  def batches(dataset, first_step, count):
-    stream = itertools.islice(dataset.train_batches(first_step), count)
+def take(flat, train_batches):
+  def batches(dataset, first_step, count, most=1):
+    stream = itertools.islice(train_batches(dataset, first_step, most), count)
     return [flat(batch) for batch in stream]
 
   return batches
@@ -160,9 +160,9 @@ def test_images_are_cropped_anew_in_each_epoch(config, take):
   assert np.mean([np.array_equal(*pair) for pair in pairs]) < 0.1
 
 
-def test_batches_are_floats_and_integers_a_device(config):
+def test_batches_are_floats_and_integers_a_device(config, train_batches):
   dataset, devices = open_dataset(config), jax.local_device_count()
-  train = next(dataset.train_batches(0))
+  train = next(train_batches(dataset, 0))
   test = next(dataset.evaluation_batches('test'))
   assert set(train) == {'image', 'label'}
   assert set(test) == {'image', 'label', 'mask'}
@@ -241,7 +241,7 @@ def test_two_hosts_share_an_evaluation(split, config, as_host, collect):
   assert len(set(labels[0] + labels[1])) == len(labels[0] + labels[1]) == expected
 
 
-def test_two_hosts_crop_and_flip_apart(config, as_host, monkeypatch):
+def test_two_hosts_crop_and_flip_apart(config, as_host, monkeypatch, train_batches):
   """Images on different hosts are augmented with different random numbers."""
   from imta_jax.data import preprocess
 
@@ -260,7 +260,7 @@ def test_two_hosts_crop_and_flip_apart(config, as_host, monkeypatch):
   for index in range(2):
     as_host(index)
     seeds.clear()
-    next(open_dataset(config).train_batches(0))
+    next(train_batches(open_dataset(config), 0))
     of_host.append(set(seeds))
   assert of_host[0]
   assert not of_host[0] & of_host[1]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imta_jax.models.convolution import convolve
+from imta_jax.models import convolution
+from imta_jax.models.convolution import convolve, convolve_pair
 
 
 def reference(x, kernel, stride, padding):
@@ -67,3 +68,41 @@ def test_other_platforms_get_the_convolution_itself():
   )
   assert 'stablehlo.convolution' in lowered.as_text()
   assert 'dot_general' not in lowered.as_text()
+
+
+FORMS = {
+  'apart': convolution._pair_apart,
+  'as one': convolution._pair_as_one,
+  'chosen': convolve_pair,
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('size', [(8, 8), (7, 6), (5, 5), (2, 3)])
+def test_a_pair_is_two_convolutions_side_by_side(size, form):
+  random = np.random.default_rng(0)
+  half = tuple(-(-side // 2) for side in size)
+  operands = [
+    random.standard_normal(shape, np.float32)
+    for shape in ((2, *size, 3), (2, *half, 5), (3, 3, 3, 4), (3, 3, 5, 2))
+  ]
+
+  def expected(fine, x, fine_kernel, kernel):
+    results = reference(fine, fine_kernel, 2, 1), reference(x, kernel, 1, 1)
+    return jnp.concatenate(results, axis=-1)
+
+  y, pullback = jax.vjp(FORMS[form], *operands)
+  expected_y, expected_pullback = jax.vjp(expected, *operands)
+  np.testing.assert_allclose(y, expected_y, atol=1e-4)
+  gradient = random.standard_normal(y.shape, np.float32)
+  for ours, theirs in zip(pullback(gradient), expected_pullback(gradient), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize(('batch', 'num_convolutions'), [(64, 1), (4096, 2)])
+def test_accelerators_join_a_pair_while_that_is_little_work(batch, num_convolutions):
+  shapes = ((batch, 16, 16, 24), (batch, 8, 8, 48), (3, 3, 24, 12), (3, 3, 48, 12))
+  operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  for platform in ('tpu', 'cuda'):
+    lowered = convolve_pair.trace(*operands).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count('stablehlo.convolution') == num_convolutions
