@@ -171,7 +171,7 @@ def plan(
   phase, _ = common.set_up_without_data(config, number - 1, batch_size)
   draw, source_axes, source = _input(config, num_devices)
   loop = steps.on_devices(
-    steps.make_train_loop(phase.train_step, draw),
+    steps.make_train_loop(phase.train_step, draw, one_step=target.chip is None),
     (None, None, source_axes, None),
     donated=(0,),
     devices=target.devices,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from imta_jax.steps import TrainState
 
@@ -30,8 +31,7 @@ class Dispatcher:
 
     Args:
       train: The mapped training loop; see `steps.make_train_loop`.
-      steps_per_dispatch: The number of steps to send at once; None to choose it by the time that a
-        step takes.
+      steps_per_dispatch: From `steps_per_dispatch`.
     """
     self.most = 1
     self._train, self._steps_per_dispatch = train, steps_per_dispatch
@@ -54,6 +54,13 @@ class Dispatcher:
     """Waits until all steps are done."""
     while self._in_flight:
       self._in_flight.popleft().block_until_ready()
+
+
+def steps_per_dispatch(config: ConfigDict) -> int | None:
+  """Returns the number of steps to send at once; None to choose it by the time that a step takes."""
+  if config.steps_per_dispatch is None and jax.default_backend() == 'cpu':
+    return 1  # See `steps.make_train_loop`.
+  return config.steps_per_dispatch
 
 
 def _choose(seconds_per_step):

@@ -268,12 +268,16 @@ def _loss(phase, logits, labels, teacher_logits):
 def make_train_loop(
   train_step: Callable[[TrainState, Tree, Batch], TrainState],
   draw: Callable[[Any, jax.Array, jax.Array], Batch],
+  *,
+  one_step: bool = False,
 ) -> Callable[[TrainState, Tree, Any, jax.Array], tuple[TrainState, jax.Array]]:
   """Makes a function that takes several training steps, between which the host does nothing.
 
   Args:
     train_step: See `make_train_step`.
     draw: See `Dataset.draw`.
+    one_step: Whether the function always takes a single step, without a loop. On CPUs, XLA computes
+      convolutions in a loop many times slower.
 
   Returns:
     A function (state, variables of the teacher, source of the batches, number of steps) → (state,
@@ -288,7 +292,8 @@ def make_train_loop(
       state = state.replace(frozen=frozen)
       return train_step(state, teacher, draw(source, index, state.step)).replace(frozen=None)
 
-    state = jax.lax.fori_loop(0, num_steps, body, state.replace(frozen=None))
+    state = state.replace(frozen=None)
+    state = body(0, state) if one_step else jax.lax.fori_loop(0, num_steps, body, state)
     return state.replace(frozen=frozen), state.step
 
   return run

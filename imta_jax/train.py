@@ -17,7 +17,7 @@ from imta_jax.adaptive.cost import exit_costs
 from imta_jax.console import Reporter
 from imta_jax.data.dataset import Dataset
 from imta_jax.data.pipeline import open_dataset
-from imta_jax.dispatch import Dispatcher
+from imta_jax.dispatch import Dispatcher, steps_per_dispatch
 from imta_jax.errors import UsageError
 from imta_jax.metrics import Metrics, has_tensorboard
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -105,12 +105,10 @@ def _train_phase(
   reporter.overview(
     f'{name}: {phase.config.loss}, trains {phase.config.trained}, {num_steps:,} steps', costs
   )
-  train = steps.on_devices(
-    steps.make_train_loop(phase.train_step, dataset.draw),
-    (None, None, dataset.source_axes, None),
-    donated=(0,),
-  )
-  dispatch = Dispatcher(train, config.steps_per_dispatch)
+  num_at_once = steps_per_dispatch(config)
+  loop = steps.make_train_loop(phase.train_step, dataset.draw, one_step=num_at_once == 1)
+  axes = (None, None, dataset.source_axes, None)
+  dispatch = Dispatcher(steps.on_devices(loop, axes, donated=(0,)), num_at_once)
   predict = steps.on_devices(phase.predict_step, (None, 0))
   empty_totals = steps.empty_totals(phase.model.num_exits)
   teacher = devices.replicate(pack(phase.teacher))

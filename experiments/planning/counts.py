@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 
@@ -123,26 +122,21 @@ def _bytes_read(instruction, sizes, computations):
     for operand in inner.operands:
       users[operand].append(inner)
 
-  own = {inner.name: inner.size[0] for inner in fused}
-
-  @functools.cache
-  def fraction(name):
-    """The part of a value that its users read, at most 1."""
-    parts = 0.0
-    for user in users[name]:
-      if user.opcode in _SLICES and user.operands[0] == name:
-        parts += user.size[0] / max(own[name], 1) * fraction(user.name)
+  fractions = {}  # Of each value, the part that its users read; users come after what they use.
+  for inner in reversed(fused):
+    parts = [] if users[inner.name] else [1.0]
+    for user in users[inner.name]:
+      if user.opcode in _SLICES and user.operands[0] == inner.name:
+        parts.append(user.size[0] / max(inner.size[0], 1) * fractions[user.name])
       elif user.opcode in _ELEMENTWISE:
-        parts += fraction(user.name)
+        parts.append(fractions[user.name])
       else:
-        return 1.0
-    return min(parts, 1.0) if users[name] else 1.0
-
-  for inner in fused:
+        parts.append(1.0)
+    fractions[inner.name] = min(sum(parts), 1.0)
     if inner.opcode == 'parameter':
       number = int(re.match(r'.*? parameter\((\d+)\)', f' {inner.text}')[1])
       if number < len(full):
-        full[number] = full[number] * fraction(inner.name)
+        full[number] = full[number] * fractions[inner.name]
   return sum(full, np.zeros(2))
 
 

@@ -126,16 +126,17 @@ def _split(maps, *arrays):
 def _means(*values: jax.Array) -> Sequence[jax.Array]:
   """Means [channels] of arrays [batch, ..., channels] of one shape."""
   axes = tuple(range(values[0].ndim - 1))
+  count = values[0].size / values[0].shape[-1]
 
-  def in_one_pass(*values):
-    count = values[0].size / values[0].shape[-1]
-    zeros = (0.0,) * len(values)
-    return tuple(total / count for total in jax.lax.reduce(values, zeros, _add, axes))
+  def add(values, axes):
+    return jax.lax.reduce(values, (0.0,) * len(values), _add, axes)
 
   def per_image(*values):
-    # XLA adds term by term on CPUs, which loses precision in long sums: two decimal digits if all
-    # pixels of a batch are added at once, instead of those of each image and then the images.
-    return tuple(x.mean(axes[1:]).mean(0) for x in values)
+    values = add(values, axes[1:])
+    return tuple(total / count for total in add(values, (0,)))
+
+  def in_one_pass(*values):
+    return tuple(total / count for total in add(values, axes))
 
   return jax.lax.platform_dependent(*values, cpu=per_image, default=in_one_pass)
 
