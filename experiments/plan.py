@@ -232,11 +232,10 @@ def _input(config, num_devices):
   shape, size = common.image_shape(config), config.batch_size // num_devices
   if config.dataset.in_memory:
     num_images = common.num_train_images(config)
-    labels = order = jax.ShapeDtypeStruct((num_images,), np.int32)
     source = (
       jax.ShapeDtypeStruct((num_images, *shape), np.uint8),
-      labels,
-      order,
+      jax.ShapeDtypeStruct((num_images,), np.int32),
+      jax.eval_shape(functools.partial(in_memory.plan_epoch, config, num_images), np.int32(0)),
       jax.ShapeDtypeStruct((num_devices,), np.int32),
     )
     return functools.partial(in_memory.draw_batch, config), in_memory.SOURCE_AXES, source

@@ -57,7 +57,7 @@ class Dispatcher:
 
 
 def steps_per_dispatch(config: ConfigDict) -> int | None:
-  """Returns the number of steps to send at once; None to choose it by the time that a step takes."""
+  """Returns how many steps to send at once; None to choose that by the time that a step takes."""
   if config.steps_per_dispatch is None and jax.default_backend() == 'cpu':
     return 1  # See `steps.make_train_loop`.
   return config.steps_per_dispatch

@@ -19,10 +19,11 @@ Tree = Any
 
 @flax.struct.dataclass
 class Packed:
-  """A tree of nested dictionaries of arrays; arrays with the same last name form one vector.
+  """A tree of nested dictionaries of arrays as vectors.
 
   Attributes:
-    vectors: {last name, as in 'kernel': the arrays of that name, one after another}.
+    vectors: The arrays one after another: those named 'kernel' in 'kernel', which a step may cast
+      and an optimizer may decay, and the others in 'other'.
     layout: (path, shape) of each array, in the order of the vectors.
   """
 
@@ -34,14 +35,22 @@ class Packed:
     """The tree. Its arrays are views on the host, and slices that their readers fuse in a step."""
     parts = {}
     for name, vector in self.vectors.items():
-      sizes = [math.prod(shape) for path, shape in self.layout if path[-1] == name]
+      sizes = [math.prod(shape) for path, shape in self.layout if _vector_of(path) == name]
       if isinstance(vector, np.ndarray):
         parts[name] = iter(np.split(vector, np.cumsum(sizes)[:-1]))
       else:
-        parts[name] = iter(jax.lax.split(vector, sizes))
+        parts[name] = iter(_split(vector, sizes))
     return unflatten_dict(
-      {path: _from_flat(next(parts[path[-1]]), shape) for path, shape in self.layout}
+      {path: _from_flat(next(parts[_vector_of(path)]), shape) for path, shape in self.layout}
     )
+
+
+def _split(vector, sizes):
+  # XLA for TPUs would bring the whole vector into the shape of a filter, padded to many times its
+  # size, and slice that.
+  return jax.lax.platform_dependent(
+    jax.lax.split(vector, sizes), tpu=jax.lax.optimization_barrier, default=lambda parts: parts
+  )
 
 
 def pack(tree: Tree) -> Packed:
@@ -49,11 +58,11 @@ def pack(tree: Tree) -> Packed:
   arrays = dict(sorted(flatten_dict(tree).items()))
   on_host = all(isinstance(array, np.ndarray) for array in arrays.values())
   concatenate = np.concatenate if on_host else jnp.concatenate
-  by_name = {}
+  flat = {}
   for path, array in arrays.items():
-    by_name.setdefault(path[-1], []).append(_to_flat(array))
+    flat.setdefault(_vector_of(path), []).append(_to_flat(array))
   return Packed(
-    {name: concatenate(by_name[name]) for name in sorted(by_name)},
+    {name: concatenate(flat[name]) for name in sorted(flat)},
     tuple((path, array.shape) for path, array in arrays.items()),
   )
 
@@ -70,6 +79,10 @@ def pack_like(like: Tree, tree: Tree) -> Tree:
   return jax.tree.map(
     lambda leaf, part: pack(part) if _is_packed(leaf) else part, like, tree, is_leaf=_is_packed
   )
+
+
+def _vector_of(path):
+  return 'kernel' if path[-1] == 'kernel' else 'other'
 
 
 def _is_packed(node):

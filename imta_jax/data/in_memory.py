@@ -56,8 +56,8 @@ class InMemoryDataset(Dataset):
     self.image_shape = tuple(arrays.images['train'].shape[1:])
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
     self.steps_per_epoch = self.num_images['train'] // config.batch_size
-    self._shuffle = jax.jit(
-      partial(_shuffle, config.seed, self.num_images['train']), out_shardings=devices.replicated()
+    self._plan_epoch = jax.jit(
+      partial(plan_epoch, config, self.num_images['train']), out_shardings=devices.replicated()
     )
     self._prepare = jax.pmap(
       partial(_prepare, config),
@@ -68,16 +68,16 @@ class InMemoryDataset(Dataset):
 
   def train_reader(self, first_step: int) -> Callable[[int], tuple[tuple[jax.Array, ...], int]]:
     images, labels = devices.replicate((self.arrays.images['train'], self.arrays.labels['train']))
-    step, epoch, order = first_step, None, None
+    step, epoch, plan = first_step, None, None
 
     def read(most):
-      nonlocal step, epoch, order
+      nonlocal step, epoch, plan
       if epoch != step // self.steps_per_epoch:
         epoch = step // self.steps_per_epoch
-        order = self._shuffle(np.int32(epoch))
+        plan = self._plan_epoch(np.int32(epoch))
       num_steps = min(most, self.steps_per_epoch - step % self.steps_per_epoch)
       step += num_steps
-      return (images, labels, order, devices.numbers()), num_steps
+      return (images, labels, plan, devices.numbers()), num_steps
 
     return read
 
@@ -110,8 +110,8 @@ def draw_batch(
 
   Args:
     config: A complete config.
-    source: Training images, labels, the order of the images in the epoch of the step, and the index
-      of this device.
+    source: Training images, their labels, the plan of the epoch of the step, and the index of this
+      device.
     index: See `Dataset.draw`.
     step: The number of the step, counted from 0.
 
@@ -119,41 +119,54 @@ def draw_batch(
     The batch of this device.
   """
   del index
-  images, labels, order, device = source
-  steps_per_epoch = len(labels) // config.batch_size
-  epoch, position = step // steps_per_epoch, step % steps_per_epoch
+  images, labels, plan, device = source
   per_device = config.batch_size // jax.lax.axis_size(devices.AXIS)
+  position = step % (len(plan[0]) // config.batch_size)
   start = position * config.batch_size + device * per_device
-  indices = jax.lax.dynamic_slice(order, (start,), (per_device,))
-  _, augment_key = _epoch_keys(config.seed, epoch)
-  image = _augment(config, jax.random.fold_in(augment_key, position), device, images[indices])
+  indices, corners, mirrored = (
+    jax.lax.dynamic_slice_in_dim(array, start, per_device) for array in plan
+  )
+  image = preprocess.crop_and_flip(images[indices], corners, mirrored, config.dataset.padding)
   return {'image': _normalize(config, image), 'label': labels[indices]}
 
 
-def _shuffle(seed, num_images, epoch):
-  """The order of the training images in an epoch."""
-  order_key, _ = _epoch_keys(seed, epoch)
-  return jax.random.permutation(order_key, num_images)
+def plan_epoch(
+  config: ConfigDict, num_images: int, epoch: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Draws all that is random in an epoch, so that its steps only read their parts.
+
+  Args:
+    config: A complete config.
+    num_images: Number of training images.
+    epoch: The epoch, counted from 0.
+
+  Returns:
+    For the images of all batches, one after another: which training image it is [image], the corner
+    of its crop [image, 2] and whether it is mirrored [image].
+  """
+  key = jax.random.fold_in(jax.random.key(config.seed), epoch)
+  order_key, augment_key = jax.random.split(key)
+  num_steps = num_images // config.batch_size
+  order = jax.random.permutation(order_key, num_images)[: num_steps * config.batch_size]
+  # A key per image of the global batch, so that images do not depend on the number of devices.
+  keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(num_steps))
+  keys = jax.vmap(partial(_keys_of_images, count=config.batch_size, first=0))(keys).reshape(-1)
+  return order, *preprocess.draw_crops(keys, config.dataset.padding, config.dataset.flip)
 
 
-def _epoch_keys(seed, epoch):
-  return jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch))
+def _keys_of_images(key, first, count):
+  return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(count))
 
 
 def _prepare(config, device, start, batch, augments):
   """Normalises an evaluation batch on its device."""
   image = batch['image']
   if augments:
-    key = jax.random.fold_in(jax.random.key(config.seed), start)
-    image = _augment(config, key, device, image)
+    key, dataset = jax.random.fold_in(jax.random.key(config.seed), start), config.dataset
+    keys = _keys_of_images(key, device * len(image), len(image))
+    crops = preprocess.draw_crops(keys, dataset.padding, dataset.flip)
+    image = preprocess.crop_and_flip(image, *crops, dataset.padding)
   return {**batch, 'image': _normalize(config, image)}
-
-
-def _augment(config, key, device, images):
-  # One key per image of the global batch, so that images do not depend on the number of devices.
-  first = device * len(images)
-  keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(len(images)))
-  return preprocess.crop_and_flip(keys, images, config.dataset.padding, config.dataset.flip)
 
 
 def _normalize(config, images):

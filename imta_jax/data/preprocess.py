@@ -25,30 +25,47 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
   return (images.astype(jnp.float32) - mean) / std
 
 
-def crop_and_flip(keys: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-  """Zero-pads images, crops them randomly to their original size and mirrors half of them.
+def draw_crops(keys: jax.Array, padding: int, flip: bool) -> tuple[jax.Array, jax.Array]:
+  """Draws how images are cropped and mirrored, for `crop_and_flip`.
 
   Args:
     keys: [batch] PRNG keys, one per image.
-    images: [batch, height, width, channels].
     padding: Number of zeros on every side.
     flip: Whether to mirror half of the images.
+
+  Returns:
+    The corner of each crop in the padded image [batch, 2], and whether it is mirrored [batch].
+  """
+
+  def draw(key):
+    crop_key, flip_key = jax.random.split(key)
+    corner = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
+    return corner, jax.random.bernoulli(flip_key) & flip
+
+  return jax.vmap(draw)(keys)
+
+
+def crop_and_flip(
+  images: jax.Array, corners: jax.Array, mirrored: jax.Array, padding: int
+) -> jax.Array:
+  """Zero-pads images, crops them to their original size and mirrors some of them.
+
+  Args:
+    images: [batch, height, width, channels].
+    corners: [batch, 2], from `draw_crops`.
+    mirrored: [batch], from `draw_crops`.
+    padding: Number of zeros on every side.
 
   Returns:
     An array of the same shape and type.
   """
 
-  def augment(key, image):
-    crop_key, flip_key = jax.random.split(key)
-    if padding:
-      corner = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
-      padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-      image = jax.lax.dynamic_slice(padded, (*corner, 0), image.shape)
-    if flip:
-      image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    return image
+  def crop(image, corner, mirror):
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    image = jax.lax.dynamic_slice(padded, (*corner, 0), image.shape)
+    return jnp.where(mirror, image[:, ::-1], image)
 
-  return jax.vmap(augment)(keys, images)
+  return jax.vmap(crop)(images, corners, mirrored)
 
 
 def decode_random_crop(encoded, size: int, flip: bool, seed):

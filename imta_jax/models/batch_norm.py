@@ -66,7 +66,7 @@ def _batch_norm(relu, axis_name, maps, scale, bias):
 
 def _forward(relu, axis_name, maps, scale, bias):
   wide = [x.astype(jnp.float32) for x in maps]
-  mean, square = _average(axis_name, [_means(x, jnp.square(x)) for x in wide])
+  mean, square = _average(axis_name, _join([_means(x, jnp.square(x)) for x in wide])).T
   var = jnp.maximum(square - jnp.square(mean), 0)
   # The barrier makes one kernel of all that depends on the statistics alone; without it, kernels
   # for whole maps would compute parts of it again for every pixel.
@@ -91,11 +91,12 @@ def _backward(relu, axis_name, residuals, gradients):
       for g, x, _, _, scale, bias in zip(masked, normalized, *of_maps, strict=True)
     ]
   means = [_means(g * x, g) for g, x in zip(masked, normalized, strict=True)]
-  of_maps = _split(maps, *_average(axis_name, means), scale * inverse)
+  products, gradient_means = zip(*_average_each(axis_name, maps, means), strict=True)
+  (factors,) = _split(maps, scale * inverse)
   map_gradients = tuple(
     ((g - mean - x * product) * factor).astype(original.dtype)
     for original, g, x, product, mean, factor in zip(
-      maps, masked, normalized, *of_maps, strict=True
+      maps, masked, normalized, products, gradient_means, factors, strict=True
     )
   )
   scale_gradient, bias_gradient = (
@@ -145,9 +146,17 @@ def _add(values, others):
   return tuple(map(jnp.add, values, others))
 
 
+def _join(means):
+  """Joins pairs of means [channels], one pair per map, to an array [channels of all maps, 2]."""
+  return jnp.concatenate([jnp.stack(pair, axis=1) for pair in means])
+
+
 def _average(axis_name, means):
-  """Joins pairs of means [channels], one pair per map, and averages them over the devices."""
-  joined = jnp.concatenate([jnp.stack(pair, axis=1) for pair in means])
-  if axis_name is not None:
-    joined = jax.lax.pmean(joined, axis_name)
-  return joined[:, 0], joined[:, 1]
+  return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+def _average_each(axis_name, maps, means):
+  """Averages pairs of means over devices, in one exchange."""
+  if axis_name is None or jax.lax.axis_size(axis_name) == 1:
+    return means
+  return [part.T for part in _split(maps, _average(axis_name, _join(means)))[0]]

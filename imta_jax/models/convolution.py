@@ -112,12 +112,8 @@ def _pair_as_one(fine, x, fine_kernel, kernel):
   taps = jnp.pad(fine_kernel, ((1, 2), (1, 2), (0, 0), (0, 0)))
   taps = taps.reshape(3, 2, 3, 2, inputs, outputs).transpose(0, 2, 1, 3, 4, 5)
   taps = taps.reshape(3, 3, 4 * inputs, outputs)
-  both = jnp.concatenate(
-    [
-      jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, kernel.shape[-1]))),
-      jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (outputs, 0))),
-    ],
-    axis=2,
+  both = jnp.pad(taps, ((0, 0), (0, 0), (0, x.shape[-1]), (0, kernel.shape[-1]))) + jnp.pad(
+    kernel, ((0, 0), (0, 0), (4 * inputs, 0), (outputs, 0))
   )
   return _direct(jnp.concatenate([blocks, x], axis=-1), both, 1)
 
