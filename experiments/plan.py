@@ -55,6 +55,7 @@ class Record:
     hbm_bytes: Those of them that lie in the main memory of the device, with padding.
     launches: Kernels, library calls, copies and collectives.
     launches_in_graphs: Those that lie in CUDA graphs; None for other targets.
+    launches_per_dispatch: What is launched besides, before and after all steps of a dispatch.
     argument_bytes: State and batch.
     temp_bytes: Temporary arrays.
     peak_bytes: Arguments, results and temporary arrays, less what is reused.
@@ -81,6 +82,7 @@ class Record:
   hbm_bytes: float
   launches: int
   launches_in_graphs: int | None
+  launches_per_dispatch: int
   argument_bytes: int
   temp_bytes: int
   peak_bytes: int
@@ -171,7 +173,9 @@ def plan(
   phase, _ = common.set_up_without_data(config, number - 1, batch_size)
   draw, source_axes, source = _input(config, num_devices)
   loop = steps.on_devices(
-    steps.make_train_loop(phase.train_step, draw, one_step=target.chip is None),
+    steps.make_train_loop(
+      phase.train_step, draw, dtype=phase.model.dtype, one_step=target.chip is None
+    ),
     (None, None, source_axes, None),
     donated=(0,),
     devices=target.devices,
@@ -212,6 +216,7 @@ def plan(
     hbm_bytes=counted.hbm_bytes,
     launches=counted.launches,
     launches_in_graphs=in_graphs,
+    launches_per_dispatch=counted.launches_outside,
     argument_bytes=arguments,
     temp_bytes=temporary,
     peak_bytes=peak,

@@ -175,7 +175,7 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
     # A new running average is MOMENTUM times the old one plus what the batch adds. With zeros for
     # the old ones the network returns what the batch adds; the sum is one kernel, not hundreds.
     stats = jax.tree.map(jnp.zeros_like, stats)
-  frozen = _cast_kernels(state.frozen, model.dtype).tree
+  frozen = unpack(state.frozen)
   embeddings = None
   if phase.trained == 'last_layers':
     variables = {'params': {**frozen, **state.trained.tree}, 'batch_stats': stats}
@@ -269,6 +269,7 @@ def make_train_loop(
   train_step: Callable[[TrainState, Tree, Batch], TrainState],
   draw: Callable[[Any, jax.Array, jax.Array], Batch],
   *,
+  dtype: Any,
   one_step: bool = False,
 ) -> Callable[[TrainState, Tree, Any, jax.Array], tuple[TrainState, jax.Array]]:
   """Makes a function that takes several training steps, between which the host does nothing.
@@ -276,6 +277,7 @@ def make_train_loop(
   Args:
     train_step: See `make_train_step`.
     draw: See `Dataset.draw`.
+    dtype: What the network computes in; frozen kernels are cast to it once for all steps.
     one_step: Whether the function always takes a single step, without a loop. On CPUs, XLA computes
       convolutions in a loop many times slower.
 
@@ -286,7 +288,8 @@ def make_train_loop(
   """
 
   def run(state, teacher, source, num_steps):
-    frozen = state.frozen
+    packed, frozen = state.frozen, _cast_kernels(state.frozen, dtype).tree
+    teacher = unpack(teacher)
 
     def body(index, state):
       state = state.replace(frozen=frozen)
@@ -294,7 +297,7 @@ def make_train_loop(
 
     state = state.replace(frozen=None)
     state = body(0, state) if one_step else jax.lax.fori_loop(0, num_steps, body, state)
-    return state.replace(frozen=frozen), state.step
+    return state.replace(frozen=packed), state.step
 
   return run
 

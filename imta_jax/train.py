@@ -106,7 +106,9 @@ def _train_phase(
     f'{name}: {phase.config.loss}, trains {phase.config.trained}, {num_steps:,} steps', costs
   )
   num_at_once = steps_per_dispatch(config)
-  loop = steps.make_train_loop(phase.train_step, dataset.draw, one_step=num_at_once == 1)
+  loop = steps.make_train_loop(
+    phase.train_step, dataset.draw, dtype=phase.model.dtype, one_step=num_at_once == 1
+  )
   axes = (None, None, dataset.source_axes, None)
   dispatch = Dispatcher(steps.on_devices(loop, axes, donated=(0,)), num_at_once)
   predict = steps.on_devices(phase.predict_step, (None, 0))

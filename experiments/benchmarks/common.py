@@ -77,7 +77,9 @@ class Task:
       return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index % 2, 0, False), source)
 
     on_cpu = jax.default_backend() == 'cpu'
-    loop = steps.make_train_loop(self.phase.train_step, draw, one_step=on_cpu)
+    loop = steps.make_train_loop(
+      self.phase.train_step, draw, dtype=self.phase.model.dtype, one_step=on_cpu
+    )
     loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
     return loop, *devices.replicate((self.phase.state, pack(self.phase.teacher))), source
 

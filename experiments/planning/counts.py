@@ -39,15 +39,20 @@ _OPCODE = re.compile(r' ([a-z][a-z\-]*)\(')
 _ARRAY = re.compile(r'([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^}]*))?\})?')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r'(?:calls|to_apply|body)=%?([\w.\-]+)')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
   """What a program does on one device each time that it runs.
 
+  If it consists of a loop that runs any number of times, as a training loop, all fields but
+  `launches_outside` are for one round.
+
   Attributes:
     launches: Instructions that the device runs one after another: kernels, library calls, copies
       and collectives.
+    launches_outside: Those before and after the loop, if there is one.
     bytes: Operands and results of each of these, caches aside; of an operand that is only sliced,
       the slices.
     hbm_bytes: The part of these bytes that lies in the device's main memory, and not on the chip as
@@ -57,6 +62,7 @@ class Counts:
   """
 
   launches: int
+  launches_outside: int
   bytes: int
   hbm_bytes: int
   collectives: int
@@ -81,9 +87,9 @@ def count_hlo(text: str) -> Counts:
     text: From `as_text` of a compiled program.
   """
   computations, entry = _parse(text)
-  total = collections.Counter()
+  loops = [i for i in computations[entry] if i.opcode == 'while' and not _TRIPS.search(i.text)]
 
-  def walk(name, times):
+  def walk(name, times, total):
     sizes = {instruction.name: instruction.size for instruction in computations[name]}
     for instruction in computations[name]:
       opcode = instruction.opcode
@@ -91,9 +97,9 @@ def count_hlo(text: str) -> Counts:
         continue
       if opcode in ('while', 'call', 'conditional', 'async-start'):
         trips = _TRIPS.search(instruction.text) if opcode == 'while' else None
-        for called in _CALLED.findall(instruction.text):
+        for called in _CALLED.findall(instruction.text) if instruction not in loops else ():
           if called in computations:
-            walk(called, times * (int(trips[1]) if trips else 1))
+            walk(called, times * (int(trips[1]) if trips else 1), total)
         continue
       read = _bytes_read(instruction, sizes, computations)
       moved, hbm = read + instruction.size
@@ -104,7 +110,15 @@ def count_hlo(text: str) -> Counts:
         total['collectives'] += times
         total['collective_bytes'] += times * read[0]
 
-  walk(entry, 1)
+  total, outside = collections.Counter(), collections.Counter()
+  walk(entry, 1, outside)
+  for loop in loops:
+    for called in (*_CALLED.findall(loop.text), *_CONDITION.findall(loop.text)):
+      walk(called, 1, total)
+  if loops:
+    total['launches_outside'] = outside['launches']
+  else:
+    total = outside
   fields = (field.name for field in dataclasses.fields(Counts))
   return Counts(**{name: math.ceil(total[name]) for name in fields})
 
@@ -195,11 +209,18 @@ def count_thunks(text: str) -> tuple[int, int]:
       each thunk, those of a command buffer (a CUDA graph) indented below it.
 
   Returns:
-    All launches, and those among them that lie in command buffers.
+    All launches, and those among them that lie in command buffers; if there is a loop, those of one
+    round.
   """
   launches = in_buffers = 0
   buffer_indent = None
-  for line in text.splitlines():
+  lines = text.splitlines()
+  starts = [number for number, line in enumerate(lines) if re.match(r'\d+: kWhile', line)]
+  if starts:
+    lines = lines[starts[0] + 1 :]
+    ends = [number for number, line in enumerate(lines) if re.match(r'\d+: ', line)]
+    lines = lines[: ends[0]] if ends else lines
+  for line in lines:
     if not (found := re.match(r'( *)\d+: (k\w+)', line)):
       continue
     indent, kind = len(found[1]), found[2]

@@ -114,6 +114,17 @@ def test_a_real_program_is_counted():
   assert counted.collectives == 0
 
 
+def test_a_training_loop_is_counted_by_the_round():
+  def loop(x, count):
+    return jax.lax.fori_loop(0, count, lambda _, x: jnp.cos(jnp.sin(x @ x) @ x), jnp.tanh(x) @ x)
+
+  x, count = jax.ShapeDtypeStruct((64, 64), np.float32), jax.ShapeDtypeStruct((), np.int32)
+  counted = counts.count_hlo(jax.jit(loop).lower(x, count).compile().as_text())
+  array = 64 * 64 * 4
+  assert 4 <= counted.launches <= 7 and 2 <= counted.launches_outside <= 5
+  assert 9 * array <= counted.bytes < 11 * array  # Two products and two functions.
+
+
 def test_launches_inside_and_outside_of_graphs():
   text = """
 000: kCommandBuffer [source | next=004 (1)]
@@ -125,14 +136,22 @@ def test_launches_inside_and_outside_of_graphs():
 006: kWhile [x]
     007: kCustomKernel [x] fusion_3
 """
-  assert counts.count_thunks(text) == (5, 2)
+  launches = text.replace('kWhile', 'kConditional')
+  assert counts.count_thunks(launches) == (5, 2)
+  # Of a training loop, its rounds count.
+  assert counts.count_thunks(text + '008: kCopy [x]') == (1, 0)
 
 
 def test_the_floor_is_the_longest_of_four_times():
   chip = targets.CHIPS['h100']
   target = targets.Target('h100:8', chip, [None] * 8, '', {})
   counted = counts.Counts(
-    launches=2000, bytes=9e9, hbm_bytes=3.35e9, collectives=1, collective_bytes=45e6
+    launches=2000,
+    launches_outside=9,
+    bytes=9e9,
+    hbm_bytes=3.35e9,
+    collectives=1,
+    collective_bytes=45e6,
   )
   times = plan._least_times(target, 'bfloat16', 989e9, counted)
   assert times == pytest.approx(
