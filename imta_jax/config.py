@@ -41,7 +41,9 @@ def default() -> ConfigDict:
         'augment_validation': False,  # The published code augments validation images too.
       },
       'model': {'name': 'msdnet', 'dtype': 'float32'},  # Plus any field of models.create.
-      'global_batch_norm': True,  # Whether batch statistics are over all devices, not per device.
+      # Whether batch statistics are over the images of all devices, not of each device, which takes
+      # an exchange between devices per batch norm. Needed with few images per device.
+      'global_batch_norm': True,
       'phases': [phase_one(), phase_two()],
       # Training steps that the devices take before they need the host again. Default: chosen by the
       # time of a step for sets in memory; 1 for streamed sets, whose batches the host sends.

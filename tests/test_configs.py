@@ -72,3 +72,14 @@ def test_distillation_has_the_weights_of_the_published_scripts(name, alpha, temp
 def test_images_are_normalised_by_the_statistics_of_their_data_set(name, mean, std):
   dataset = load(name).dataset
   assert (tuple(dataset.mean), tuple(dataset.std)) == (mean, std)
+
+
+@pytest.mark.parametrize(('name', 'batch_size'), [('cifar10', 64), ('cifar100', 64)])
+def test_small_batches_are_normalised_as_a_whole(name, batch_size):
+  config = load(name)
+  assert config.batch_size == batch_size and config.global_batch_norm
+
+
+def test_imagenet_is_normalised_per_device():
+  config = load('imagenet')
+  assert config.batch_size == 256 and not config.global_batch_norm

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from imta_jax import config as config_lib
-from imta_jax import devices, models, steps
+from imta_jax import devices, models, networks, steps
 from imta_jax.models.initial_values import initialize
-from imta_jax.packing import unpack
+from imta_jax.packing import pack, unpack
 from imta_jax.techniques.one_for_all import one_for_all_loss
 
 SHAPE = (8, 8, 1)
@@ -324,6 +324,54 @@ def test_phase_two_minimises_one_for_all_with_the_teachers_last_exit(phase_two_s
     )
 
   np.testing.assert_allclose(after.totals['loss'], expected(batch['image']), rtol=1e-4)
+
+
+@pytest.mark.parametrize('trained', ['everything', 'last_layers'])
+def test_a_loop_takes_the_steps_one_by_one(trained):
+  """Any number of steps at once leads to the same state, bit for bit."""
+  phase = make_phase(trained=trained, learning_rate=0.1)
+  model = make_model()
+  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.make_train_step(model, None, phase, optimizer)
+  batches = [make_batch(seed) for seed in range(3)]
+  source = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *batches)
+
+  def draw(source, index, step):
+    del index
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, step, 0, False), source)
+
+  def run(one_step, counts):
+    loop = steps.make_train_loop(step, draw, dtype=model.dtype, one_step=one_step)
+    loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
+    state = devices.replicate(steps.create_state(initialize(model, 0, SHAPE), trained, optimizer))
+    for count in counts:
+      state, number = loop(state, pack({}), source, np.int32(count))
+    assert int(number) == int(state.step) == sum(counts)
+    return unpack(jax.device_get(state))
+
+  at_once = run(False, [3])
+  assert_same(at_once, run(False, [1, 1, 1]))
+  assert_same(at_once, run(False, [2, 1]))
+  # A program without a loop may round otherwise.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    at_once,
+    run(True, [1, 1, 1]),
+  )
+
+
+def test_a_step_takes_and_returns_few_arrays():
+  config = config_lib.default()
+  config.model.num_exits = 7
+  for index, phase in enumerate(config.phases):
+    model = networks.create_model(config, phase, num_classes=100)
+    variables = networks.initial_variables(model, 0, (32, 32, 3))
+    optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+    state = steps.create_state(variables, phase.trained, optimizer)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    assert num_parameters > 3_900_000, index
+    teacher, source = pack(variables), 6
+    assert 2 * len(jax.tree.leaves(state)) + len(jax.tree.leaves(teacher)) + source <= 50
 
 
 def test_predictions_are_the_models_in_the_order_of_the_images():

@@ -90,10 +90,10 @@ def interrupt(process, line_start, number):
   return process.returncode
 
 
-def final_states(workdir):
+def final_states(workdir, last_steps=LAST_STEPS):
   return {
     phase: ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / phase / str(step) / 'state')
-    for phase, step in LAST_STEPS.items()
+    for phase, step in last_steps.items()
   }
 
 
@@ -220,6 +220,18 @@ def test_interrupted_run_ends_with_identical_parameters(finished, environment, t
 
   run(tmp_path, environment)
   assert_identical(final_states(tmp_path), final_states(finished[0]))
+
+
+def test_any_number_of_steps_at_once_ends_with_identical_parameters(environment, tmp_path):
+  short = ('--config.phases[0].epochs=2', '--config.phases[1].epochs=1')
+  run(tmp_path / 'two', environment, *short, '--config.steps_per_dispatch=2')
+  several = (*short, '--config.steps_per_dispatch=5')
+  process = start(tmp_path / 'five', environment, *several)
+  assert interrupt(process, 'phase_1 epoch 1/', signal.SIGTERM) == 128 + signal.SIGTERM
+  run(tmp_path / 'five', environment, *several)
+  last_steps = {'phase_1': 12, 'phase_2': 6}
+  two, five = (final_states(tmp_path / name, last_steps) for name in ('two', 'five'))
+  assert_identical(two, five)
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(finished, environment, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,6 +69,37 @@ def test_batches_depend_on_seed_and_step_alone(mnist5k_config, take):
   assert np.any(other['image'] != run[0]['image'])
 
 
+def test_several_steps_may_be_read_at_once(mnist5k_config, take):
+  mnist5k_config.dataset.update(padding=2, flip=True)
+  dataset = open_dataset(mnist5k_config)
+  one_by_one = take(dataset, 2, 2 * STEPS_PER_EPOCH)
+  for most in (4, 100):  # No read crosses the end of an epoch.
+    for batch, expected in zip(
+      take(dataset, 2, 2 * STEPS_PER_EPOCH, most), one_by_one, strict=True
+    ):
+      assert_same(batch, expected)
+
+
+def test_images_are_drawn_by_the_keys_of_epoch_step_and_place(mnist5k_config, mnist5k_splits, take):
+  """Resumed runs of any version draw the same batches."""
+  mnist5k_config.dataset.update(padding=2, flip=True)
+  step, place, size = STEPS_PER_EPOCH + 3, 5, 16
+  (batch,) = take(open_dataset(mnist5k_config), step, 1)
+  key = jax.random.fold_in(jax.random.key(mnist5k_config.seed), 1)  # Epoch 1, step 3.
+  order_key, augment_key = jax.random.split(key)
+  index = jax.random.permutation(order_key, 100)[3 * size + place]
+  image_key = jax.random.fold_in(jax.random.fold_in(augment_key, 3), place)
+  crop_key, flip_key = jax.random.split(image_key)
+  top, left = jax.random.randint(crop_key, (2,), 0, 5)
+  images, labels = mnist5k_splits['train']
+  image = np.pad(images[index], ((2, 2), (2, 2), (0, 0)))[top : top + 28, left : left + 28]
+  image = image[:, ::-1] if jax.random.bernoulli(flip_key) else image
+  dataset = mnist5k_config.dataset
+  expected = (image / 255 - dataset.mean[0]) / dataset.std[0]
+  np.testing.assert_allclose(batch['image'][place], expected, rtol=1e-4, atol=1e-5)
+  assert batch['label'][place] == labels[index]
+
+
 def test_an_epoch_visits_an_image_once_and_the_next_in_another_order(
   mnist5k_config, mnist5k_splits, numbers_of, take
 ):
@@ -88,8 +120,6 @@ def test_an_epoch_visits_an_image_once_and_the_next_in_another_order(
 
 
 def test_batches_are_floats_and_integers_a_device(mnist5k_config, train_batches):
-  import jax
-
   batch = next(train_batches(open_dataset(mnist5k_config), 0))
   devices = jax.local_device_count()
   assert batch['image'].shape == (devices, 16 // devices, 28, 28, 1)

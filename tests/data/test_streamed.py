@@ -134,6 +134,15 @@ def test_batches_depend_on_seed_and_step_alone(config, take):
   assert np.any(other['label'] != run[0]['label'])
 
 
+def test_stacks_of_steps_hold_the_same_batches(config, take):
+  one_by_one = take(open_dataset(config), 1, 2 * STEPS_PER_EPOCH)
+  config.steps_per_dispatch = 3
+  for most in (1, 2, 3):  # No read crosses the end of a stack or of an epoch.
+    stacked = take(open_dataset(config), 1, 2 * STEPS_PER_EPOCH, most)
+    for batch, expected in zip(stacked, one_by_one, strict=True):
+      assert_same(batch, expected)
+
+
 def test_an_epoch_visits_an_image_once_and_the_next_in_another_order(config, take):
   batches = take(open_dataset(config), 0, 2 * STEPS_PER_EPOCH)
   epochs = []
