@@ -10,8 +10,8 @@ h200 and b200 with a number of GPUs, as in h100:8; and cpu, this machine.
 
 The floor of a step is the longest of four times, none of which a step can go below unless caches
 save memory traffic: operations over the rate of the matrix units, bytes over memory bandwidth,
-launches at 1 µs each (GPUs), and bytes of collectives over the interconnect. Rates are published
-figures (planning/targets.py); those of the CPU are measured.
+launches (on GPUs 1 µs each in CUDA graphs, 2 µs outside), and bytes of collectives over the
+interconnect. Rates are published figures (planning/targets.py); those of the CPU are measured.
 """
 
 import argparse
@@ -50,8 +50,8 @@ class Record:
     batch_size: Images per step, over all devices.
     fits: Whether the step fits the memory of a device.
     operations: Matrix operations, two per multiply-add.
-    bytes: What the launched instructions read and write, caches aside: as the compiler says, or
-      counted where it does not (GPUs).
+    bytes: What the launched instructions read and write, caches aside. The compilers' own figures
+      differ: they count all of an array of which a kernel reads a part.
     hbm_bytes: Those of them that lie in the main memory of the device, with padding.
     launches: Kernels, library calls, copies and collectives.
     launches_in_graphs: Those that lie in CUDA graphs; None for other targets.
@@ -196,9 +196,8 @@ def plan(
     ) from error
   compile_seconds = time.monotonic() - start
   counted, memory = counts.count_hlo(compiled.as_text()), compiled.memory_analysis()
-  accessed = (compiled.cost_analysis() or {}).get('bytes accessed')
   work = limits.work(phase, batch_size // num_devices, common.image_shape(config))
-  times = _least_times(target, config.model.dtype, work['operations'], counted)
+  times = _least_times(target, config.model.dtype, work['operations'], counted, in_graphs or 0)
   bound_by = max(times, key=times.get)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   peak = arguments + memory.output_size_in_bytes + temporary - memory.alias_size_in_bytes
@@ -212,7 +211,7 @@ def plan(
     batch_size=batch_size,
     fits=capacity is None or peak <= capacity,
     operations=work['operations'],
-    bytes=accessed or counted.bytes,
+    bytes=counted.bytes,
     hbm_bytes=counted.hbm_bytes,
     launches=counted.launches,
     launches_in_graphs=in_graphs,
@@ -264,7 +263,7 @@ def _compile(lowered, target):
   return compiled, in_graphs
 
 
-def _least_times(target, dtype, operations, counted):
+def _least_times(target, dtype, operations, counted, in_graphs):
   """Seconds that each of the resources of a device takes at least."""
   if target.chip is None:
     rates = measure_rates(dtype)
@@ -273,12 +272,13 @@ def _least_times(target, dtype, operations, counted):
       'bytes': counted.hbm_bytes / rates['bytes'],
     }
   chip, num_devices = target.chip, len(target.devices)
+  inside, outside = chip.seconds_per_launch
   # A ring sends each byte of an all-reduce twice, but for each device's own part.
   sent = 2 * (num_devices - 1) / num_devices * counted.collective_bytes
   return {
     'operations': operations / chip.rates[dtype],
     'bytes': counted.hbm_bytes / chip.bandwidth,
-    'launches': counted.launches * chip.seconds_per_launch,
+    'launches': in_graphs * inside + (counted.launches - in_graphs) * outside,
     'collectives': sent / chip.interconnect,
   }
 

@@ -355,7 +355,7 @@ def on_devices(
   )
   # pmap takes no compiler options, so the step is compiled ahead of time. With several hosts, the
   # compiled program would not accept the arrays of one host, so the options are left out.
-  options = compiler_options()
+  options = {**compiler_options(), **_step_options()}
   if not options or devices is not None or jax.process_count() > 1:
     return step
   programs = {}
@@ -368,3 +368,13 @@ def on_devices(
     return programs[shapes](*arguments)
 
   return run
+
+
+def _step_options():
+  """Compiler options for steps alone: on CPUs LLVM's first level compiles a fifth faster.
+
+  Its third level makes no faster steps, because their time goes to matrix products and memory.
+  """
+  if jax.default_backend() != 'cpu' or jax.config.read('jax_disable_most_optimizations'):
+    return {}
+  return {'xla_backend_optimization_level': 1}

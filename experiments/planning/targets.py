@@ -25,8 +25,8 @@ class Chip:
     bandwidth: Bytes per second of its memory.
     memory: Bytes of its memory.
     interconnect: Bytes per second that it sends to the other chips, in one direction.
-    seconds_per_launch: The least time that a kernel takes on the device, or 0 where the program is
-      one kernel.
+    seconds_per_launch: The least time that a kernel takes, or 0 where the program is one kernel: in
+      a CUDA graph, and outside, where the host starts it.
     gpu: For GPUs, what XLA's target configuration says of it; see `_target_config`.
   """
 
@@ -34,7 +34,7 @@ class Chip:
   bandwidth: float
   memory: float
   interconnect: float
-  seconds_per_launch: float = 0.0
+  seconds_per_launch: tuple[float, float] = (0.0, 0.0)
   gpu: Mapping[str, Any] | None = None
 
 
@@ -50,8 +50,9 @@ def _gpu(bfloat16, tf32, bandwidth, interconnect, **gpu):
   return Chip(rates, bandwidth, gpu['memory'], interconnect, _SECONDS_PER_LAUNCH, gpu)
 
 
-# A kernel that does nothing takes 1 to 3 µs by common reports, least inside of a CUDA graph.
-_SECONDS_PER_LAUNCH = 1e-6
+# A kernel that does nothing takes 1 to 3 µs by common reports. Assumed, not measured: the least of
+# that in a CUDA graph, and twice as long where the host starts each kernel.
+_SECONDS_PER_LAUNCH = (1e-6, 2e-6)
 
 # TPUs: Google Cloud's pages on each version; the interconnect is half of the bidirectional figure.
 # GPUs: NVIDIA's data sheets, SXM form, dense rates; NVLink likewise halved.
