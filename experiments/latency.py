@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   network = networks.restore_network(
     config, workdir, len(config.phases) - 1, classifier.num_classes, classifier.image.shape
   )
-  full = full_program(network.model, network.variables, config.dataset)
+  full = full_program(network.model, network.weights.variables, config.dataset)
   runs = {
     method: {mode: partial(run, full, classifier, method, mode) for mode in _MODES}
     for method in methods

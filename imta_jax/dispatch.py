@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from imta_jax.steps import TrainState
+from imta_jax.train_state import TrainState
 
 # Steps of about so many seconds are sent at once: long enough that sending them takes a negligible
 # part, short enough that a stop request takes effect soon.

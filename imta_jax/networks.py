@@ -9,7 +9,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax import checkpoint, devices, evaluate, models, steps
+from imta_jax import checkpoint, devices, evaluate, models, steps, train_state
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
@@ -34,7 +34,7 @@ class TrainedNetwork:
 
   name: str
   model: MultiExitNetwork
-  weights: steps.Weights
+  weights: train_state.Weights
   predict: Callable
   costs: list[ExitCost]
 
@@ -101,8 +101,8 @@ def restore_network(
   model = create_model(config, phase, num_classes)
   variables = initial_variables(model, config.seed, image_shape)
   # Only the structure of the optimizer's state matters.
-  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.0))
-  like = steps.create_state(variables, phase.trained, optimizer)
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.0))
+  like = train_state.create_state(variables, phase.trained, optimizer)
   folder = layout.checkpoint_folder(workdir, name)
   with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
     chosen = chosen_state(checkpoints, like, phase, name, workdir)
@@ -113,11 +113,11 @@ def restore_network(
 
 def chosen_state(
   checkpoints: checkpoint.Checkpoints,
-  like: steps.TrainState,
+  like: train_state.TrainState,
   phase: ConfigDict,
   name: str,
   workdir: epath.Path,
-) -> steps.TrainState:
+) -> train_state.TrainState:
   """Restores the state that the config of a phase chooses: the best or the last one.
 
   Raises:

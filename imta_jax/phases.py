@@ -7,7 +7,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from imta_jax import networks, steps
+from imta_jax import networks, steps, train_state
 from imta_jax import workdir as layout
 from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -34,7 +34,7 @@ class Phase:
   model: MultiExitNetwork
   num_steps: int
   schedule: optax.Schedule
-  state: steps.TrainState
+  state: train_state.TrainState
   teacher: Mapping[str, Any]
   train_step: Callable
   predict_step: Callable
@@ -73,8 +73,8 @@ def set_up_phase(
   if predecessor is not None:
     variables = transplant(predecessor[1], variables)
   num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
-  schedule = steps.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
-  optimizer = steps.create_optimizer(phase, schedule)
+  schedule = train_state.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
+  optimizer = train_state.create_optimizer(phase, schedule)
   teacher_model, teacher = _teacher(phase, predecessor)
   return Phase(
     name=layout.phase_name(index),
@@ -82,7 +82,7 @@ def set_up_phase(
     model=model,
     num_steps=num_steps,
     schedule=schedule,
-    state=steps.create_state(variables, phase.trained, optimizer),
+    state=train_state.create_state(variables, phase.trained, optimizer),
     teacher=teacher,
     train_step=steps.make_train_step(model, teacher_model, phase, optimizer),
     predict_step=steps.make_predict_step(model),

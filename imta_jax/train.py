@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax import checkpoint, devices, evaluate, networks, steps
+from imta_jax import checkpoint, devices, evaluate, networks, steps, train_state
 from imta_jax import config as config_lib
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import exit_costs
@@ -112,7 +112,7 @@ def _train_phase(
   axes = (None, None, dataset.source_axes, None)
   dispatch = Dispatcher(steps.on_devices(loop, axes, donated=(0,)), num_at_once)
   predict = steps.on_devices(phase.predict_step, (None, 0))
-  empty_totals = steps.empty_totals(phase.model.num_exits)
+  empty_totals = train_state.empty_totals(phase.model.num_exits)
   teacher = devices.replicate(pack(phase.teacher))
 
   tensorboard = layout.tensorboard_folder(workdir, name)

@@ -1,13 +1,13 @@
-"""Steps: learning rates, updates, and the variables that a step changes."""
+"""Steps: updates, and the variables that a step changes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from imta_jax import config as config_lib
-from imta_jax import devices, models, networks, steps
+from imta_jax import devices, models, steps, train_state
+from imta_jax.models.convolution import convolve
 from imta_jax.models.initial_values import initialize
 from imta_jax.packing import pack, unpack
 from imta_jax.techniques.one_for_all import one_for_all_loss
@@ -66,130 +66,17 @@ def train_mode_logits(model, variables, inputs, method='__call__'):
   return model.apply(variables, inputs, train=True, mutable=['batch_stats'], method=method)[0]
 
 
-def rates(schedule, at):
-  return [float(schedule(step)) for step in at]
-
-
 def assert_same(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def test_multistep_divides_the_rate_by_ten_after_each_drop():
-  phase = make_phase(learning_rate=0.1, milestones=(0.5, 0.75))
-  schedule = steps.create_schedule(phase, num_steps=200, steps_per_epoch=10, batch_size=64)
-  at = [0, 1, 99, 100, 149, 150, 199]
-  np.testing.assert_allclose(
-    rates(schedule, at), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5
-  )
-
-
-def test_the_papers_drops_come_after_150_and_225_epochs():
-  phase = config_lib.default().phases[0]
-  schedule = steps.create_schedule(phase, 300 * 703, 703, 64)
-  at = [150 * 703 - 1, 150 * 703, 225 * 703 - 1, 225 * 703]
-  np.testing.assert_allclose(rates(schedule, at), [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
-
-
-def test_cosine_falls_along_half_a_wave():
-  phase = make_phase(learning_rate=0.2, schedule='cosine')
-  schedule = steps.create_schedule(phase, 100, 10, 64)
-  at = np.array([0, 10, 50, 99, 100])
-  np.testing.assert_allclose(
-    rates(schedule, at), 0.1 * (1 + np.cos(np.pi * at / 100)), rtol=1e-4, atol=1e-8
-  )
-
-
-@pytest.mark.parametrize('kind', ['multistep', 'cosine'])
-def test_warm_up_rises_in_a_line_and_hands_over_to_the_schedule(kind):
-  phase = make_phase(learning_rate=0.4, schedule=kind, warmup_epochs=2.0)
-  schedule = steps.create_schedule(phase, 200, 10, 64)
-  at = np.arange(20)
-  np.testing.assert_allclose(rates(schedule, at), 0.4 * at / 20, rtol=1e-5)
-  after = np.array([20, 60, 99, 100, 149, 150, 199])
-  if kind == 'cosine':
-    expected = 0.2 * (1 + np.cos(np.pi * (after - 20) / 180))
-  else:  # Drops are fractions of the whole phase, warm-up included.
-    expected = [0.4, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004]
-  np.testing.assert_allclose(rates(schedule, after), expected, rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.parametrize('kind', ['multistep', 'cosine'])
-def test_the_rate_scales_with_the_batch(kind):
-  phase = make_phase(learning_rate=0.1, schedule=kind, warmup_epochs=1.0)
-  at = range(0, 100, 7)
-  plain = rates(steps.create_schedule(phase, 100, 10, 256), at)
-  phase.reference_batch_size = 64
-  scaled = rates(steps.create_schedule(phase, 100, 10, 256), at)
-  np.testing.assert_allclose(scaled, 4 * np.array(plain), rtol=1e-5)
-
-
-@pytest.mark.parametrize('nesterov', [True, False])
-def test_the_optimizer_is_sgd_with_momentum_and_weight_decay(nesterov):
-  phase = make_phase(learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
-  schedule = steps.create_schedule(phase, 4, 2, 64)
-  optimizer = steps.create_optimizer(phase, schedule)
-  random = np.random.default_rng(0)
-  params = {
-    'conv': {'kernel': random.normal(size=(3, 2)).astype(np.float32)},
-    'norm': {'scale': random.normal(size=2).astype(np.float32)},
-  }
-  expected = jax.tree.map(np.float64, params)
-  momentum = jax.tree.map(np.zeros_like, expected)
-  state = optimizer.init(params)
-  for rate in (0.1, 0.1, 0.01, 0.001):
-    gradient = jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), params)
-    updates, state = optimizer.update(gradient, state, params)
-    params = optax.apply_updates(params, updates)
-
-    penalised = jax.tree.map(lambda g, p: g + 0.01 * p, gradient, expected)
-    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, penalised)
-    step = jax.tree.map(lambda m, g: g + 0.9 * m if nesterov else m, momentum, penalised)
-    expected = jax.tree.map(lambda p, s, rate=rate: p - rate * s, expected, step)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
-
-
-def test_kernels_alone_decay_where_asked():
-  params = {
-    'conv': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)},
-    'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
-  }
-  for decayed in ('kernels', 'everything'):
-    phase = make_phase(decayed=decayed, weight_decay=0.5, momentum=0.0, learning_rate=1.0)
-    optimizer = steps.create_optimizer(phase, optax.constant_schedule(1.0))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    rest = 0.0 if decayed == 'kernels' else -0.5
-    assert_same(updates['conv']['kernel'], jnp.full((3, 2), -0.5))
-    assert_same(updates['conv']['bias'], jnp.full(2, rest))
-    assert_same(updates['norm'], {'scale': jnp.full(2, rest), 'bias': jnp.full(2, rest)})
-
-
-def test_everything_is_trained_or_the_classifiers_alone():
-  variables = initialize(make_model(collaboration='network'), 0, SHAPE)
-  optimizer = optax.sgd(0.1, momentum=0.9)
-  everything = steps.create_state(variables, 'everything', optimizer)
-  assert everything.frozen.tree == {}
-  assert everything.trained.tree.keys() == variables['params'].keys()
-
-  state = steps.create_state(variables, 'last_layers', optimizer)
-  trained = {f'classifiers_{i}' for i in range(NUM_EXITS)}
-  assert set(state.trained.tree) == trained
-  assert set(state.frozen.tree) == set(variables['params']) - trained
-  assert jax.tree.structure(state.opt_state[0].trace) == jax.tree.structure(state.trained)
-  for made in (everything, state):
-    assert int(made.step) == 0
-    assert_same(made.weights.variables, variables)
-    assert jax.tree.all(jax.tree.map(lambda total: not np.any(total), made.totals))
-    assert made.totals['accuracy'].shape == (NUM_EXITS,)
 
 
 @pytest.fixture(scope='module')
 def phase_one_steps():
   """States of phase I before the first step, after one step and after two."""
   model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
-  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), (None, None, 0))
-  state = steps.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  state = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
   states = [devices.replicate(state)]
   for seed in range(2):
     states.append(step(states[-1], {}, make_batch(seed)))
@@ -247,6 +134,31 @@ def test_batch_statistics_move_a_tenth_towards_the_batch(phase_one_steps):
   np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * out.var((0, 1, 2)), rtol=1e-3)
 
 
+@pytest.mark.parametrize('axis', [None, devices.AXIS])
+def test_running_statistics_are_the_same_on_all_devices(axis):
+  """Whether batch norm averages over devices or not."""
+  model, phase = make_model(batch_norm_axis=axis), make_phase()
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.make_train_step(model, None, phase, optimizer)
+  state = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  parts = jax.tree.map(lambda *arrays: np.concatenate(arrays), make_batch(0), make_batch(1))
+  step = jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name=devices.AXIS))
+  after = step(state, {}, parts)
+  for one, other in (jax.tree.map(np.asarray, leaf) for leaf in jax.tree.leaves(after.weights)):
+    np.testing.assert_array_equal(one, other)
+  # The first convolution sees the images themselves.
+  stats = jax.tree.map(lambda leaf: leaf[0], after.batch_stats).tree
+  var = stats['stages_0']['layers_0']['scale_0']['norm']['var']
+  kernel = state.trained.tree['stages_0']['layers_0']['scale_0']['conv']['kernel']
+  maps = convolve(flat(parts)['image'], kernel, 1, 1)
+  of_parts = np.stack(
+    [part.var((0, 1, 2)) for part in np.split(np.asarray(maps), len(parts['image']))]
+  )
+  expected = maps.var((0, 1, 2)) if axis else of_parts.mean(0)
+  assert np.abs(maps.var((0, 1, 2)) - of_parts.mean(0)).max() > 1e-3
+  np.testing.assert_allclose(var, 0.9 + 0.1 * expected, rtol=1e-4)
+
+
 def backbone(tree):
   return {name: part for name, part in tree.items() if not name.startswith('classifiers_')}
 
@@ -260,11 +172,11 @@ def phase_two_step(request):
   teacher = {  # As train.py gives it: the classifiers alone; the backbone is the student's.
     'params': {n: t for n, t in teacher['params'].items() if n.startswith('classifiers_')}
   }
-  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.on_devices(
     steps.make_train_step(model, teacher_model, phase, optimizer), (None, None, 0)
   )
-  before = devices.replicate(steps.create_state(variables, 'last_layers', optimizer))
+  before = devices.replicate(train_state.create_state(variables, 'last_layers', optimizer))
   batch = make_batch()
   after = unpack(jax.device_get(step(before, devices.replicate(teacher), batch)))
   before = unpack(jax.device_get(before))
@@ -331,7 +243,7 @@ def test_a_loop_takes_the_steps_one_by_one(trained):
   """Any number of steps at once leads to the same state, bit for bit."""
   phase = make_phase(trained=trained, learning_rate=0.1)
   model = make_model()
-  optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.make_train_step(model, None, phase, optimizer)
   batches = [make_batch(seed) for seed in range(3)]
   source = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *batches)
@@ -343,7 +255,9 @@ def test_a_loop_takes_the_steps_one_by_one(trained):
   def run(one_step, counts):
     loop = steps.make_train_loop(step, draw, dtype=model.dtype, one_step=one_step)
     loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
-    state = devices.replicate(steps.create_state(initialize(model, 0, SHAPE), trained, optimizer))
+    state = devices.replicate(
+      train_state.create_state(initialize(model, 0, SHAPE), trained, optimizer)
+    )
     for count in counts:
       state, number = loop(state, pack({}), source, np.int32(count))
     assert int(number) == int(state.step) == sum(counts)
@@ -360,27 +274,13 @@ def test_a_loop_takes_the_steps_one_by_one(trained):
   )
 
 
-def test_a_step_takes_and_returns_few_arrays():
-  config = config_lib.default()
-  config.model.num_exits = 7
-  for index, phase in enumerate(config.phases):
-    model = networks.create_model(config, phase, num_classes=100)
-    variables = networks.initial_variables(model, 0, (32, 32, 3))
-    optimizer = steps.create_optimizer(phase, optax.constant_schedule(0.1))
-    state = steps.create_state(variables, phase.trained, optimizer)
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
-    assert num_parameters > 3_900_000, index
-    teacher, source = pack(variables), 6
-    assert 2 * len(jax.tree.leaves(state)) + len(jax.tree.leaves(teacher)) + source <= 50
-
-
 def test_predictions_are_the_models_in_the_order_of_the_images():
   model = make_model(collaboration='network')
   variables = initialize(model, 0, SHAPE)
   batch = make_batch()
   batch['mask'] = np.arange(batch['label'].size).reshape(batch['label'].shape) % 3 != 0
   predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
-  weights = steps.create_state(variables, 'last_layers', optax.sgd(0.1)).weights
+  weights = train_state.create_state(variables, 'last_layers', optax.sgd(0.1)).weights
   logits, labels, mask = predict(devices.replicate(weights), batch)
   expected = jax.jit(model.apply)(variables, flat(batch)['image'])
   assert logits.shape == (NUM_EXITS, batch['label'].size, NUM_CLASSES)

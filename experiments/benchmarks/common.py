@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax import devices, phases, steps
+from imta_jax import devices, phases, steps, train_state
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
@@ -62,7 +62,7 @@ class Task:
     }
     return jax.pmap(lambda batch: batch)(parts)
 
-  def train_loop(self) -> tuple[Callable, steps.TrainState, Any, Batch]:
+  def train_loop(self) -> tuple[Callable, train_state.TrainState, Any, Batch]:
     """Returns the mapped training loop, and the state, teacher and batches on the devices.
 
     The loop takes these and a number of steps, as in training: 1 on CPUs. Its steps alternate
