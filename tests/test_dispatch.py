@@ -57,6 +57,21 @@ def test_a_given_number_is_kept(clock):
   assert run.most == 7
 
 
+def test_all_hosts_take_what_the_first_one_chooses(clock, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  chosen = []
+
+  def broadcast(value):
+    chosen.append(int(value))
+    return np.int32(3)
+
+  monkeypatch.setattr(dispatch.multihost_utils, 'broadcast_one_to_all', broadcast)
+  run, _, _ = make(clock, 0.1)
+  for _ in range(2):
+    run('state', {}, None, 1)
+  assert (chosen, run.most) == ([5], 3)
+
+
 def test_two_dispatches_are_ahead_of_the_last_finished_one(clock):
   run, _, waited = make(clock, 0.1)
   for _ in range(6):
