@@ -66,7 +66,8 @@ def _batch_norm(relu, axis_name, maps, scale, bias):
 
 def _forward(relu, axis_name, maps, scale, bias):
   wide = [x.astype(jnp.float32) for x in maps]
-  mean, square = _average(axis_name, _join([_means(x, jnp.square(x)) for x in wide])).T
+  sums = [_sums(x, jnp.square(x)) for x in wide]
+  mean, square = _average(axis_name, _join(_means(maps, sums))).T
   var = jnp.maximum(square - jnp.square(mean), 0)
   # The barrier makes one kernel of all that depends on the statistics alone; without it, kernels
   # for whole maps would compute parts of it again for every pixel.
@@ -90,8 +91,8 @@ def _backward(relu, axis_name, residuals, gradients):
       jnp.where(x * scale + bias > 0, g, 0)
       for g, x, _, _, scale, bias in zip(masked, normalized, *of_maps, strict=True)
     ]
-  means = [_means(g * x, g) for g, x in zip(masked, normalized, strict=True)]
-  products, gradient_means = zip(*_average_each(axis_name, maps, means), strict=True)
+  sums = [_sums(g * x, g) for g, x in zip(masked, normalized, strict=True)]
+  products, gradient_means = zip(*_average_each(axis_name, maps, _means(maps, sums)), strict=True)
   (factors,) = _split(maps, scale * inverse)
   map_gradients = tuple(
     ((g - mean - x * product) * factor).astype(original.dtype)
@@ -99,10 +100,7 @@ def _backward(relu, axis_name, residuals, gradients):
       maps, masked, normalized, products, gradient_means, factors, strict=True
     )
   )
-  scale_gradient, bias_gradient = (
-    jnp.concatenate([x.size / x.shape[-1] * mean for x, mean in zip(maps, of_maps, strict=True)])
-    for of_maps in zip(*means, strict=True)
-  )
+  scale_gradient, bias_gradient = map(jnp.concatenate, zip(*sums, strict=True))
   return map_gradients, scale_gradient, bias_gradient
 
 
@@ -124,26 +122,31 @@ def _split(maps, *arrays):
   return [jnp.split(array, ends) for array in arrays]
 
 
-def _means(*values: jax.Array) -> Sequence[jax.Array]:
-  """Means [channels] of arrays [batch, ..., channels] of one shape."""
+def _sums(*values: jax.Array) -> Sequence[jax.Array]:
+  """Sums [channels] of arrays [batch, ..., channels] of one shape, in one reduction."""
   axes = tuple(range(values[0].ndim - 1))
-  count = values[0].size / values[0].shape[-1]
 
-  def add(values, axes):
+  def add(*values, axes=axes):
     return jax.lax.reduce(values, (0.0,) * len(values), _add, axes)
 
-  def per_image(*values):
-    values = add(values, axes[1:])
-    return tuple(total / count for total in add(values, (0,)))
+  def add_images(*values):
+    # XLA adds term by term on CPUs, which loses precision in long sums: two decimal digits if all
+    # pixels of a batch are added at once, instead of those of each image and then the images.
+    return add(*add(*values, axes=axes[1:]), axes=(0,))
 
-  def in_one_pass(*values):
-    return tuple(total / count for total in add(values, axes))
-
-  return jax.lax.platform_dependent(*values, cpu=per_image, default=in_one_pass)
+  return jax.lax.platform_dependent(*values, cpu=add_images, default=add)
 
 
 def _add(values, others):
   return tuple(map(jnp.add, values, others))
+
+
+def _means(maps, sums):
+  """Divides the sums of each map by its number of pixels."""
+  return [
+    tuple(total * (x.shape[-1] / x.size) for total in of_map)
+    for x, of_map in zip(maps, sums, strict=True)
+  ]
 
 
 def _join(means):
