@@ -83,11 +83,13 @@ def _in_best_form(function, operands, *more):
     9 * (4 * fine.shape[-1] + x.shape[-1]) * (fine_kernel.shape[-1] + kernel.shape[-1])
   )
   zeros = x.size // x.shape[-1] * (weights_as_one - weights)
+  # Exported networks take batches of any size; those that are large are faster apart.
+  few = isinstance(zeros, int) and zeros <= _MAX_ZEROS
   return jax.lax.platform_dependent(
     *more,
     *operands,
     cpu=partial(function, _pair_apart),
-    default=partial(function, _pair_as_one if zeros <= _MAX_ZEROS else _pair_apart),
+    default=partial(function, _pair_as_one if few else _pair_apart),
   )
 
 
