@@ -66,8 +66,11 @@ def _batch_norm(relu, axis_name, maps, scale, bias):
 
 def _forward(relu, axis_name, maps, scale, bias):
   wide = [x.astype(jnp.float32) for x in maps]
-  sums = [_sums(x, jnp.square(x)) for x in wide]
-  mean, square = _average(axis_name, _join(_means(maps, sums))).T
+  means = [
+    [total / pixels for total in _sums(x, jnp.square(x))]
+    for x, pixels in zip(wide, _pixels(maps), strict=True)
+  ]
+  mean, square = _average(axis_name, _join(means)).T
   var = jnp.maximum(square - jnp.square(mean), 0)
   # The barrier makes one kernel of all that depends on the statistics alone; without it, kernels
   # for whole maps would compute parts of it again for every pixel.
@@ -92,12 +95,13 @@ def _backward(relu, axis_name, residuals, gradients):
       for g, x, _, _, scale, bias in zip(masked, normalized, *of_maps, strict=True)
     ]
   sums = [_sums(g * x, g) for g, x in zip(masked, normalized, strict=True)]
-  products, gradient_means = zip(*_average_each(axis_name, maps, _means(maps, sums)), strict=True)
+  products, gradient_sums = zip(*_average_each(axis_name, maps, sums), strict=True)
   (factors,) = _split(maps, scale * inverse)
+  # (g - mean of g - x · mean of g x) · factor; dividing the sums alone would take kernels.
   map_gradients = tuple(
-    ((g - mean - x * product) * factor).astype(original.dtype)
-    for original, g, x, product, mean, factor in zip(
-      maps, masked, normalized, products, gradient_means, factors, strict=True
+    ((g - (total + x * product) / pixels) * factor).astype(original.dtype)
+    for original, pixels, g, x, product, total, factor in zip(
+      maps, _pixels(maps), masked, normalized, products, gradient_sums, factors, strict=True
     )
   )
   scale_gradient, bias_gradient = map(jnp.concatenate, zip(*sums, strict=True))
@@ -141,25 +145,22 @@ def _add(values, others):
   return tuple(map(jnp.add, values, others))
 
 
-def _means(maps, sums):
-  """Divides the sums of each map by its number of pixels."""
-  return [
-    tuple(total * (x.shape[-1] / x.size) for total in of_map)
-    for x, of_map in zip(maps, sums, strict=True)
-  ]
+def _pixels(maps):
+  """Returns the number of pixels of each map in all images."""
+  return [x.size // x.shape[-1] for x in maps]
 
 
-def _join(means):
-  """Joins pairs of means [channels], one pair per map, to an array [channels of all maps, 2]."""
-  return jnp.concatenate([jnp.stack(pair, axis=1) for pair in means])
+def _join(pairs):
+  """Joins pairs of arrays [channels], one pair per map, to an array [channels of all maps, 2]."""
+  return jnp.concatenate([jnp.stack(pair, axis=1) for pair in pairs])
 
 
-def _average(axis_name, means):
-  return means if axis_name is None else jax.lax.pmean(means, axis_name)
+def _average(axis_name, values):
+  return values if axis_name is None else jax.lax.pmean(values, axis_name)
 
 
-def _average_each(axis_name, maps, means):
-  """Averages pairs of means over devices, in one exchange."""
+def _average_each(axis_name, maps, pairs):
+  """Averages pairs of arrays [channels] over devices, in one exchange."""
   if axis_name is None or jax.lax.axis_size(axis_name) == 1:
-    return means
-  return [part.T for part in _split(maps, _average(axis_name, _join(means)))[0]]
+    return pairs
+  return [part.T for part in _split(maps, _average(axis_name, _join(pairs)))[0]]
