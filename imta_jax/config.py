@@ -69,6 +69,9 @@ def phase_one() -> ConfigDict:
       # Mode of batch norm in layers that are not trained; the published code uses 'training'.
       'frozen_batch_norm': 'evaluation',
       'gradient_equilibrium': 'all',
+      # Share of each coarsest map's channels that later exits train; 1 turns feature partitioning
+      # off, its publication has 0.5.
+      'shared_channels': 1.0,
       'collaboration': 'off',
       'stop_collaboration_gradient': True,
       # State for the next phase and for evaluation: 'best' has the highest validation accuracy,
@@ -117,6 +120,7 @@ _BOUNDS = {
 _DATASET_BOUNDS = {'validation_size': (0, True), 'image_size': (0, True), 'padding': (0, False)}
 _PHASE_BOUNDS = {
   'alpha': (0, False),
+  'shared_channels': (0, False),
   'temperature': (0, True),
   'learning_rate': (0, True),
   'warmup_epochs': (0, False),
@@ -196,8 +200,9 @@ def validate(config: ConfigDict) -> None:
     _check_range(phase, {'epochs' if phase['steps'] is None else 'steps': (0, True)}, path)
     if phase['reference_batch_size'] is not None:
       _check_range(phase, {'reference_batch_size': (0, True)}, path)
-    if phase['alpha'] > 1:
-      raise UsageError(f'{path}.alpha is {phase["alpha"]}: it must be from 0 to 1')
+    for field in ('alpha', 'shared_channels'):
+      if phase[field] > 1:
+        raise UsageError(f'{path}.{field} is {phase[field]}: it must be from 0 to 1')
   _check_range(fields, _BOUNDS, 'config')
   if fields['steps_per_dispatch'] is not None:
     _check_range(fields, {'steps_per_dispatch': (0, True)}, 'config')

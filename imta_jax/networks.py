@@ -51,6 +51,7 @@ def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> Mul
       config.model.name,
       num_classes=num_classes,
       gradient_equilibrium=phase.gradient_equilibrium,
+      shared_channels=phase.shared_channels,
       collaboration=phase.collaboration,
       stop_collaboration_gradient=phase.stop_collaboration_gradient,
       batch_norm_axis=devices.AXIS if config.global_batch_norm else None,

@@ -19,6 +19,7 @@ def create(
   *,
   num_classes: int = 100,
   gradient_equilibrium: str = 'all',
+  shared_channels: float = 1.0,
   collaboration: str = 'off',
   stop_collaboration_gradient: bool = True,
   dtype: Any = jnp.float32,
@@ -32,6 +33,7 @@ def create(
     name: 'msdnet' or 'resnet'.
     num_classes: Number of classes.
     gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
+    shared_channels: See MultiExitNetwork.
     collaboration: 'off', 'identity' or 'network'; see MultiExitNetwork.
     stop_collaboration_gradient: See MultiExitNetwork.
     dtype: Type of the computation, 'float32' or 'bfloat16'.
@@ -75,6 +77,7 @@ def create(
     exits=exits,
     num_classes=num_classes,
     gradient_equilibrium=gradient_equilibrium,
+    shared_channels=shared_channels,
     collaboration=collaboration,
     stop_collaboration_gradient=stop_collaboration_gradient,
     dtype=dtype,

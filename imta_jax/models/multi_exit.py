@@ -1,4 +1,4 @@
-"""The multi-exit network: stages and exits of any architecture, combined with GE and ISC."""
+"""The multi-exit network: stages and exits of any architecture, combined with the techniques."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from imta_jax.techniques.feature_partitioning import partition
 from imta_jax.techniques.gradient_equilibrium import equilibrium_factors, scale_gradient
 from imta_jax.techniques.inline_collaboration import CollaborativeClassifier
 
@@ -28,6 +29,8 @@ class MultiExitNetwork(nn.Module):
     num_classes: Number of classes.
     gradient_equilibrium: Which maps GE rescales between stages: 'all' (as in the paper), 'coarsest'
       (only the last one, as in the published code) or 'off'.
+    shared_channels: The share of each coarsest map that later exits train (feature partitioning);
+      1 is off.
     collaboration: ISC between exits: 'off', 'identity' or 'network'.
     stop_collaboration_gradient: See CollaborativeClassifier.
     dtype: Type of the computation; variables and logits are float32.
@@ -41,6 +44,7 @@ class MultiExitNetwork(nn.Module):
   exits: Sequence[nn.Module]
   num_classes: int
   gradient_equilibrium: str = 'all'
+  shared_channels: float = 1.0
   collaboration: str = 'off'
   stop_collaboration_gradient: bool = True
   dtype: Any = jnp.float32
@@ -127,6 +131,8 @@ class MultiExitNetwork(nn.Module):
         scale_gradient(x, onward_factor) for x in rescaled
       )
       coarsest = scale_gradient(coarsest, exit_factor)
+    if self.shared_channels < 1:
+      features = (*features[:-1], partition(features[-1], self.shared_channels))
     return features, self.exits[index](coarsest, train)
 
 
