@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,46 +40,74 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """What all tables and figures take from the command line.
+class Runs:
+  """The finished runs of a table or figure.
 
   Attributes:
     folder: Folder of all workdirs.
-    output: Folder of tables and figures.
     scale: Length of the trainings as a fraction of the paper's.
-    seeds: Number of repetitions, with seeds from 0.
+    num_seeds: Number of repetitions, with seeds from 0.
     overrides: Values of config fields for all runs, by path, as text.
   """
 
   folder: epath.Path
-  output: epath.Path
   scale: float
-  seeds: int
+  num_seeds: int
   overrides: Mapping[str, str]
 
   def workdir(self, run: str, seed: int) -> epath.Path:
     """Returns the workdir of a run."""
     return self.folder / run / f'seed_{seed}'
 
+  def predictions(self, run: str, phase: int, split: str) -> list[evaluate.Predictions]:
+    """Returns the predictions of a run after a phase, counted from 0, for each seed."""
+    name = layout.phase_name(phase)
+    return [
+      evaluate.load_predictions(layout.predictions_path(self.workdir(run, seed), name, split))
+      for seed in range(self.num_seeds)
+    ]
 
-def start(description: str, name: str, runs: Sequence[Run]) -> Options:
-  """Reads the command line, trains if it says so, and otherwise names the missing runs.
+  def accuracies(self, run: str, phase: int) -> np.ndarray:
+    """Returns the accuracies on test images in %, [seed, exit]."""
+    return 100 * np.stack([p.accuracy() for p in self.predictions(run, phase, 'test')])
+
+  def metrics(self, run: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields what a run wrote while it trained, without a phase that it took from another run."""
+    for line in layout.metrics_path(self.workdir(run, seed)).read_text().splitlines():
+      yield json.loads(line)
+
+  def training_seconds(self, run: str, seed: int) -> float:
+    """Returns how long the training steps of a run took."""
+    seconds, last_step = 0.0, {}
+    for record in self.metrics(run, seed):
+      if 'speed/steps_per_second' in record:
+        steps = record['step'] - last_step.get(record['phase'], 0)
+        seconds += steps / record['speed/steps_per_second']
+        last_step[record['phase']] = record['step']
+    return seconds
+
+
+def main(
+  description: str, name: str, runs: Sequence[Run], write: Callable[[Runs, epath.Path], str]
+) -> None:
+  """Runs the command line of a table or figure.
 
   Args:
     description: What the program shows, for --help.
-    name: Name of the table or figure, for its default folders.
-    runs: The runs that it needs; those that others go on from come first.
-
-  Returns:
-    The options, once all runs are there.
+    name: Name of the table or figure.
+    runs: What it needs; runs that others go on from come first.
+    write: Writes the table or figure to a folder, and returns what to print.
 
   Raises:
-    UsageError: If an argument is wrong or runs are missing.
+    UsageError: If an argument is wrong, a training fails, or runs are missing.
   """
   parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=f'{description}\nFields of all runs can be set, as in --config.batch_size=128.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--train', action='store_true', help='train what is missing; resumes')
+  parser.add_argument(
+    '--train', action='store_true', help='train what is missing; resumes what was interrupted'
+  )
   parser.add_argument(
     '--scale',
     type=command_line.positive(float),
@@ -89,56 +117,52 @@ def start(description: str, name: str, runs: Sequence[Run]) -> Options:
   parser.add_argument(
     '--seeds', type=command_line.positive(int), default=3, help='repetitions; default: %(default)s'
   )
-  parser.add_argument('--runs', help=f'folder of the workdirs; default: runs/paper/{name}')
-  parser.add_argument('--output', help='folder of the results; default: results in that folder')
+  parser.add_argument(
+    '--runs', help='folder of the workdirs, which tables and figures share; default: runs/paper'
+  )
+  parser.add_argument('--output', help=f'folder of the results; default: {name} in that folder')
   known, others = parser.parse_known_args()
+  folder = epath.Path(known.runs or 'runs/paper').resolve()
+  chosen = Runs(folder, known.scale, known.seeds, _overrides(others))
+  wanted = [(run, seed) for seed in range(known.seeds) for run in runs]
+  if known.train:
+    for run, seed in wanted:
+      train(chosen, run, seed)
+  missing = [(run, seed) for run, seed in wanted if not is_finished(chosen.workdir(run.name, seed))]
+  if missing:
+    lines = (shlex.join(command(chosen, run, seed)) for run, seed in missing)
+    raise UsageError(
+      f'{len(missing)} of {len(wanted)} runs are missing in {folder}: add --train to train them '
+      'one after another with these commands\n' + '\n'.join(lines)
+    )
+  output = epath.Path(known.output or folder / name)
+  for run in runs:
+    content = (chosen.workdir(run.name, 0) / 'config.json').read_bytes()
+    layout.write_whole(output / 'configs' / f'{run.name.replace("/", "_")}.json', content)
+  print(write(chosen, output))
+
+
+def _overrides(arguments):
   overrides = {}
-  for argument in others:
+  for argument in arguments:
     path, equals, value = argument.partition('=')
     if not path.startswith('--config.') or not equals:
-      raise UsageError(
-        f'{argument!r} is not an argument: see --help; fields of all runs are set as in '
-        '--config.batch_size=128'
-      )
+      raise UsageError(f'{argument!r} is not an argument: see --help')
     overrides[path.removeprefix('--config.')] = value
-  folder = epath.Path(known.runs or f'runs/paper/{name}').resolve()
-  options = Options(
-    folder, epath.Path(known.output or folder / 'results'), known.scale, known.seeds, overrides
-  )
-  for seed in range(options.seeds):
-    for run in runs:
-      if known.train:
-        train(run, seed, options)
-  missing = [
-    f'{" ".join(map(shlex.quote, command(run, seed, options)))}'
-    + (f'  # after phase I of {run.first_phase_of}' if run.first_phase_of else '')
-    for seed in range(options.seeds)
-    for run in runs
-    if not is_finished(options.workdir(run.name, seed))
-  ]
-  if missing:
-    raise UsageError(
-      f'{len(missing)} of {len(runs) * options.seeds} runs are missing in {folder}; --train starts '
-      'them one after another:\n' + '\n'.join(missing)
-    )
-  return options
+  return overrides
 
 
-def command(run: Run, seed: int, options: Options) -> list[str]:
+def command(chosen: Runs, run: Run, seed: int) -> list[str]:
   """Returns the training command of a run."""
   config = config_lib.load_file(str(ROOT / run.config))
-  values = {
-    'seed': seed,
-    **{
-      f'phases[{index}].epochs': options.scale * phase.epochs
-      for index, phase in enumerate(config.phases)
-    },
-    **run.overrides,
-    **options.overrides,
+  epochs = {
+    f'phases[{index}].epochs': chosen.scale * phase.epochs
+    for index, phase in enumerate(config.phases)
   }
+  values = {'seed': seed, **epochs, **run.overrides, **chosen.overrides}
   return [
     *('python', '-m', 'imta_jax.main', f'--config={run.config}'),
-    f'--workdir={options.workdir(run.name, seed)}',
+    f'--workdir={chosen.workdir(run.name, seed)}',
     *(f'--config.{path}={value}' for path, value in values.items()),
   ]
 
@@ -148,52 +172,24 @@ def is_finished(workdir: epath.Path) -> bool:
   return (layout.evaluation_folder(workdir) / 'evaluation.json').exists()
 
 
-def train(run: Run, seed: int, options: Options) -> None:
+def train(chosen: Runs, run: Run, seed: int) -> None:
   """Trains a run if it is not finished, resuming where it stopped.
 
   Raises:
     UsageError: If the training fails.
   """
-  workdir = options.workdir(run.name, seed)
+  workdir = chosen.workdir(run.name, seed)
   if is_finished(workdir):
     return
   if run.first_phase_of is not None and not (workdir / 'config.json').exists():
-    _copy_first_phase(options.workdir(run.first_phase_of, seed), workdir)
-  arguments = command(run, seed, options)
-  print(' '.join(map(shlex.quote, arguments)), flush=True)
+    source, target = (
+      layout.checkpoint_folder(of_run, layout.phase_name(0))
+      for of_run in (chosen.workdir(run.first_phase_of, seed), workdir)
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+  arguments = command(chosen, run, seed)
+  print(shlex.join(arguments), flush=True)
   status = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT).returncode
   if status:
     raise UsageError(f'the training in {workdir} ended with status {status}')
-
-
-def _copy_first_phase(source, target):
-  folder = layout.checkpoint_folder(source, layout.phase_name(0))
-  copy = layout.checkpoint_folder(target, layout.phase_name(0))
-  if copy.exists():
-    shutil.rmtree(copy)
-  shutil.copytree(folder, copy)
-
-
-def accuracies(options: Options, run: str, phase: int) -> np.ndarray:
-  """Returns the accuracies on test images in %, [seed, exit], after a phase, counted from 0."""
-  return 100 * np.stack(
-    [
-      evaluate.load_predictions(
-        layout.predictions_path(options.workdir(run, seed), layout.phase_name(phase), 'test')
-      ).accuracy()
-      for seed in range(options.seeds)
-    ]
-  )
-
-
-def training_seconds(workdir: epath.Path) -> float:
-  """Returns the time that the training steps of a run took, without those of other runs."""
-  seconds, step, phase = 0.0, 0, None
-  for line in layout.metrics_path(workdir).read_text().splitlines():
-    record = json.loads(line)
-    if 'speed/steps_per_second' in record:
-      if record['phase'] != phase:
-        phase, step = record['phase'], 0
-      seconds += (record['step'] - step) / record['speed/steps_per_second']
-      step = record['step']
-  return seconds

@@ -2,21 +2,23 @@
 
     python experiments/paper/table_2.py --train
 
-Besides the paper's five rows there are phase II with plain cross-entropy, which tells what longer
-training alone gives, and feature partitioning (Deep Feature Surgery) in the place of GE. All runs of
-a seed have the same initial weights and batches.
+Besides the paper's five rows there are rows with phase II in plain cross-entropy ("longer"), which
+tell what longer training alone gives, and feature partitioning (Deep Feature Surgery) in the place
+of GE. All runs of a seed have the same initial weights and batches.
 """
 
-from runs import Run
+from functools import partial
 
-CONFIG = 'configs/cifar100.py:exits=5'
-PLAIN_FIRST = {'phases[0].gradient_equilibrium': 'off'}
-PLAIN_SECOND = {'phases[1].loss': 'cross_entropy', 'phases[1].collaboration': 'off'}
-RUNS = [
-  Run('none', CONFIG, PLAIN_FIRST | PLAIN_SECOND),
-  Run('GE', CONFIG, PLAIN_SECOND),
-  Run('partitioning', CONFIG, PLAIN_FIRST | {'phases[0].shared_channels': 0.5} | PLAIN_SECOND),
-  Run('ISC', CONFIG, PLAIN_FIRST | {'phases[1].loss': 'cross_entropy'}, 'none'),
-  Run('OFA', CONFIG, PLAIN_FIRST | {'phases[1].collaboration': 'off'}, 'none'),
-  Run('GE+ISC+OFA', CONFIG, {}, 'GE'),
-]
+import ablation
+import published
+import runs
+
+from imta_jax import command_line
+
+FOLDER = 'cifar100_exits=5'
+RUNS = ablation.runs_of('configs/cifar100.py:exits=5', FOLDER)
+
+if __name__ == '__main__':
+  title = 'Table 2: CIFAR-100, 5 exits'
+  write = partial(ablation.write, folder=FOLDER, title=title, paper=published.TABLE_2)
+  command_line.run(partial(runs.main, __doc__, 'table_2', RUNS, write))

@@ -1,0 +1,93 @@
+"""What each technique gives: the runs, rows and comparisons that Tables 2 and 3 share."""
+
+from collections.abc import Mapping, Sequence
+
+import report
+from etils import epath
+from runs import Run, Runs
+
+_PLAIN_FIRST = {'phases[0].gradient_equilibrium': 'off'}
+_PLAIN_SECOND = {'phases[1].loss': 'cross_entropy', 'phases[1].collaboration': 'off'}
+
+# Name of a row: the run, and the phase (counted from 0) after which it is read.
+_ROWS = {
+  'none': ('none', 0),
+  'GE': ('GE', 0),
+  'ISC': ('ISC', 1),
+  'OFA': ('OFA', 1),
+  'GE + ISC + OFA': ('GE+ISC+OFA', 1),
+  'none, longer': ('none', 1),
+  'GE, longer': ('GE', 1),
+  'partitioning': ('partitioning', 0),
+  'partitioning, longer': ('partitioning', 1),
+}
+_COMPARISONS = (
+  ('GE', 'none'),
+  ('ISC', 'none'),
+  ('OFA', 'none'),
+  ('GE + ISC + OFA', 'none'),
+  ('none, longer', 'none'),
+  ('ISC', 'none, longer'),
+  ('OFA', 'none, longer'),
+  ('GE, longer', 'none, longer'),
+  ('GE + ISC + OFA', 'GE, longer'),
+  ('partitioning', 'none'),
+  ('partitioning', 'GE'),
+  ('partitioning, longer', 'GE, longer'),
+)
+
+
+def runs_of(config: str, folder: str) -> list[Run]:
+  """Returns the runs for a network.
+
+  Phase II of the rows without ISC and OFA is plain cross-entropy, which tells what longer training
+  alone gives.
+
+  Args:
+    config: Config file with its argument.
+    folder: What the names of the runs start with.
+  """
+  return [
+    Run(f'{folder}/none', config, _PLAIN_FIRST | _PLAIN_SECOND),
+    Run(f'{folder}/GE', config, _PLAIN_SECOND),
+    Run(
+      f'{folder}/partitioning',
+      config,
+      _PLAIN_FIRST | {'phases[0].shared_channels': 0.5} | _PLAIN_SECOND,
+    ),
+    Run(
+      f'{folder}/ISC',
+      config,
+      _PLAIN_FIRST | {'phases[1].loss': 'cross_entropy'},
+      f'{folder}/none',
+    ),
+    Run(
+      f'{folder}/OFA', config, _PLAIN_FIRST | {'phases[1].collaboration': 'off'}, f'{folder}/none'
+    ),
+    Run(f'{folder}/GE+ISC+OFA', config, {}, f'{folder}/GE'),
+  ]
+
+
+def write(
+  runs: Runs, output: epath.Path, folder: str, title: str, paper: Mapping[str, Sequence[float]]
+) -> str:
+  """Writes the table, and returns it as Markdown.
+
+  Args:
+    runs: The finished runs of `runs_of`.
+    output: Where to write.
+    folder: See `runs_of`.
+    title: Heading of the table.
+    paper: The paper's accuracies in %, by row.
+  """
+  rows = {
+    name: report.row(name, runs.accuracies(f'{folder}/{run}', phase), paper.get(name))
+    for name, (run, phase) in _ROWS.items()
+  }
+  return report.write_table(
+    output,
+    title,
+    list(rows.values()),
+    [report.difference(rows[one], rows[other]) for one, other in _COMPARISONS],
+    report.provenance(runs, {f'{folder}/{run}' for run, _ in _ROWS.values()}),
+  )
