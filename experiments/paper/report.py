@@ -231,12 +231,9 @@ def provenance(runs: Runs, names: Iterable[str]) -> str:
     runs.training_seconds(name, seed) for name in names for seed in range(runs.num_seeds)
   )
   device = jax.devices()[0].device_kind
-  return '\n'.join(
-    [
-      f'Made by `{program}`: {runs.num_seeds} seed(s), {runs.scale:g} of the length of the '
-      f"paper's trainings. The training steps of all runs took {seconds / 3600:.1f} hours. Results "
-      f'were read on {jax.device_count()} × {device} with jax {jax.__version__}. The configs are in '
-      '[configs/](configs).',
-      '',
-    ]
+  return (
+    f"Made by `{program}`: {runs.num_seeds} seed(s), {runs.scale:g} of the length of the paper's "
+    f'trainings. The training steps of all runs took {seconds / 3600:.1f} hours. Results were read '
+    f'on {jax.device_count()} × {device} with jax {jax.__version__}. The configs are in '
+    '[configs/](configs).\n'
   )
