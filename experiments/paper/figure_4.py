@@ -26,7 +26,13 @@ CURVES = [
 ]
 RUNS = [run for run in table_2.RUNS if run.name in {curve.run for curve in CURVES}]
 
-if __name__ == '__main__':
+
+def main() -> None:
+  """Runs the command line."""
   title = 'Figure 4: CIFAR-100, 5 exits'
   write = partial(curves.write, name='figure_4', title=title, curves=CURVES)
-  command_line.run(partial(runs.main, __doc__, 'figure_4', RUNS, write))
+  runs.main(__doc__, 'figure_4', RUNS, write)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

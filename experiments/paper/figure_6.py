@@ -5,8 +5,6 @@
 Networks with 4, 6 and 8 exits; accuracies are averaged over exits. One seed is drawn, the first.
 """
 
-from functools import partial
-
 import curves
 import numpy as np
 import report
@@ -57,5 +55,10 @@ def write(chosen: runs.Runs, output: epath.Path) -> str:
   return report.write_figure(output, 'figure_6', title, figure, records, about)
 
 
+def main() -> None:
+  """Runs the command line."""
+  runs.main(__doc__, 'figure_6', RUNS, write)
+
+
 if __name__ == '__main__':
-  command_line.run(partial(runs.main, __doc__, 'figure_6', RUNS, write))
+  command_line.run(main)

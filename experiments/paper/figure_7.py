@@ -7,8 +7,6 @@ correlation says it in a number. The runs are two of Table 2, equally long: with
 and with it.
 """
 
-from functools import partial
-
 import numpy as np
 import report
 import runs
@@ -58,5 +56,10 @@ def write(chosen: runs.Runs, output: epath.Path) -> str:
   return '\n'.join(['Rank correlation', *lines, path])
 
 
+def main() -> None:
+  """Runs the command line."""
+  runs.main(__doc__, 'figure_7', RUNS, write)
+
+
 if __name__ == '__main__':
-  command_line.run(partial(runs.main, __doc__, 'figure_7', RUNS, write))
+  command_line.run(main)

@@ -3,8 +3,6 @@
 python experiments/paper/table_1.py --train
 """
 
-from functools import partial
-
 import ablation
 import published
 import report
@@ -44,5 +42,10 @@ def write(chosen: runs.Runs, output: epath.Path) -> str:
   )
 
 
+def main() -> None:
+  """Runs the command line."""
+  runs.main(__doc__, 'table_1', RUNS, write)
+
+
 if __name__ == '__main__':
-  command_line.run(partial(runs.main, __doc__, 'table_1', RUNS, write))
+  command_line.run(main)

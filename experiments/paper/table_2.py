@@ -18,7 +18,13 @@ from imta_jax import command_line
 FOLDER = 'cifar100_exits=5'
 RUNS = ablation.runs_of('configs/cifar100.py:exits=5', FOLDER)
 
-if __name__ == '__main__':
+
+def main() -> None:
+  """Runs the command line."""
   title = 'Table 2: CIFAR-100, 5 exits'
   write = partial(ablation.write, folder=FOLDER, title=title, paper=published.TABLE_2)
-  command_line.run(partial(runs.main, __doc__, 'table_2', RUNS, write))
+  runs.main(__doc__, 'table_2', RUNS, write)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

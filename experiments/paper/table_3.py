@@ -16,7 +16,13 @@ from imta_jax import command_line
 FOLDER = 'imagenet_step=4'
 RUNS = ablation.runs_of('configs/imagenet.py:step=4', FOLDER)
 
-if __name__ == '__main__':
+
+def main() -> None:
+  """Runs the command line."""
   title = 'Table 3: ImageNet, 5 exits'
   write = partial(ablation.write, folder=FOLDER, title=title, paper=published.TABLE_3)
-  command_line.run(partial(runs.main, __doc__, 'table_3', RUNS, write))
+  runs.main(__doc__, 'table_3', RUNS, write)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,7 +1,0 @@
-"""Figure 2: accuracy against average cost on CIFAR10, with and without the techniques.
-
-    python experiments/paper/figure_2.py --train
-
-Beside them stand ResNets and DenseNets, which compute all layers for all images. The paper does not
-give the depths of its ResNets.
-"""
