@@ -1,13 +1,14 @@
 """Accuracy against average cost in budgeted batch classification: what Figures 2 to 5 share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import report
 from etils import epath
 from matplotlib.figure import Figure
-from runs import Run, Runs
+from runs import Run, Runs, main
 
 from imta_jax import evaluate
 from imta_jax import workdir as layout
@@ -39,12 +40,62 @@ def pair(config: str, folder: str) -> list[Run]:
   return [Run(f'{folder}/none', config, plain | cross_entropy), Run(f'{folder}/GE+ISC+OFA', config)]
 
 
-def pair_of_curves(folder: str, network: str, style: str) -> list[Curve]:
-  """Returns the curves of `pair`, in the paper's colours."""
-  return [
-    Curve(f'MSDNet, {network}', f'{folder}/none', 0, 'red', style),
-    Curve(f'with GE, ISC and OFA, {network}', f'{folder}/GE+ISC+OFA', 1, 'black', style),
-  ]
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """MSDNets of several sizes, and networks that compute all layers for all images.
+
+  Attributes:
+    config: Config file of the data set, without folder and ending.
+    argument: Name of the config's argument for the size of the MSDNet.
+    sizes: Values of that argument.
+    networks: Values of the config's argument `network`, by label.
+  """
+
+  config: str
+  argument: str
+  sizes: Sequence[int]
+  networks: Mapping[str, Sequence[str]]
+
+  def runs(self) -> list[Run]:
+    """Returns what is to be trained."""
+    pairs = [
+      run
+      for size in self.sizes
+      for run in pair(
+        f'configs/{self.config}.py:{self.argument}={size}', f'{self.config}_{self.argument}={size}'
+      )
+    ]
+    return pairs + [
+      Run(f'{self.config}/{name}', f'configs/{self.config}.py:network={name}')
+      for names in self.networks.values()
+      for name in names
+    ]
+
+  def curves(self) -> list[Curve]:
+    """Returns the curves of the MSDNets, in the paper's colours."""
+    curves = []
+    for size, style in zip(self.sizes, ('-', '--', ':'), strict=False):
+      folder, label = f'{self.config}_{self.argument}={size}', f'{self.argument} {size}'
+      curves += [
+        Curve(f'MSDNet, {label}', f'{folder}/none', 0, 'red', style),
+        Curve(f'with GE, ISC and OFA, {label}', f'{folder}/GE+ISC+OFA', 1, 'black', style),
+      ]
+    return curves
+
+  def single_exits(self) -> list[Curve]:
+    """Returns the points of the other networks."""
+    return [
+      Curve(label, f'{self.config}/{name}', 0)
+      for label, names in self.networks.items()
+      for name in names
+    ]
+
+  def main(self, description: str, name: str, title: str) -> None:
+    """Runs the command line of a figure; see `runs.main`."""
+    write_figure = partial(
+      write, name=name, title=title, curves=self.curves(), single_exits=self.single_exits()
+    )
+    main(description, name, self.runs(), write_figure)
 
 
 def sweep(runs: Runs, run: str, phase: int) -> tuple[np.ndarray, np.ndarray]:

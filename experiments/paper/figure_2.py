@@ -1,0 +1,32 @@
+"""Figure 2: accuracy against average cost on CIFAR-10.
+
+    python experiments/paper/figure_2.py --train
+
+MSDNets, trained as they were and with all techniques. Beside them stand ResNets and DenseNets,
+which compute all layers for all images. The paper does not give the depths of
+its four ResNets.
+"""
+
+import curves
+
+from imta_jax import command_line
+
+COMPARISON = curves.Comparison(
+  'cifar10',
+  'exits',
+  (6, 8),
+  {
+    'ResNet': ('resnet-20', 'resnet-32', 'resnet-56', 'resnet-110'),
+    'DenseNet': tuple(f'densenet-{depth}' for depth in (40, 52, 64, 76, 88, 100)),
+  },
+)
+RUNS = COMPARISON.runs()
+
+
+def main() -> None:
+  """Runs the command line."""
+  COMPARISON.main(__doc__, 'figure_2', 'Figure 2: CIFAR-10')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
