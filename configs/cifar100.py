@@ -1,19 +1,30 @@
-"""MSDNet on CIFAR-100: Tables 1 and 2, Figure 3.
+"""MSDNet on CIFAR-100, and the networks it is compared with: Tables 1 and 2, Figure 3.
 
     python -m imta_jax.main --config=configs/cifar100.py          # Table 1: 7 exits
     python -m imta_jax.main --config=configs/cifar100.py:exits=5  # Table 2; Figure 3: 4, 5, 6, 8
+    python -m imta_jax.main --config=configs/cifar100.py:network=densenet_bc-100
+    python -m imta_jax.main --config=configs/cifar100.py:network=resnet-62,exits=7
+
+Other networks are resnet-20, -32, … -110, densenet-40, -52, … and densenet_bc-40, -52, … -100; see
+imta_jax/baselines.py. They have one exit and phase I alone unless `exits` says otherwise: that
+places exits after equal numbers of blocks or layers and keeps both phases, and
+`'--config.model.exits_after=(4, 8, 14, 18, 24, 28)'` then moves them.
 
 The paper reaches in Table 1 (top-1, exits 1 to 7): 64.00 68.41 71.86 73.50 74.46 75.39 75.96 %.
 Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds per image at the last exit.
 Data: `tfds build cifar100`; otherwise the first run downloads it.
 """
 
+from imta_jax import baselines
 from imta_jax import config as config_lib
 
 
 def get_config(argument=''):
-  arguments = config_lib.parse_argument(argument, exits=7)
+  arguments = baselines.parse_argument(argument, exits=7)
   config = config_lib.default()
+  if arguments.network != 'msdnet':
+    baselines.choose(config, arguments.network, arguments.exits, 'cifar')
+    return config
   config.model.update(
     name='msdnet',
     num_exits=arguments.exits,

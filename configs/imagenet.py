@@ -1,18 +1,24 @@
-"""MSDNet on ImageNet: Table 3, Figure 5.
+"""MSDNet on ImageNet, and the networks it is compared with: Table 3, Figure 5.
 
     python -m imta_jax.main --config=configs/imagenet.py           # Step 4: Table 3
     python -m imta_jax.main --config=configs/imagenet.py:step=6    # Figure 5: steps 4, 6, 7
+    python -m imta_jax.main --config=configs/imagenet.py:network=densenet-121
+    python -m imta_jax.main --config=configs/imagenet.py:network=googlenet,exits=3
+
+Other networks are resnet-18, -34, -50, densenet-121, -169, -201 and googlenet. They have one exit
+and phase I alone unless `exits` says otherwise; GoogLeNet can have 1 or 3.
 
 The paper reaches with step 4 (top-1, exits 1 to 5): 57.28 66.22 70.24 71.71 72.43 %.
 Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per image at the last exit.
 Data: `tfds build imagenet2012`, from the archives of image-net.org.
 """
 
+from imta_jax import baselines
 from imta_jax import config as config_lib
 
 
 def get_config(argument=''):
-  arguments = config_lib.parse_argument(argument, step=4)
+  arguments = baselines.parse_argument(argument, step=4)
   config = config_lib.default()
   config.batch_size = 256
   config.evaluation_batch_size = 256
@@ -29,6 +35,12 @@ def get_config(argument=''):
     std=(0.229, 0.224, 0.225),
     in_memory=False,
   )
+  for phase in config.phases:
+    # alpha and T are from the published ImageNet script; the paper does not give them.
+    phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
+  if arguments.network != 'msdnet':
+    baselines.choose(config, arguments.network, arguments.exits, 'imagenet')
+    return config
   config.model.update(
     name='msdnet',
     num_exits=5,
@@ -45,7 +57,4 @@ def get_config(argument=''):
     stem='imagenet',
     remat=False,  # True takes less memory and a third more computation.
   )
-  for phase in config.phases:
-    # alpha and T are from the published ImageNet script; the paper does not give them.
-    phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
   return config

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from imta_jax import config as config_lib
 from imta_jax import networks
 from imta_jax.adaptive.cost import exit_costs
 
@@ -49,6 +50,31 @@ def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, para
   costs = exit_costs(model, (side, side, 3))
   assert [cost.madds / 1e6 for cost in costs] == pytest.approx(madds, rel=1e-4)
   assert [cost.params / 1e6 for cost in costs] == pytest.approx(params, abs=6e-4)
+
+
+# The networks that each file names in its first lines, or stands for with "…".
+@pytest.mark.parametrize(
+  ('name', 'argument', 'num_exits'),
+  [
+    ('cifar10', 'network=resnet-110', 1),
+    ('cifar10', 'network=densenet_bc-100', 1),
+    ('cifar100', 'network=densenet-40', 1),
+    ('cifar100', 'network=resnet-62,exits=7', 7),
+    ('imagenet', 'network=resnet-50', 1),
+    ('imagenet', 'network=densenet-121', 1),
+    ('imagenet', 'network=googlenet', 1),
+    ('imagenet', 'network=googlenet,exits=3', 3),
+  ],
+)
+def test_the_networks_of_comparison_are_trained_like_msdnet(name, argument, num_exits):
+  config, of_msdnet = load(name, argument), load(name)
+  config_lib.validate(config)
+  assert networks.create_model(config, config.phases[0], 10).num_exits == num_exits
+  if num_exits == 1:
+    del of_msdnet.phases[1]
+    of_msdnet.phases[0].gradient_equilibrium = 'off'
+  del config.model, of_msdnet.model
+  assert config_lib.to_dict(config) == config_lib.to_dict(of_msdnet)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,15 @@ def test_the_run_is_trained_as_the_command_line_says(trained, tmp_path):
   assert os.fspath(workdir) == f'{tmp_path}/here'
 
 
+def test_exits_of_a_network_of_comparison_can_be_moved(trained):
+  config, _ = trained(
+    f'--config={ROOT}/configs/cifar100.py:network=resnet-20,exits=3',
+    '--config.model.exits_after=(1, 2)',
+  )
+  assert config.model.exits_after == (1, 2)
+  assert len(config.phases) == 2
+
+
 def test_fields_may_stand_apart_from_their_values(trained):
   config, _ = trained('--config', MNIST[9:], '--config.batch_size', '128')
   assert config.batch_size == 128

@@ -6,12 +6,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from imta_jax.models.densenet import densenet
+from imta_jax.models.googlenet import googlenet
 from imta_jax.models.msdnet import msdnet
 from imta_jax.models.multi_exit import GRADIENT_EQUILIBRIA, MultiExitNetwork
 from imta_jax.models.resnet import resnet
 from imta_jax.techniques.inline_collaboration import COLLABORATIONS
 
-ARCHITECTURES = {'msdnet': msdnet, 'resnet': resnet}
+ARCHITECTURES = {
+  'msdnet': msdnet,
+  'resnet': resnet,
+  'densenet': densenet,
+  'googlenet': googlenet,
+}
 
 
 def create(
@@ -30,7 +37,7 @@ def create(
   """Creates a network.
 
   Args:
-    name: 'msdnet' or 'resnet'.
+    name: 'msdnet', 'resnet', 'densenet' or 'googlenet'.
     num_classes: Number of classes.
     gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
     shared_channels: See MultiExitNetwork.
@@ -40,7 +47,7 @@ def create(
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged; None for
       statistics per device.
     remat: See MultiExitNetwork.
-    **fields: Fields of the architecture; see `msdnet` and `resnet`.
+    **fields: Fields of the architecture; see the function of its name.
 
   Returns:
     A Flax module; `model.apply(variables, images)` returns logits [num_exits, batch, num_classes].

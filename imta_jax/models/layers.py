@@ -14,6 +14,7 @@ import numpy as np
 
 from imta_jax.models.batch_norm import MOMENTUM, batch_norm, normalize
 from imta_jax.models.convolution import convolve, convolve_pair
+from imta_jax.models.multi_exit import Features
 
 # Flax traces an initializer whenever it reads the parameter; under jit, only once per shape.
 _normal = jax.jit(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), static_argnums=(1, 2))
@@ -56,6 +57,42 @@ class ConvNorm(nn.Module):
       ConvParams(shape, self.use_bias, name='conv')(),
       BatchNormVars(self.features, name='norm')(),
     )
+
+
+class Convolution(nn.Module):
+  """A convolution alone, without bias, padded and initialised like that of ConvNorm.
+
+  Attributes:
+    features: Number of output channels.
+    kernel_size: Side of the square kernel.
+    dtype: Type of the computation.
+  """
+
+  features: int
+  kernel_size: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    del train
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param('kernel', _normal, shape, jnp.float32)
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), 1, self.kernel_size // 2)
+
+
+class NormRelu(nn.Module):
+  """Batch norm and ReLU, for networks that normalise the input of a convolution.
+
+  Attributes:
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+  """
+
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    norm = BatchNormVars(x.shape[-1], name='norm')()
+    return _normalize(self, (x,), [norm], True, train)[0]
 
 
 class ConvParams(nn.Module):
@@ -109,25 +146,31 @@ def run_together(groups: Sequence[Group], train: bool) -> list[jax.Array]:
   parts = [layer.parts(x.shape[-1]) for group in groups for layer, x in group]
   remaining = iter(params for params, _ in parts)
   maps = tuple(_convolve(group, [next(remaining) for _ in group]) for group in groups)
-  scales, biases, *statistics = zip(*(norm for _, norm in parts), strict=True)
-  scale, bias, relu = _join(scales), _join(biases), layers[0].relu
-  if not train:
-    mean, var = (_join([variable.value for variable in running]) for running in statistics)
-    return list(normalize(maps, mean, var, scale, bias, relu))
-  initializing = layers[0].is_initializing()
-  axis_name = None if initializing else layers[0].batch_norm_axis
-  maps, *added = batch_norm(maps, scale, bias, relu, axis_name)
-  if not initializing:
-    for running, of_batch in zip(statistics, added, strict=True):
-      for variable, value in zip(running, split_features(layers, of_batch), strict=True):
-        variable.value = MOMENTUM * variable.value + value
-  return list(maps)
+  return _normalize(layers[0], maps, [norm for _, norm in parts], layers[0].relu, train)
 
 
 def split_features(layers: Sequence[ConvNorm], x: jax.Array) -> list[jax.Array]:
   """Splits the last axis into the features of each layer."""
   ends = np.cumsum([layer.features for layer in layers])[:-1]
   return jnp.split(x, ends, axis=-1)
+
+
+def _normalize(layer, maps, norms, relu, train):
+  """Applies the batch norms of layers that run together, of which `layer` is one, to their maps."""
+  scales, biases, *statistics = zip(*norms, strict=True)
+  scale, bias = _join(scales), _join(biases)
+  if not train:
+    mean, var = (_join([variable.value for variable in running]) for running in statistics)
+    return list(normalize(maps, mean, var, scale, bias, relu))
+  initializing = layer.is_initializing()
+  axis_name = None if initializing else layer.batch_norm_axis
+  maps, *added = batch_norm(maps, scale, bias, relu, axis_name)
+  if not initializing:
+    ends = np.cumsum([scale.size for scale in scales])[:-1]
+    for running, of_batch in zip(statistics, added, strict=True):
+      for variable, value in zip(running, jnp.split(of_batch, ends), strict=True):
+        variable.value = MOMENTUM * variable.value + value
+  return list(maps)
 
 
 def _convolve(group, params):
@@ -151,8 +194,37 @@ def _join(arrays):
   return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
 
 
+class SingleMapStage(nn.Module):
+  """A stage with a single feature map, to which layers are applied one after another."""
+
+  layers: Sequence[nn.Module]
+
+  def __call__(self, features: Features, train: bool = False) -> Features:
+    (x,) = features
+    for layer in self.layers:
+      x = layer(x, train)
+    return (x,)
+
+
+def exit_positions(exits_after: Sequence[int], last: int, unit: str) -> list[int]:
+  """Returns the numbers of all blocks or layers after which a network has an exit, in order.
+
+  Args:
+    exits_after: Numbers of those that the user chose, counted from 1.
+    last: Number of the last one, which always has an exit.
+    unit: What they are called, for the error: 'blocks'.
+
+  Raises:
+    ValueError: If a number does not exist or occurs twice.
+  """
+  wrong = [number for number in exits_after if not 1 <= number <= last]
+  if wrong or len(set(exits_after)) < len(exits_after):
+    raise ValueError(f'exits_after {tuple(exits_after)} must be different {unit} from 1 to {last}')
+  return sorted({*exits_after, last})
+
+
 class PooledExit(nn.Module):
-  """The layers of an exit: convolutions of stride 2, then average pooling and flattening.
+  """The layers of an exit: mostly convolutions of stride 2, then average pooling and flattening.
 
   Attributes:
     convolutions: Modules that are applied one after another.

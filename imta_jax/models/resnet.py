@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, PooledExit
-from imta_jax.models.multi_exit import Features
+from imta_jax.models.layers import ConvNorm, PooledExit, SingleMapStage, exit_positions
 
 ConvNormFactory = Callable[..., ConvNorm]
 
@@ -72,18 +71,6 @@ class Block(nn.Module):
     return nn.relu(x + y)
 
 
-class Stage(nn.Module):
-  """Applies layers to a single feature map, one after another."""
-
-  layers: Sequence[nn.Module]
-
-  def __call__(self, features: Features, train: bool = False) -> Features:
-    (x,) = features
-    for layer in self.layers:
-      x = layer(x, train)
-    return (x,)
-
-
 def resnet(
   depth: int = 56,
   exits_after: Sequence[int] = (),
@@ -112,26 +99,9 @@ def resnet(
   Raises:
     ValueError: If the depth, a block or the stem does not exist.
   """
-  if stem == 'cifar':
-    if depth < 8 or depth % 6 != 2:
-      raise ValueError(f'depth {depth} is not one of the CIFAR ResNets: use 6n + 2 (20, 56, 110)')
-    group_sizes, bottleneck, base_width = ((depth - 2) // 6,) * 3, False, 16
-  elif stem == 'imagenet':
-    if depth not in _IMAGENET_DEPTHS:
-      choices = ', '.join(map(str, _IMAGENET_DEPTHS))
-      raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: choose one of {choices}')
-    (group_sizes, bottleneck), base_width = _IMAGENET_DEPTHS[depth], 64
-  else:
-    raise ValueError(f"stem {stem!r} is unknown: use 'cifar' or 'imagenet'")
-  num_blocks = sum(group_sizes)
-  wrong = [block for block in exits_after if not 1 <= block <= num_blocks]
-  if wrong or len(set(exits_after)) < len(exits_after):
-    raise ValueError(
-      f'exits_after {tuple(exits_after)} must be different blocks from 1 to {num_blocks}'
-    )
-
+  group_sizes, bottleneck, base_width = _groups(depth, stem)
+  exit_blocks = exit_positions(exits_after, sum(group_sizes), 'blocks')
   conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  exit_blocks = sorted({*exits_after, num_blocks})
   stages, exits, layers = [], [], [Stem(stem, conv_norm)]
   number = 0
   for group, size in enumerate(group_sizes):
@@ -140,9 +110,28 @@ def resnet(
       stride = 2 if group and not index else 1
       layers.append(Block(base_width * 2**group, stride, bottleneck, stem == 'imagenet', conv_norm))
       if number in exit_blocks:
-        stages.append(Stage(layers))
+        stages.append(SingleMapStage(layers))
         layers = []
-        is_last = number == num_blocks
+        is_last = number == exit_blocks[-1]
         convolutions = () if is_last else tuple(conv_norm(128, 3, stride=2) for _ in range(2))
         exits.append(PooledExit(convolutions))
   return stages, exits
+
+
+def num_blocks(depth: int, stem: str) -> int:
+  """Returns the number of blocks of a ResNet, with the arguments and errors of `resnet`."""
+  return sum(_groups(depth, stem)[0])
+
+
+def _groups(depth, stem):
+  """Returns the number of blocks per group, whether they have bottlenecks, and the first width."""
+  if stem == 'cifar':
+    if depth < 8 or depth % 6 != 2:
+      raise ValueError(f'depth {depth} is not one of the CIFAR ResNets: use 6n + 2 (20, 56, 110)')
+    return ((depth - 2) // 6,) * 3, False, 16
+  if stem == 'imagenet':
+    if depth not in _IMAGENET_DEPTHS:
+      choices = ', '.join(map(str, _IMAGENET_DEPTHS))
+      raise ValueError(f'depth {depth} is not one of the ImageNet ResNets: choose one of {choices}')
+    return *_IMAGENET_DEPTHS[depth], 64
+  raise ValueError(f"stem {stem!r} is unknown: use 'cifar' or 'imagenet'")

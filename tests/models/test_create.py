@@ -19,10 +19,18 @@ def test_defaults_are_the_papers():
   assert model.batch_norm_axis is None
 
 
-def test_resnet_is_plain_by_default():
-  model = models.create('resnet')
+@pytest.mark.parametrize(
+  ('name', 'num_layers'),
+  [
+    ('resnet', 1 + 27),  # The stem, and ResNet-56's blocks.
+    ('densenet', 1 + 48 + 2),  # The stem, DenseNet-BC-100's layers and its transitions.
+    ('googlenet', 3 + 9 + 4),  # Convolutions, Inception modules and max pooling.
+  ],
+)
+def test_the_other_networks_are_plain_by_default(name, num_layers):
+  model = models.create(name)
   assert model.num_exits == 1
-  assert len(model.stages[0].layers) == 1 + 27  # The stem, and ResNet-56's blocks.
+  assert len(model.stages[0].layers) == num_layers
 
 
 def test_fields_reach_the_network():
@@ -48,7 +56,7 @@ def test_fields_reach_the_network():
 @pytest.mark.parametrize(
   ('name', 'fields', 'message'),
   [
-    ('msdnt', {}, "model 'msdnt' is unknown: choose one of msdnet, resnet"),
+    ('msdnt', {}, "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet"),
     ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
     ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
     ('resnet', {'exit_after': 3}, "model 'resnet' has no field 'exit_after': .*'exits_after'.*"),

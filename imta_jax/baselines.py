@@ -1,0 +1,101 @@
+"""The networks that the paper compares with, by name.
+
+'resnet-110', 'densenet-40' and 'densenet_bc-100' on CIFAR; 'resnet-50', 'densenet-121' and
+'googlenet' on ImageNet. The paper shows four ResNets and six DenseNets on CIFAR without their
+depths and growth rates, so any depth can be chosen. The growth rates are those of the DenseNet
+paper, 12 on CIFAR and 32 on ImageNet. The MSDNet paper leaves out its own, too; its DenseNet-52
+costs 1.3 × 10^8 multiply-adds, which 'densenet-52' does with `--config.model.growth_rate=6`.
+"""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
+from imta_jax.models.densenet import num_layers
+from imta_jax.models.resnet import num_blocks
+
+# Fields of config.model; DEPTH stands for a number.
+_NETWORKS = {
+  'cifar': {
+    'resnet-DEPTH': {'name': 'resnet'},
+    'densenet-DEPTH': {'name': 'densenet', 'growth_rate': 12, 'bc': False},
+    'densenet_bc-DEPTH': {'name': 'densenet', 'growth_rate': 12, 'bc': True},
+  },
+  'imagenet': {
+    'resnet-DEPTH': {'name': 'resnet'},
+    'densenet-DEPTH': {'name': 'densenet', 'growth_rate': 32, 'bc': True},
+    'googlenet': {'name': 'googlenet'},
+  },
+}
+
+
+def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
+  """Reads a config file's argument that can name a network: 'network=resnet-110,exits=5'.
+
+  Args:
+    argument: 'name=value,name=value', or empty.
+    **defaults: The default value of each name but `network`, for MSDNet. The other networks have
+      `exits` alone, 1 by default.
+
+  Returns:
+    The value of `network`, 'msdnet' by default, and of each other name.
+
+  Raises:
+    UsageError: See config.parse_argument.
+  """
+  given = dict(part.partition('=')[::2] for part in (argument or '').split(','))
+  if given.get('network', 'msdnet') != 'msdnet':
+    defaults = {'exits': 1}
+  return config_lib.parse_argument(argument, network='msdnet', **defaults)
+
+
+def choose(config: ConfigDict, network: str, exits: int, stem: str) -> None:
+  """Sets the model and the phases of a config for a network that the paper compares with.
+
+  Exits are placed after equal numbers of blocks or layers. A network with one exit is trained by
+  phase I alone.
+
+  Args:
+    config: A config with the phases of MSDNet, which is changed.
+    network: The name of the network.
+    exits: Number of exits.
+    stem: 'cifar' or 'imagenet'.
+
+  Raises:
+    UsageError: If there is no such network, or it cannot have so many exits.
+  """
+  config.model.update(_model_fields(network, exits, stem))
+  if exits == 1:
+    config.phases = config.phases[:1]
+    config.phases[0].gradient_equilibrium = 'off'
+
+
+def _model_fields(network, exits, stem):
+  """Returns the fields of config.model."""
+  networks = _NETWORKS[stem]
+  fields = networks.get(re.sub(r'-\d+$', '-DEPTH', network))
+  if fields is None:
+    choices = ', '.join(('msdnet', *networks))
+    raise UsageError(f'config argument network is {network!r}: choose one of {choices}')
+  if network == 'googlenet':
+    _check_exits(network, exits, (1, 3), '1 or 3')
+    return {**fields, 'auxiliary_exits': exits == 3}
+  depth = int(network.rpartition('-')[2])
+  try:
+    if fields['name'] == 'resnet':
+      places = num_blocks(depth, stem)
+    else:
+      places = num_layers(depth, fields['bc'], stem)
+  except ValueError as error:
+    raise UsageError(f'config argument network is {network!r}: {error}') from None
+  _check_exits(network, exits, range(1, places + 1), f'1 to {places}')
+  exits_after = tuple(places * exit // exits for exit in range(1, exits))
+  return {**fields, 'depth': depth, 'stem': stem, 'exits_after': exits_after}
+
+
+def _check_exits(network, exits, possible, words):
+  if exits not in possible:
+    raise UsageError(f'config argument exits is {exits}: {network} can have {words}')
