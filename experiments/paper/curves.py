@@ -151,7 +151,7 @@ def write(
     for curve in (curve for curve in single_exits if curve.label == label):
       folder = layout.evaluation_folder(runs.workdir(curve.run, 0))
       cost = evaluate.load_costs(folder, layout.phase_name(curve.phase))[-1]
-      accuracy = runs.accuracies(curve.run, curve.phase)
+      accuracy = runs.accuracies(curve.run, curve.phase)[:, -1:]
       points.append((cost.madds / 1e6, accuracy.mean()))
       records += _records(curve, [cost.madds / 1e6], accuracy)
     axes.plot(*zip(*sorted(points), strict=True), f'C{number}o-', label=label, markersize=4)
