@@ -3,8 +3,8 @@
     python experiments/paper/figure_2.py --train
 
 MSDNets, trained as they were and with all techniques. Beside them stand ResNets and DenseNets,
-which compute all layers for all images. The paper does not give the depths of
-its four ResNets.
+which compute all layers for all images. The paper does not give their depths and growth rates.
+DenseNet-BCs with growth rate 12 have costs like those of the MSDNets.
 """
 
 import curves
@@ -17,7 +17,7 @@ COMPARISON = curves.Comparison(
   (6, 8),
   {
     'ResNet': ('resnet-20', 'resnet-32', 'resnet-56', 'resnet-110'),
-    'DenseNet': tuple(f'densenet-{depth}' for depth in (40, 52, 64, 76, 88, 100)),
+    'DenseNet-BC': tuple(f'densenet_bc-{depth}' for depth in (40, 52, 64, 76, 88, 100)),
   },
 )
 RUNS = COMPARISON.runs()
