@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from imta_jax.adaptive.engine.compiler import compiler_options
 from imta_jax.data.dataset import Batch
 from imta_jax.devices import AXIS
+from imta_jax.errors import UsageError
 from imta_jax.models.batch_norm import MOMENTUM
-from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.models.multi_exit import AUXILIARY, MultiExitNetwork
 from imta_jax.packing import pack, unpack
 from imta_jax.techniques.one_for_all import one_for_all_loss
 from imta_jax.train_state import TrainState, Tree, Weights
@@ -67,10 +68,11 @@ def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
       {'params': params, 'batch_stats': stats},
       inputs,
       train=True,
-      mutable=['batch_stats'],
+      mutable=['batch_stats', AUXILIARY],
       method=method,
     )
     loss = _loss(phase, logits, labels, teacher_logits)
+    loss += _auxiliary_loss(updated.get(AUXILIARY, {}), labels, model.num_classes)
     return loss, (logits, updated.get('batch_stats', stats))
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -138,6 +140,20 @@ def _loss(phase, logits, labels, teacher_logits):
     )
   labels = jnp.broadcast_to(labels, logits.shape[:-1])
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1).sum()
+
+
+def _auxiliary_loss(sown, labels, num_classes):
+  """Returns the mean negative log-likelihood of the labels, summed over what a network has sown."""
+  loss = 0.0
+  for path, likelihoods in jax.tree_util.tree_leaves_with_path(sown):
+    if likelihoods.shape[-1] != num_classes:
+      name = jax.tree_util.keystr(path[:-1], simple=True, separator='/')
+      raise UsageError(
+        f'config.model gives {name} {likelihoods.shape[-1]} classes, but the data set has '
+        f'{num_classes}: correct the field of config.model that lists classes'
+      )
+    loss -= jnp.take_along_axis(likelihoods, labels[:, jnp.newaxis], axis=-1).mean()
+  return loss
 
 
 def make_train_loop(

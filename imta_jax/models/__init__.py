@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from imta_jax.models.densenet import densenet
 from imta_jax.models.googlenet import googlenet
+from imta_jax.models.hydranet import hydranet
 from imta_jax.models.msdnet import msdnet
 from imta_jax.models.multi_exit import GRADIENT_EQUILIBRIA, MultiExitNetwork
 from imta_jax.models.resnet import resnet
@@ -18,6 +19,7 @@ ARCHITECTURES = {
   'resnet': resnet,
   'densenet': densenet,
   'googlenet': googlenet,
+  'hydranet': hydranet,
 }
 
 
@@ -37,7 +39,7 @@ def create(
   """Creates a network.
 
   Args:
-    name: 'msdnet', 'resnet', 'densenet' or 'googlenet'.
+    name: 'msdnet', 'resnet', 'densenet', 'googlenet' or 'hydranet'.
     num_classes: Number of classes.
     gradient_equilibrium: 'all', 'coarsest' or 'off'; see MultiExitNetwork.
     shared_channels: See MultiExitNetwork.

@@ -20,9 +20,9 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 
   The distributions are those of `model.init`: convolution kernels are normal with standard
   deviation sqrt(2 / (kernel area × output channels)), dense kernels are uniform in
-  ±1/sqrt(inputs), biases and running means are 0, scales and running variances are 1. The values
-  of a layer depend only on the seed and its name, so networks that share layers start with the
-  same values there.
+  ±1/sqrt(inputs), biases and running means are 0, scales and running variances are 1. Layers may be
+  stacked along another, first axis. The values of a layer depend only on the seed and its name, so
+  networks that share layers start with the same values there.
 
   Args:
     model: The network; its variables must be kernels, biases or variables of batch norm.
@@ -73,12 +73,12 @@ def _draw(path, shape, seed):
   name = jax.tree_util.keystr(path, simple=True, separator='/')
   kind = name.rsplit('/', 1)[-1]
   random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-  if kind == 'kernel' and len(shape) == 4:
-    height, width, _, outputs = shape
+  if kind == 'kernel' and len(shape) in (4, 5):
+    height, width, _, outputs = shape[-4:]
     scale = np.float32(np.sqrt(2 / (height * width * outputs)))
     return scale * random.standard_normal(shape, np.float32)
-  if kind == 'kernel' and len(shape) == 2:
-    limit = np.float32(1 / np.sqrt(shape[0]))
+  if kind == 'kernel' and len(shape) in (2, 3):
+    limit = np.float32(1 / np.sqrt(shape[-2]))
     return limit * (2 * random.random(shape, np.float32) - 1)
   if kind in ('scale', 'var'):
     return np.ones(shape, np.float32)

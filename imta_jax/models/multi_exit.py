@@ -12,6 +12,9 @@ from imta_jax.techniques.gradient_equilibrium import equilibrium_factors, scale_
 from imta_jax.techniques.inline_collaboration import CollaborativeClassifier
 
 GRADIENT_EQUILIBRIA = ('all', 'coarsest', 'off')
+# Collection into which a network in training may sow log-likelihoods [batch, class]; the training
+# step adds the mean negative log-likelihood of the labels to the loss.
+AUXILIARY = 'auxiliary'
 Features = tuple[jax.Array, ...]
 
 

@@ -56,7 +56,11 @@ def test_fields_reach_the_network():
 @pytest.mark.parametrize(
   ('name', 'fields', 'message'),
   [
-    ('msdnt', {}, "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet"),
+    (
+      'msdnt',
+      {},
+      "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet, hydranet",
+    ),
     ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
     ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
     ('resnet', {'exit_after': 3}, "model 'resnet' has no field 'exit_after': .*'exits_after'.*"),

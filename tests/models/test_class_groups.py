@@ -1,0 +1,99 @@
+"""Groups of similar classes."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from imta_jax import config as config_lib
+from imta_jax import evaluate
+from imta_jax import workdir as layout
+from imta_jax.errors import UsageError
+from imta_jax.models.class_groups import class_groups
+
+RANDOM = np.random.default_rng(0)
+SCRIPT = Path(__file__).parents[2] / 'experiments' / 'class_groups.py'
+
+
+def make_features(places, images_per_class=4):
+  """Features of images that lie around the place of their class, and the labels."""
+  labels = RANDOM.permutation(np.repeat(np.arange(len(places)), images_per_class))
+  features = np.array(places, float)[labels] + RANDOM.normal(0, 0.1, (labels.size, 2))
+  return features, labels
+
+
+def members(groups):
+  return {frozenset(np.flatnonzero(np.array(groups) == group)) for group in set(groups)}
+
+
+def test_near_classes_share_a_group():
+  places = [(0, 0), (9, 0), (0, 9), (0, 1), (9, 1), (1, 9)]
+  groups = class_groups(*make_features(places), 6, 3)
+  assert members(groups) == {frozenset({0, 3}), frozenset({1, 4}), frozenset({2, 5})}
+  assert sorted(set(groups)) == [0, 1, 2]
+
+
+def test_classes_are_placed_at_the_mean_of_their_images():
+  """One outlier per class moves no class to another group."""
+  features, labels = make_features([(0, 0), (9, 0), (0, 1), (9, 1)], images_per_class=20)
+  for label in range(4):
+    features[np.flatnonzero(labels == label)[0]] = (4.5, 30)
+  assert members(class_groups(features, labels, 4, 2)) == {frozenset({0, 2}), frozenset({1, 3})}
+
+
+@pytest.mark.parametrize(('num_classes', 'num_groups'), [(100, 20), (10, 3), (7, 7), (5, 1)])
+def test_groups_have_the_same_size(num_classes, num_groups):
+  """Although most classes lie in one place."""
+  places = RANDOM.normal(size=(num_classes, 2)) * (np.arange(num_classes) % 4 == 0)[:, np.newaxis]
+  groups = class_groups(*make_features(places), num_classes, num_groups)
+  sizes = np.bincount(groups)
+  assert sizes.size == num_groups and sizes.sum() == num_classes
+  assert sizes.max() - sizes.min() <= 1
+
+
+def test_the_features_alone_decide():
+  data = make_features(RANDOM.normal(size=(20, 2)))
+  assert class_groups(*data, 20, 5) == class_groups(*data, 20, 5)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'num_groups', 'message'),
+  [
+    ([0, 2, 3], 2, 'class 1 has no image: give features of every class'),
+    ([0, 1, 2], 2, 'class 3 has no image'),
+    ([0, 1, 2, 3], 5, 'num_groups 5 is out of range: it must be from 1 to 4'),
+    ([0, 1, 2, 3], 0, 'num_groups 0 is out of range'),
+  ],
+)
+def test_wrong_arguments_are_refused(labels, num_groups, message):
+  with pytest.raises(ValueError, match=f'^{message}'):
+    class_groups(np.zeros((len(labels), 2)), np.array(labels), 4, num_groups)
+
+
+@pytest.fixture
+def script():
+  spec = importlib.util.spec_from_file_location('class_groups_script', SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_script_prints_the_argument_for_a_finished_run(script, tmp_path, capsys):
+  workdir = epath.Path(tmp_path)
+  layout.claim(config_lib.default(), workdir, 'abcd')
+  with pytest.raises(UsageError, match='has no predictions of phase_2: let the training command'):
+    script.main([str(workdir)])
+  labels = np.array([0, 1, 2, 3] * 3, np.int32)
+  last = 9 * np.eye(4, dtype=np.float32)[[0, 1, 0, 1]][labels]
+  logits = np.stack([RANDOM.normal(size=last.shape), last])
+  predictions = evaluate.Predictions(logits, labels)
+  evaluate.save_predictions(predictions, layout.predictions_path(workdir, 'phase_2', 'validation'))
+  script.main([str(workdir), '--groups=2'])
+  assert capsys.readouterr().out in (
+    '--config.model.groups=0,1,0,1\n',
+    '--config.model.groups=1,0,1,0\n',
+  )
+  with pytest.raises(UsageError, match='num_groups 5 is out of range: it must be from 1 to 4'):
+    script.main([str(workdir), '--groups=5'])
