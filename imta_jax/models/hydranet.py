@@ -4,10 +4,11 @@ The gate chooses `top_k` branches per image from the features of the stem, and t
 features of the chosen branches, weighted by the gate. Training computes all branches; inference
 computes only those that an image chose.
 
-From the publication are the four components, equally large groups of similar classes with a branch
-each (see `class_groups`), a gate that learns to name the group of an image, and the k branches that
-inference runs. The sizes of its CIFAR-100 networks, Hydra-Res-d1 to d9, were taken from Table 1 of
-the IMTA paper, whose parameters and multiply-adds this network reproduces to the last digit:
+From the publication, as its abstract and summaries by others describe it, are the four components,
+equally large groups of similar classes with a branch each (see `class_groups`), a gate that learns
+to name the group of an image, and the k branches that inference runs. The sizes of its CIFAR-100
+networks, Hydra-Res-d1 to d9, were inferred from Table 1 of the IMTA paper, whose parameters and
+multiply-adds this network reproduces to the last digit:
 
 - The stem is the first two groups of a CIFAR ResNet, with 16 and 32 channels and d blocks each.
   Each of 20 branches, and the gate too, is its third group, with 64 channels and d blocks: 1.577
@@ -111,7 +112,7 @@ class GatedBranches(nn.Module):
     else:
       stacked = {kind: tree['branches'] for kind, tree in self.variables.items()}
       features = run_chosen(self.branch(parent=None), stacked, x, chosen)
-    return (jax.nn.softmax(highest)[..., jnp.newaxis] * features).sum(axis=1).astype(self.dtype)
+    return (jax.nn.softmax(highest)[..., jnp.newaxis] * features).sum(axis=1)
 
 
 class Blocks(NamedTuple):

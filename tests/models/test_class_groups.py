@@ -17,10 +17,10 @@ RANDOM = np.random.default_rng(0)
 SCRIPT = Path(__file__).parents[2] / 'experiments' / 'class_groups.py'
 
 
-def make_features(places, images_per_class=4):
-  """Features of images that lie around the place of their class, and the labels."""
-  labels = RANDOM.permutation(np.repeat(np.arange(len(places)), images_per_class))
-  features = np.array(places, float)[labels] + RANDOM.normal(0, 0.1, (labels.size, 2))
+def make_features(places):
+  """Features of four images that lie around the place of each class, and their labels."""
+  labels = RANDOM.permutation(np.repeat(np.arange(len(places)), 4))
+  features = np.array(places, float)[labels] + RANDOM.normal(0, 0.01, (labels.size, 2))
   return features, labels
 
 
@@ -29,17 +29,19 @@ def members(groups):
 
 
 def test_near_classes_share_a_group():
-  places = [(0, 0), (9, 0), (0, 9), (0, 1), (9, 1), (1, 9)]
+  """Also where a class is as far from one centre as a class of another group is."""
+  angles = 2 * np.pi * np.array([0, 1, 2, 0, 1, 2]) / 3
+  radii = np.array([9, 9, 9, 10, 10, 10])
+  places = radii[:, np.newaxis] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
   groups = class_groups(*make_features(places), 6, 3)
   assert members(groups) == {frozenset({0, 3}), frozenset({1, 4}), frozenset({2, 5})}
   assert sorted(set(groups)) == [0, 1, 2]
 
 
-def test_classes_are_placed_at_the_mean_of_their_images():
-  """One outlier per class moves no class to another group."""
-  features, labels = make_features([(0, 0), (9, 0), (0, 1), (9, 1)], images_per_class=20)
-  for label in range(4):
-    features[np.flatnonzero(labels == label)[0]] = (4.5, 30)
+def test_a_class_lies_at_the_mean_of_its_images():
+  """However many they are: their sums would divide the classes otherwise."""
+  labels = np.repeat(np.arange(4), [10, 1, 1, 1])
+  features = np.array([1.0, 9.0, 2.0, 10.0])[labels, np.newaxis]
   assert members(class_groups(features, labels, 4, 2)) == {frozenset({0, 2}), frozenset({1, 3})}
 
 
@@ -87,8 +89,8 @@ def test_the_script_prints_the_argument_for_a_finished_run(script, tmp_path, cap
     script.main([str(workdir)])
   labels = np.array([0, 1, 2, 3] * 3, np.int32)
   last = 9 * np.eye(4, dtype=np.float32)[[0, 1, 0, 1]][labels]
-  logits = np.stack([RANDOM.normal(size=last.shape), last])
-  predictions = evaluate.Predictions(logits, labels)
+  first = 9 * np.eye(4, dtype=np.float32)[[0, 0, 1, 1]][labels]
+  predictions = evaluate.Predictions(np.stack([first, last]), labels)
   evaluate.save_predictions(predictions, layout.predictions_path(workdir, 'phase_2', 'validation'))
   script.main([str(workdir), '--groups=2'])
   assert capsys.readouterr().out in (

@@ -215,6 +215,14 @@ def test_a_network_is_exported_for_batches_of_any_size(variables):
     np.testing.assert_allclose(run(IMAGES[:count]), expected[:, :count], rtol=1e-4, atol=1e-5)
 
 
+def test_it_computes_in_bfloat16(variables):
+  expected = jax.jit(create().apply)(variables, IMAGES)
+  logits = jax.jit(create(dtype='bfloat16').apply)(variables, IMAGES)
+  assert logits.dtype == jnp.float32
+  close = np.abs(logits - expected).max(axis=-1) < 0.05 * np.abs(expected).max()
+  assert close.mean() > 0.5 and np.any(logits != expected)  # Some images choose other branches.
+
+
 def test_the_engine_runs_it(variables):
   classifier = AdaptiveClassifier.from_model(
     create(),
@@ -236,10 +244,15 @@ def test_the_engine_runs_it(variables):
     np.testing.assert_allclose(answers.probabilities, expected[:count], rtol=1e-3, atol=1e-5)
 
 
-def test_all_branches_start_with_values_of_their_own():
-  drawn = initialize(create(), 0, SHAPE)['params']['exits_0']['branches']
-  kernel, dense = drawn['Block_0']['conv_1']['conv']['kernel'], drawn['Dense_0']['kernel']
-  assert kernel.shape == (3, 3, 3, 64, 64) and dense.shape == (3, 64, 64)
+@pytest.mark.parametrize('by_the_model', [False, True])
+def test_all_branches_start_with_values_of_their_own(by_the_model):
+  if by_the_model:
+    drawn = jax.jit(create().init)(jax.random.key(0), IMAGES[:1])
+  else:
+    drawn = initialize(create(), 0, SHAPE)
+  drawn = jax.tree.map(np.asarray, drawn['params']['exits_0']['branches'])
+  kernel, dense = drawn['Block_0']['conv_0']['conv']['kernel'], drawn['Dense_0']['kernel']
+  assert kernel.shape == (3, 3, 3, 32, 64) and dense.shape == (3, 64, 64)
   for branch in range(3):
     np.testing.assert_allclose(kernel[branch].std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
     assert 0.99 / 8 < np.abs(dense[branch]).max() <= 1 / 8
