@@ -5,10 +5,10 @@ features of the chosen branches, weighted by the gate. Training computes all bra
 computes only those that an image chose.
 
 From the publication, as its abstract and summaries by others describe it, are the four components,
-equally large groups of similar classes with a branch each (see `class_groups`), a gate that learns
-to name the group of an image, and the k branches that inference runs. The sizes of its CIFAR-100
-networks, Hydra-Res-d1 to d9, were inferred from Table 1 of the IMTA paper, whose parameters and
-multiply-adds this network reproduces to the last digit:
+equally large groups of similar classes with a branch each (see `class_groups`), and the k branches
+that inference runs. The sizes of its CIFAR-100 networks, Hydra-Res-d1 to d9, were inferred from
+Table 1 of the IMTA paper, whose parameters and multiply-adds this network reproduces to the last
+digit:
 
 - The stem is the first two groups of a CIFAR ResNet, with 16 and 32 channels and d blocks each.
   Each of 20 branches, and the gate too, is its third group, with 64 channels and d blocks: 1.577
@@ -22,8 +22,9 @@ multiply-adds this network reproduces to the last digit:
   counts ReLU and pooling, which gives half as many.
 
 Not known, and chosen here: ReLU after the dense layers from 64 to 64; weights that are the softmax
-of the scores of the chosen branches, in training too (as in Shazeer et al., ICLR 2017);
-cross-entropy with weight 1 as the loss of the gate; batch statistics over all images.
+of the scores of the chosen branches, in training too (as in Shazeer et al., ICLR 2017); a gate that
+learns to name the group of an image, by cross-entropy with weight 1; batch statistics over all
+images.
 """
 
 from collections.abc import Callable, Sequence
