@@ -1,7 +1,7 @@
 """The networks that the paper compares with, by name.
 
-'resnet-110', 'densenet-40' and 'densenet_bc-100' on CIFAR; 'resnet-50', 'densenet-121' and
-'googlenet' on ImageNet. The paper compares with four ResNets and six DenseNets on CIFAR and does
+'resnet-110', 'densenet-40' and 'densenet_bc-100' on CIFAR; 'hydranet-1' to 'hydranet-9' on
+CIFAR-100; 'resnet-50', 'densenet-121' and 'googlenet' on ImageNet. The paper compares with four ResNets and six DenseNets on CIFAR and does
 not give their depths and growth rates, so any depth can be chosen. The growth rates are those of
 the DenseNet paper: 12 on CIFAR, 32 on ImageNet. DenseNet-BCs with 40 to 100 layers then cost 0.7 to
 2.9 × 10^8 multiply-adds.
@@ -10,6 +10,9 @@ The MSDNet paper compares with two networks with exits: 'resnet-62' with exits a
 8th of each 10 blocks, and 'densenet-52' with exits after the 6th and the 12th of each 16 layers.
 Each costs about 1.3 × 10^8 multiply-adds there. Without exits, 'densenet-52' costs 1.29 × 10^8 if
 growth_rate is 6, and 4.6 × 10^8 if it is 12.
+
+A HydraNet has a branch per group of classes: the superclasses of CIFAR-100, unless
+`--config.model.groups` gives those that experiments/class_groups.py finds, as the publication does.
 """
 
 import re
@@ -22,12 +25,22 @@ from imta_jax.errors import UsageError
 from imta_jax.models.densenet import num_layers
 from imta_jax.models.resnet import num_blocks
 
+# The superclass of each class of CIFAR-100.
+_SUPERCLASSES = (
+  *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11),
+  *(6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5),
+  *(5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17),
+  *(10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13),
+  *(16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
+
 # Fields of config.model; DEPTH stands for a number.
 _NETWORKS = {
   'cifar': {
     'resnet-DEPTH': {'name': 'resnet'},
     'densenet-DEPTH': {'name': 'densenet', 'growth_rate': 12, 'bc': False},
     'densenet_bc-DEPTH': {'name': 'densenet', 'growth_rate': 12, 'bc': True},
+    'hydranet-DEPTH': {'name': 'hydranet', 'groups': _SUPERCLASSES, 'top_k': 4},
   },
   'imagenet': {
     'resnet-DEPTH': {'name': 'resnet'},
@@ -89,6 +102,9 @@ def _model_fields(network, exits, stem):
     _check_exits(network, exits, (1, 3), '1 or 3')
     return {**fields, 'auxiliary_exits': exits == 3}
   depth = int(network.rpartition('-')[2])
+  if fields['name'] == 'hydranet':
+    _check_exits(network, exits, (1,), '1')
+    return {**fields, 'blocks': depth}
   try:
     if fields['name'] == 'resnet':
       places = num_blocks(depth, stem)

@@ -43,6 +43,7 @@ def test_other_networks_have_one_exit_unless_told_otherwise():
     ('resnet-110', 'cifar', {'name': 'resnet', 'depth': 110}),
     ('densenet-40', 'cifar', {'name': 'densenet', 'depth': 40, 'growth_rate': 12, 'bc': False}),
     ('densenet_bc-100', 'cifar', {'name': 'densenet', 'depth': 100, 'growth_rate': 12, 'bc': True}),
+    ('hydranet-2', 'cifar', {'name': 'hydranet', 'blocks': 2, 'top_k': 4}),
     ('resnet-50', 'imagenet', {'name': 'resnet', 'depth': 50}),
     ('densenet-121', 'imagenet', {'name': 'densenet', 'growth_rate': 32, 'bc': True}),
     ('googlenet', 'imagenet', {'name': 'googlenet', 'auxiliary_exits': False}),
@@ -50,7 +51,7 @@ def test_other_networks_have_one_exit_unless_told_otherwise():
 )
 def test_a_name_gives_a_network_with_one_exit_and_one_phase(network, stem, fields):
   config = chosen(network, stem=stem)
-  if network != 'googlenet':
+  if fields['name'] in ('resnet', 'densenet'):
     fields = {'stem': stem, 'exits_after': (), **fields}
   model = config.model.to_dict()
   assert {name: model[name] for name in fields} == fields
@@ -144,3 +145,12 @@ def test_both_phases_train_a_network_with_exits(network):
   jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
   for name, classifier in before.trained.items():
     assert np.any(after.trained[name]['dense']['kernel'] != classifier['dense']['kernel'])
+
+
+def test_a_hydranet_has_a_branch_per_superclass_of_five_classes():
+  groups = chosen('hydranet-1').model.groups
+  assert np.bincount(groups).tolist() == [5] * 20
+  # Of CIFAR-100's classes 0 to 4, apple, aquarium fish, baby, bear and beaver.
+  assert groups[:5] == (4, 1, 14, 8, 0)
+  # Maple, oak, palm, pine and willow trees.
+  assert {groups[tree] for tree in (47, 52, 56, 59, 96)} == {17}
