@@ -1,10 +1,10 @@
 """The networks that the paper compares with, by name.
 
 'resnet-110', 'densenet-40' and 'densenet_bc-100' on CIFAR; 'hydranet-1' to 'hydranet-9' on
-CIFAR-100; 'resnet-50', 'densenet-121' and 'googlenet' on ImageNet. The paper compares with four ResNets and six DenseNets on CIFAR and does
-not give their depths and growth rates, so any depth can be chosen. The growth rates are those of
-the DenseNet paper: 12 on CIFAR, 32 on ImageNet. DenseNet-BCs with 40 to 100 layers then cost 0.7 to
-2.9 × 10^8 multiply-adds.
+CIFAR-100; 'resnet-50', 'densenet-121' and 'googlenet' on ImageNet. The paper compares with four
+ResNets and six DenseNets on CIFAR and does not give their depths and growth rates, so any depth can
+be chosen. The growth rates are those of the DenseNet paper: 12 on CIFAR, 32 on ImageNet.
+DenseNet-BCs with 40 to 100 layers then cost 0.7 to 2.9 × 10^8 multiply-adds.
 
 The MSDNet paper compares with two networks with exits: 'resnet-62' with exits after the 4th and the
 8th of each 10 blocks, and 'densenet-52' with exits after the 6th and the 12th of each 16 layers.
