@@ -24,8 +24,9 @@ def default() -> ConfigDict:
       'batch_size': 64,  # Images per training step, over all devices and hosts.
       'evaluation_batch_size': 512,
       'dataset': {
-        'name': 'cifar100',  # A TFDS builder, with features `image` and `label`.
-        # TFDS folder; default: TFDS_DATA_DIR or ~/tensorflow_datasets.
+        # A TFDS builder with features `image` and `label`, or 'image_folder'.
+        'name': 'cifar100',
+        # TFDS folder (default: TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of images.
         'data_dir': config_dict.placeholder(str),
         # Folder written by imta_jax.prepare, to be used instead of TFDS.
         'arrays_dir': config_dict.placeholder(str),
@@ -36,6 +37,9 @@ def default() -> ConfigDict:
         'mean': (0.5071, 0.4865, 0.4409),  # Per channel, for pixels between 0 and 1.
         'std': (0.2673, 0.2564, 0.2762),
         'in_memory': True,  # On the devices; False streams images, as for ImageNet.
+        # How image files that are kept in memory become squares: 'none' stretches the whole image,
+        # 'center' takes the central square. Streamed images are cropped at random in training.
+        'crop': 'none',
         'padding': 4,  # Zero padding before the random crop of images in memory.
         'flip': True,  # Whether to mirror half of the training images.
         'augment_validation': False,  # The published code augments validation images too.
@@ -208,6 +212,8 @@ def validate(config: ConfigDict) -> None:
     _check_range(fields, {'steps_per_dispatch': (0, True)}, 'config')
   dataset = fields['dataset']
   _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
+  if dataset['crop'] not in ('none', 'center'):
+    raise UsageError(f'config.dataset.crop is {dataset["crop"]!r}: choose one of none, center')
   if not dataset['std'] or not all(value > 0 for value in dataset['std']):
     raise UsageError(
       f'config.dataset.std is {dataset["std"]}: it must have one number above 0 per channel'

@@ -184,5 +184,5 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
     ],
     madds=[cost.madds for cost in network.costs],
     class_names=class_names,
-    preprocessing={'crop': 'none' if dataset.in_memory else 'center'},
+    preprocessing={'crop': dataset.crop if dataset.in_memory else 'center'},
   )

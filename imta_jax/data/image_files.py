@@ -1,5 +1,6 @@
 """Finds image files, and decodes, crops and resizes them with Pillow."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '
 
 CROPS = ('none', 'center')
 _MODES = {1: 'L', 3: 'RGB'}
+_GREY_MODES = ('1', 'L', 'LA', 'I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N')
 
 # Decoding an image of this many pixels takes about 300 MB.
 MAX_PIXELS = 2**26
@@ -71,16 +73,74 @@ def read_image(
     raise ValueError(f'crop {crop!r} is unknown: choose one of {", ".join(CROPS)}')
   if channels not in _MODES:
     raise ValueError(f'{channels} channels cannot be read from image files: use 1 or 3')
+  with _open(file, max_pixels) as image:
+    image = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
+    if crop == 'center':
+      image = image.crop(_central_square(*image.size))
+    # Pillow antialiases when it shrinks, as TensorFlow does with antialias=True.
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(shape)
+
+
+def read_random_crop(
+  file: str | BinaryIO, size: int, flip: bool, random: np.random.Generator
+) -> np.ndarray:
+  """Reads a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
+
+  The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3, like that of
+  imta_jax.data.preprocess.decode_random_crop.
+
+  Args:
+    file: A path, or an open file.
+    size: Side of the result in pixels.
+    flip: Whether to mirror half of the images.
+    random: Draws the crop.
+
+  Returns:
+    [size, size, 3], uint8.
+
+  Raises:
+    ImageError: If the file is not an image, is damaged or is too large.
+  """
+  with _open(file, MAX_PIXELS) as image:
+    image = ImageOps.exif_transpose(image)
+    box = _random_box(image.width, image.height, random)
+    image = _with_mode(image, 'RGB').resize((size, size), Image.Resampling.BILINEAR, box)
+    if flip and random.random() < 0.5:
+      image = ImageOps.mirror(image)
+    return np.asarray(image)
+
+
+def _random_box(width, height, random):
+  """Draws (left, top, right, bottom), after ten misses the whole image."""
+  for _ in range(10):
+    area = width * height * random.uniform(0.08, 1)
+    aspect = random.uniform(3 / 4, 4 / 3)
+    box_width, box_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    if 0 < box_width <= width and 0 < box_height <= height:
+      left, top = random.integers((width - box_width + 1, height - box_height + 1))
+      return left, top, left + box_width, top + box_height
+  return 0, 0, width, height
+
+
+def image_size_and_channels(file: str | BinaryIO) -> tuple[tuple[int, int], int]:
+  """Reads ((width, height), channels) from the header of an image; grey images have 1 channel.
+
+  Raises:
+    ImageError: If the file is not an image or is too large.
+  """
+  with _open(file, MAX_PIXELS) as image:
+    return image.size, 1 if image.mode in _GREY_MODES else 3
+
+
+@contextlib.contextmanager
+def _open(file, max_pixels):
+  """Opens an image; whatever Pillow raises inside becomes an ImageError."""
   try:
     with Image.open(file, formats=_FORMATS) as image:
       if image.width * image.height > max_pixels:
         raise ImageError(_too_large(f'{image.width} x {image.height}', max_pixels))
-      image = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
-      if crop == 'center':
-        image = image.crop(_central_square(*image.size))
-      # Pillow antialiases when it shrinks, as TensorFlow does with antialias=True.
-      image = image.resize((width, height), Image.Resampling.BILINEAR)
-      return np.asarray(image).reshape(shape)
+      yield image
   except ImageError:
     raise
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,4 +1,4 @@
-"""Opens the data set that a config names, through TFDS or from arrays.
+"""Opens the data set that a config names: through TFDS, from arrays, or a folder of images.
 
 TensorFlow is imported only if TFDS has to read the data.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from imta_jax.data import image_folder
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
@@ -45,6 +46,11 @@ def open_dataset(config: ConfigDict) -> Dataset:
 def _open_in_memory(config: ConfigDict) -> Dataset:
   from imta_jax.data import arrays, in_memory
 
+  if config.dataset.name == image_folder.NAME:
+    side, channels = config.dataset.image_size, len(config.dataset.mean)
+    folder = image_folder.scan(config.dataset.data_dir)
+    stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
+    return in_memory.InMemoryDataset(stored, config)
   stored = arrays.load(config.dataset)
   if stored is None:
     builder = _prepared_builder(config.dataset)
@@ -59,8 +65,21 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
 def _open_streamed(config: ConfigDict) -> Dataset:
   from imta_jax.data import streamed
 
+  if config.dataset.name == image_folder.NAME:
+    from imta_jax.data.folder_reader import FolderReader
+
+    folder = image_folder.scan(config.dataset.data_dir)
+    num_images = {split: len(paths) for split, paths in folder.paths.items()}
+    reader = FolderReader(folder, config)
+    return streamed.StreamedDataset(reader, folder.class_names, num_images, config)
+  from imta_jax.data.tfds_reader import TfdsReader
+
   builder = _prepared_builder(config.dataset)
-  return streamed.StreamedDataset(builder, _splits(builder, config.dataset), config)
+  splits = _splits(builder, config.dataset)
+  class_names = builder.info.features['label'].names
+  num_images = {split: count for split, (_, count) in splits.items()}
+  reader = TfdsReader(builder, splits, config)
+  return streamed.StreamedDataset(reader, class_names, num_images, config)
 
 
 def _prepared_builder(dataset: ConfigDict) -> Any:

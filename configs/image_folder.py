@@ -1,0 +1,125 @@
+"""MSDNet on a folder of images, with a folder per class.
+
+    python -m imta_jax.main --config=configs/image_folder.py:flowers/
+
+The folder has a folder per class, or train/ and test/ (or val/) with a folder per class each;
+without them, a fixed seed splits the images. Number of classes, image size, network, batch size and
+lengths are chosen from the images; override any of them, as in --config.dataset.image_size=96.
+"""
+
+import os
+
+from imta_jax import config as config_lib
+from imta_jax.data import image_folder
+from imta_jax.errors import UsageError
+
+# Sets of more images are streamed, at the resolution of ImageNet.
+MOST_IN_MEMORY = 100_000
+# Photographs in memory are brought to this size.
+LARGEST_IN_MEMORY = 64
+# Images that phase I sees: each image of a small set 300 times, as in the paper.
+IMAGES_SEEN, EPOCHS = 200_000, (10, 300)
+
+
+def get_config(argument=''):
+  if not argument:
+    raise UsageError('name the folder of images, as in --config=configs/image_folder.py:flowers/')
+  root = os.path.abspath(argument)
+  folder = image_folder.scan(root)
+  survey = image_folder.survey(folder)
+  num_images = {split: len(paths) for split, paths in folder.paths.items()}
+  in_memory = sum(num_images.values()) <= MOST_IN_MEMORY
+  config = config_lib.default()
+  config.dataset.update(
+    name=image_folder.NAME,
+    data_dir=root,
+    validation_size=num_images['validation'],
+    in_memory=in_memory,
+    # Digits and the like stay whole, and as they are.
+    crop='none' if survey.is_uniform else 'center',
+    flip=survey.channels == 3,
+  )
+  if in_memory:
+    choose_small(config, survey)
+    choose_lengths(config, num_images['train'])
+  else:
+    choose_large(config)
+  config.batch_size = largest_power_of_two(num_images['train'] // 4, 8, config.batch_size)
+  config.evaluation_batch_size = largest_power_of_two(
+    2 * max(num_images['validation'], num_images['test']), 8, config.evaluation_batch_size
+  )
+  print(
+    f'{root}: {len(folder.class_names)} classes; '
+    + ', '.join(f'{count:,} {split}' for split, count in num_images.items())
+    + f' images{" (split by a fixed seed)" if folder.is_split_here else ""}, '
+    f'{"grey" if survey.channels == 1 else "colour"}, shorter side {survey.shorter_side} pixels → '
+    f'{"in memory" if in_memory else "streamed"} at {config.dataset.image_size} × '
+    f'{config.dataset.image_size} pixels, MSDNet with {config.model.num_exits} exits'
+  )
+  return config
+
+
+def choose_small(config, survey):
+  """Chooses size, network and lengths for images that are kept in memory."""
+  side = min(LARGEST_IN_MEMORY, max(16, survey.shorter_side // 4 * 4))
+  config.dataset.update(image_size=side, padding=max(2, side // 8))
+  if survey.channels == 1:
+    config.dataset.update(mean=(0.449,), std=(0.226,))
+  else:
+    config.dataset.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+  num_scales = 3 if side <= 32 else 4
+  config.model.update(
+    name='msdnet',
+    num_exits=4,
+    base=1,
+    step=1,
+    step_mode='lin_grow',
+    channels=8,
+    growth_rate=4,
+    scale_factors=(1, 2, 4, 4)[:num_scales],
+    bottleneck_factors=(1, 2, 4, 4)[:num_scales],
+    prune='max',
+    reduction=0.5,
+    bottleneck=True,
+    stem='cifar',
+  )
+
+
+def choose_large(config):
+  """Chooses what configs/imagenet.py has, for images that are streamed."""
+  config.batch_size, config.evaluation_batch_size = 256, 256
+  config.global_batch_norm = False
+  config.dataset.update(image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+  config.model.update(
+    name='msdnet',
+    num_exits=5,
+    base=4,
+    step=4,
+    step_mode='even',
+    channels=32,
+    growth_rate=16,
+    scale_factors=(1, 2, 4, 4),
+    bottleneck_factors=(1, 2, 4, 4),
+    prune='max',
+    reduction=0.5,
+    bottleneck=True,
+    stem='imagenet',
+    remat=False,
+  )
+  for phase in config.phases:
+    phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
+
+
+def choose_lengths(config, num_train):
+  """Chooses the epochs of both phases for images that are kept in memory."""
+  fewest, most = EPOCHS
+  epochs = float(min(most, max(fewest, IMAGES_SEEN // num_train)))
+  for phase, share in zip(config.phases, (1, 0.6), strict=True):
+    phase.update(epochs=share * epochs, schedule='cosine')
+  # Validating takes longer than an epoch of a small set.
+  config.checkpoint_every_epochs = max(1, round(epochs) // 30)
+
+
+def largest_power_of_two(number, lowest, highest):
+  """Returns the largest power of two up to a number, within bounds that are powers of two."""
+  return min(highest, max(lowest, 1 << max(0, number.bit_length() - 1)))

@@ -1,0 +1,101 @@
+"""Reads image files with Pillow in threads, for folders of images that are streamed."""
+
+import collections
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imta_jax.data.image_files import ImageError, read_image, read_random_crop
+from imta_jax.data.image_folder import ImageFolder
+from imta_jax.data.streamed import steps_per_epoch
+from imta_jax.errors import UsageError
+
+# Number of batches whose images are decoded ahead of time.
+_BATCHES_AHEAD = 2
+
+
+class FolderReader:
+  """Reads this host's part of a folder of images; see `streamed.Reader`."""
+
+  def __init__(self, folder: ImageFolder, config: ConfigDict):
+    self._folder, self._config = folder, config
+    self._steps_per_epoch = steps_per_epoch(len(folder.paths['train']), config)
+    self._pool = ThreadPoolExecutor(os.cpu_count())
+
+  def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    batch_size = self._config.batch_size // jax.process_count()
+    images = self._train_images(first_step, batch_size)
+    for batch in self._decode(images, 'train', batch_size, augments=True):
+      del batch['mask']
+      yield batch
+
+  def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    batch_size = self._config.evaluation_batch_size // jax.process_count()
+    augments = split == 'validation' and self._config.dataset.augment_validation
+    own = range(jax.process_index(), len(self._folder.paths[split]), jax.process_count())
+    # All hosts send the same number of batches; None stands for padding.
+    num_batches = -(-len(self._folder.paths[split]) // (jax.process_count() * batch_size))
+    padded = itertools.islice(
+      itertools.chain(own, itertools.repeat(None)), num_batches * batch_size
+    )
+    images = ((index, [self._config.seed, index or 0]) for index in padded)
+    return self._decode(images, split, batch_size, augments)
+
+  def _train_images(self, first_step, batch_size):
+    """Yields this host's training images from a step on: (index, seed of the crop)."""
+    num_images = len(self._folder.paths['train'])
+    epoch, position = divmod(first_step, self._steps_per_epoch)
+    while True:
+      order = np.random.default_rng([self._config.seed, epoch]).permutation(num_images)
+      own = order[jax.process_index() :: jax.process_count()]
+      for index in own[position * batch_size : self._steps_per_epoch * batch_size]:
+        yield int(index), [self._config.seed, epoch, int(index)]
+      epoch, position = epoch + 1, 0
+
+  def _decode(self, images: Iterable, split: str, batch_size: int, augments: bool):
+    """Yields batches of decoded images, while threads decode the next ones."""
+    paths, labels = self._folder.paths[split], self._folder.labels[split]
+    side, flip = self._config.dataset.image_size, self._config.dataset.flip
+
+    def decode(index, seed):
+      if index is None:
+        return np.zeros((side, side, 3), np.uint8)
+      try:
+        if augments:
+          return read_random_crop(paths[index], side, flip, np.random.default_rng(seed))
+        return read_image(paths[index], (side, side, 3), 'center')
+      except ImageError as error:
+        raise UsageError(f'{paths[index]}: {error}: mend or remove it') from error
+
+    def start(batch):
+      indices = [index for index, _ in batch]
+      return indices, [self._pool.submit(decode, *image) for image in batch]
+
+    def finish(indices, futures):
+      per_device = (jax.local_device_count(), -1)
+      batch = {
+        'image': np.stack([future.result() for future in futures]),
+        'label': np.array([0 if i is None else labels[i] for i in indices], np.int32),
+        'mask': np.array([i is not None for i in indices]),
+      }
+      return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
+
+    pending = collections.deque()
+    for batch in _batched(images, batch_size):
+      pending.append(start(batch))
+      if len(pending) > _BATCHES_AHEAD:
+        yield finish(*pending.popleft())
+    for batch in pending:
+      yield finish(*batch)
+
+
+def _batched(items, size):
+  """Yields lists of `size` items (itertools.batched needs Python 3.12)."""
+  items = iter(items)
+  while batch := list(itertools.islice(items, size)):
+    yield batch

@@ -1,0 +1,112 @@
+"""Streamed folders of images: every image once, the same order after resuming, broken files."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imta_jax import config as config_lib
+from imta_jax.data import image_folder
+from imta_jax.data.folder_reader import FolderReader
+from imta_jax.data.pipeline import open_dataset
+from imta_jax.errors import UsageError
+
+NUM_PER_CLASS, BATCH_SIZE = 30, 8
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A folder of images whose grey level is their number, in two classes."""
+  root = tmp_path_factory.mktemp('images')
+  for index, name in enumerate(('even', 'odd')):
+    (root / name).mkdir()
+    for number in range(NUM_PER_CLASS):
+      level = 4 * (2 * number + index)
+      Image.new('L', (20 + number, 24), level).save(root / name / f'{number}.png')
+  return root
+
+
+@pytest.fixture
+def config(root):
+  config = config_lib.default()
+  config.batch_size, config.evaluation_batch_size = BATCH_SIZE, 8
+  config.dataset.update(name=image_folder.NAME, data_dir=str(root), image_size=16, in_memory=False)
+  return config
+
+
+def levels(batch):
+  """Returns what identifies each image of a batch, and checks that crops have one colour."""
+  images = batch['image'].reshape(-1, *batch['image'].shape[2:])
+  np.testing.assert_array_equal(images, np.broadcast_to(images[:, :1, :1], images.shape))
+  np.testing.assert_array_equal(images[:, 0, 0, 0] // 4 % 2, batch['label'].reshape(-1))
+  return images[:, 0, 0, 0].tolist()
+
+
+def take(batches, count):
+  return [levels(batch) for batch in itertools.islice(batches, count)]
+
+
+def test_an_epoch_takes_no_image_twice_and_orders_differ(config, root):
+  reader = FolderReader(image_folder.scan(str(root)), config)
+  steps = 42 // BATCH_SIZE  # 24 images per class without those for testing, 2 for validation.
+  first, second = np.array(take(reader.train_batches(0), 2 * steps)).reshape(2, -1)
+  assert len(set(first)) == len(set(second)) == steps * BATCH_SIZE
+  assert list(first) != list(second)
+
+
+def test_batches_after_resuming_are_the_same(config, root):
+  reader = FolderReader(image_folder.scan(str(root)), config)
+  batches = list(itertools.islice(reader.train_batches(0), 9))
+  for first_step in (1, 5, 7):
+    for expected, batch in zip(
+      batches[first_step:], reader.train_batches(first_step), strict=False
+    ):
+      np.testing.assert_array_equal(batch['image'], expected['image'])
+      np.testing.assert_array_equal(batch['label'], expected['label'])
+
+
+def test_hosts_share_an_epoch(config, root, monkeypatch):
+  folder = image_folder.scan(str(root))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  config.batch_size = 2 * BATCH_SIZE
+  seen = []
+  for host in range(2):
+    monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
+    seen += sum(take(FolderReader(folder, config).train_batches(0), 2), [])
+  assert len(set(seen)) == 4 * BATCH_SIZE
+
+
+@pytest.mark.parametrize('augment', [False, True])
+def test_evaluation_takes_every_image_once(config, root, augment):
+  folder = image_folder.scan(str(root))
+  config.dataset.augment_validation = augment
+  for split, labels in folder.labels.items():
+    images = []
+    for batch in FolderReader(folder, config).evaluation_batches(split):
+      mask = batch.get('mask', np.ones(batch['label'].shape, bool)).reshape(-1)
+      images += np.array(levels(batch))[mask].tolist()
+    assert len(images) == len(set(images)) == len(labels)
+
+
+def test_the_data_set_is_opened_by_its_name(config):
+  dataset = open_dataset(config)
+  assert dataset.class_names == ['even', 'odd']
+  assert dataset.num_images == {'train': 44, 'validation': 4, 'test': 12}
+  assert dataset.steps_per_epoch == 44 // BATCH_SIZE
+  (batch, *_) = dataset.evaluation_batches('test')
+  assert batch['image'].dtype == np.float32
+
+
+def test_a_file_that_breaks_later_is_named(config, tmp_path):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    for number in range(16):
+      Image.new('L', (20, 24), 9).save(tmp_path / name / f'{number}.png')
+  folder = image_folder.scan(str(tmp_path))
+  for path in folder.paths['train']:
+    with open(path, 'wb') as file:
+      file.write(b'no image')
+  with pytest.raises(UsageError, match=r'\d.png: not an image: .*mend or remove it'):
+    next(FolderReader(folder, config).train_batches(0))
