@@ -8,12 +8,13 @@ lengths are chosen from the images; override any of them, as in --config.dataset
 """
 
 import os
+from pathlib import Path
 
 from imta_jax import config as config_lib
 from imta_jax.data import image_folder
 from imta_jax.errors import UsageError
 
-# Sets of more images are streamed, at the resolution of ImageNet.
+# Sets of more images are streamed and trained like ImageNet.
 MOST_IN_MEMORY = 100_000
 # Photographs in memory are brought to this size.
 LARGEST_IN_MEMORY = 64
@@ -29,21 +30,20 @@ def get_config(argument=''):
   survey = image_folder.survey(folder)
   num_images = {split: len(paths) for split, paths in folder.paths.items()}
   in_memory = sum(num_images.values()) <= MOST_IN_MEMORY
-  config = config_lib.default()
+  config = (
+    config_lib.default()
+    if in_memory
+    else config_lib.load_file(str(Path(__file__).with_name('imagenet.py')))
+  )
   config.dataset.update(
     name=image_folder.NAME,
     data_dir=root,
     validation_size=num_images['validation'],
-    in_memory=in_memory,
-    # Digits and the like stay whole, and as they are.
-    crop='none' if survey.is_uniform else 'center',
-    flip=survey.channels == 3,
+    test_split='test',
   )
   if in_memory:
     choose_small(config, survey)
     choose_lengths(config, num_images['train'])
-  else:
-    choose_large(config)
   config.batch_size = largest_power_of_two(num_images['train'] // 4, 8, config.batch_size)
   config.evaluation_batch_size = largest_power_of_two(
     2 * max(num_images['validation'], num_images['test']), 8, config.evaluation_batch_size
@@ -60,9 +60,15 @@ def get_config(argument=''):
 
 
 def choose_small(config, survey):
-  """Chooses size, network and lengths for images that are kept in memory."""
+  """Chooses size and network for images that are kept in memory."""
   side = min(LARGEST_IN_MEMORY, max(16, survey.shorter_side // 4 * 4))
-  config.dataset.update(image_size=side, padding=max(2, side // 8))
+  config.dataset.update(
+    image_size=side,
+    padding=side // 8,
+    # Digits and the like stay whole, and as they are.
+    crop='none' if survey.is_uniform else 'center',
+    flip=survey.channels == 3,
+  )
   if survey.channels == 1:
     config.dataset.update(mean=(0.449,), std=(0.226,))
   else:
@@ -83,31 +89,6 @@ def choose_small(config, survey):
     bottleneck=True,
     stem='cifar',
   )
-
-
-def choose_large(config):
-  """Chooses what configs/imagenet.py has, for images that are streamed."""
-  config.batch_size, config.evaluation_batch_size = 256, 256
-  config.global_batch_norm = False
-  config.dataset.update(image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-  config.model.update(
-    name='msdnet',
-    num_exits=5,
-    base=4,
-    step=4,
-    step_mode='even',
-    channels=32,
-    growth_rate=16,
-    scale_factors=(1, 2, 4, 4),
-    bottleneck_factors=(1, 2, 4, 4),
-    prune='max',
-    reduction=0.5,
-    bottleneck=True,
-    stem='imagenet',
-    remat=False,
-  )
-  for phase in config.phases:
-    phase.update(epochs=90.0, milestones=(1 / 3, 2 / 3), alpha=0.9, temperature=1.0)
 
 
 def choose_lengths(config, num_train):

@@ -4,10 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from imta_jax import config as config_lib
 from imta_jax import networks
 from imta_jax.adaptive.cost import exit_costs
+from imta_jax.errors import UsageError
 
 FOLDER = Path(__file__).parents[1] / 'configs'
 
@@ -109,3 +111,57 @@ def test_small_batches_are_normalised_as_a_whole(name, batch_size):
 def test_imagenet_is_normalised_per_device():
   config = load('imagenet')
   assert config.batch_size == 256 and not config.global_batch_norm
+
+
+def write_images(root, per_class, size, mode='RGB'):
+  for name in ('a', 'b', 'c'):
+    (root / name).mkdir()
+    for number in range(per_class):
+      Image.new(mode, size, 40).save(root / name / f'{number}.png')
+
+
+@pytest.mark.parametrize(
+  ('per_class', 'size', 'mode', 'expected'),
+  [
+    (10, (28, 28), 'L', {'image_size': 28, 'crop': 'none', 'flip': False, 'channels': 1}),
+    (10, (30, 28), 'L', {'image_size': 28, 'crop': 'center', 'flip': False, 'channels': 1}),
+    (10, (32, 32), 'RGB', {'image_size': 32, 'crop': 'none', 'flip': True, 'channels': 3}),
+    (50, (300, 200), 'RGB', {'image_size': 64, 'crop': 'center', 'flip': True, 'channels': 3}),
+  ],
+)
+def test_a_folder_of_images_chooses_size_and_network(
+  per_class, size, mode, expected, tmp_path, capsys
+):
+  write_images(tmp_path, per_class, size, mode)
+  config = load('image_folder', str(tmp_path))
+  config_lib.validate(config)
+  dataset = {**config.dataset, 'channels': len(config.dataset.mean)}
+  assert {name: dataset[name] for name in expected} == expected
+  assert config.dataset.in_memory
+  num_train = 3 * {10: 7, 50: 36}[per_class]
+  assert config.batch_size == {10: 8, 50: 16}[per_class] <= num_train
+  assert config.phases[0].epochs == 300
+  assert f'{tmp_path}: 3 classes; {num_train} train, ' in capsys.readouterr().out
+  model = networks.create_model(config, config.phases[0], 3)
+  side = config.dataset.image_size
+  assert len(exit_costs(model, (side, side, len(config.dataset.mean)))) == 4
+
+
+def test_a_large_folder_of_images_is_trained_like_imagenet(tmp_path, monkeypatch):
+  write_images(tmp_path, 10, (8, 8))
+  spec = importlib.util.spec_from_file_location('image_folder', FOLDER / 'image_folder.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  monkeypatch.setattr(module, 'MOST_IN_MEMORY', 29)
+  config, imagenet = module.get_config(str(tmp_path)), load('imagenet')
+  config_lib.validate(config)
+  assert not config.dataset.in_memory
+  assert config.dataset.data_dir == str(tmp_path)
+  assert config.dataset.image_size == 224
+  assert config.model.to_dict() == imagenet.model.to_dict()
+  assert config_lib.to_dict(config.phases) == config_lib.to_dict(imagenet.phases)
+
+
+def test_a_folder_of_images_must_be_named():
+  with pytest.raises(UsageError, match='name the folder of images, as in --config='):
+    load('image_folder')

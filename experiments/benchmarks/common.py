@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import devices, phases, steps, train_state
 from imta_jax.compilation_cache import set_up_compilation_cache
+from imta_jax.data import image_folder
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
@@ -115,7 +116,7 @@ def set_up_without_data(
   """Sets up a phase as training does, without its data set.
 
   Args:
-    config: A complete config whose data set is in `DATASETS`.
+    config: A complete config whose data set is in `DATASETS`, or a folder of images.
     index: The phase, counted from 0.
     batch_size: Images per step, on all devices together.
     change: Function that is applied to each variable of each phase.
@@ -169,6 +170,11 @@ def _perturb(random, leaf):
 
 
 def _dataset(config):
+  """Returns the numbers of training images, with those for validation, and of classes."""
+  if config.dataset.name == image_folder.NAME:
+    folder = image_folder.scan(config.dataset.data_dir)
+    num_images = len(folder.paths['train']) + config.dataset.validation_size
+    return num_images, len(folder.class_names)
   try:
     return DATASETS[config.dataset.name]
   except KeyError:
