@@ -108,6 +108,7 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
     'stages': list(contents),
     'weights': 'weights.npz',
     'weights_per_stage': [len(leaves) for leaves in weights],
+    'variables': [_names(stage) for stage in classifier.weights],
     'platforms': list(PLATFORMS),
   }
   contents['weights.npz'] = _npz(weights)
@@ -196,6 +197,12 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
       [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.out_avals],
     )
   return serialised
+
+
+def _names(tree: Any) -> list[str]:
+  """Names the variables of a stage in the order of its leaves: 'params/stages_0/…'."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return [jax.tree_util.keystr(path, simple=True, separator='/') for path in paths]
 
 
 def _specs(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

@@ -48,6 +48,9 @@ def default() -> ConfigDict:
       # Whether batch statistics are over the images of all devices, not of each device, which takes
       # an exchange between devices per batch norm. Needed with few images per device.
       'global_batch_norm': True,
+      # Workdir or export of a trained network, from which phase I takes the variables whose names
+      # and shapes agree. Needed at every start of the run.
+      'init_from': config_dict.placeholder(str),
       'phases': [phase_one(), phase_two()],
       # Training steps that the devices take before they need the host again. Default: chosen by the
       # time of a step for sets in memory; 1 for streamed sets, whose batches the host sends.

@@ -85,7 +85,7 @@ def default_workdir(arguments: Sequence[str]) -> str:
   parts = []
   for name, value in flag_values(arguments):
     if name == 'config':
-      path, _, config_argument = value.partition(':')
+      path, _, config_argument = value.rstrip('/').partition(':')
       parts.insert(0, epath.Path(path).stem + (f'-{config_argument}' if config_argument else ''))
     elif name.startswith('config.'):
       parts.append(f'{name.removeprefix("config.")}={value}')

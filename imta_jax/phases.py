@@ -11,6 +11,7 @@ from imta_jax import networks, steps, train_state
 from imta_jax import workdir as layout
 from imta_jax.models.initial_values import transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.pretrained import start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ def set_up_phase(
 ) -> Phase:
   """Sets up a phase.
 
-  Its network starts from the variables that it shares with the network of the previous phase.
+  Its network starts from the variables that it shares with the network of the previous phase; that
+  of the first phase from config.init_from, if that is set.
 
   Args:
     config: A complete config; see imta_jax.config.
@@ -65,13 +67,16 @@ def set_up_phase(
     The phase. Its arrays are on the host or the default device, not yet replicated.
 
   Raises:
-    UsageError: If a field of config.model is wrong or the network does not fit the images.
+    UsageError: If a field of config.model is wrong, the network does not fit the images, or
+      config.init_from has nothing in common with it.
   """
   phase = config.phases[index]
   model = networks.create_model(config, phase, num_classes)
   variables = networks.initial_variables(model, config.seed, image_shape)
   if predecessor is not None:
     variables = transplant(predecessor[1], variables)
+  elif config.init_from is not None:
+    variables = start_from(config.init_from, variables)
   num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
   schedule = train_state.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
   optimizer = train_state.create_optimizer(phase, schedule)
