@@ -1,0 +1,67 @@
+"""Writes images of a data set as PNG files, in a folder per class.
+
+    python experiments/write_images.py --config=configs/mnist5k.py digits
+    python experiments/write_images.py --config=configs/cifar100.py --per_class=2 pictures
+
+The files can be classified by `python -m imta_jax.predict` and `imta_jax.serve`, and their folder
+can be trained on with configs/image_folder.py.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from imta_jax import command_line
+from imta_jax import config as config_lib
+from imta_jax.data.arrays import SPLITS
+from imta_jax.data.pipeline import open_dataset
+from imta_jax.errors import UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line.
+
+  Raises:
+    UsageError: If the config or the data set is wrong, or the folder is not empty.
+  """
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, help='config file, as in training')
+  parser.add_argument('folder', help='folder to write; must be empty or absent')
+  parser.add_argument(
+    '--split', choices=SPLITS, default='test', help='which images; default: %(default)s'
+  )
+  parser.add_argument(
+    '--per_class',
+    type=command_line.positive(int),
+    default=20,
+    help='the first images of each class; default: %(default)s',
+  )
+  options = parser.parse_args(arguments)
+  config = config_lib.load_file(options.config)
+  if not config.dataset.in_memory:
+    raise UsageError(f'--config={options.config}: its data set is streamed, not kept in memory')
+  folder = epath.Path(options.folder)
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: choose another folder')
+  dataset = open_dataset(config)
+  images, labels = dataset.arrays.images[options.split], dataset.arrays.labels[options.split]
+  count = 0
+  for label, name in enumerate(dataset.class_names):
+    of_class = folder / name
+    of_class.mkdir(parents=True)
+    for index in np.flatnonzero(labels == label)[: options.per_class]:
+      pixels = images[index]
+      Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
+        of_class / f'{index}.png'
+      )
+      count += 1
+  print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
