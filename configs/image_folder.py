@@ -30,11 +30,7 @@ def get_config(argument=''):
   survey = image_folder.survey(folder)
   num_images = {split: len(paths) for split, paths in folder.paths.items()}
   in_memory = sum(num_images.values()) <= MOST_IN_MEMORY
-  config = (
-    config_lib.default()
-    if in_memory
-    else config_lib.load_file(str(Path(__file__).with_name('imagenet.py')))
-  )
+  config = config_lib.default() if in_memory else load('imagenet.py')
   config.dataset.update(
     name=image_folder.NAME,
     data_dir=root,
@@ -60,35 +56,35 @@ def get_config(argument=''):
 
 
 def choose_small(config, survey):
-  """Chooses size and network for images that are kept in memory."""
+  """Chooses size and network for images that are kept in memory.
+
+  The networks are those whose weights come with the repository, so that training can start from
+  them.
+  """
   side = min(LARGEST_IN_MEMORY, max(16, survey.shorter_side // 4 * 4))
+  is_grey = survey.channels == 1
+  if is_grey and side <= 32:
+    like = load('mnist5k.py')
+  else:
+    like = load('cifar100.py:exits=5')
+    like.model.update(channels=8, growth_rate=3)
+  config.model.update(like.model)
   config.dataset.update(
     image_size=side,
     padding=side // 8,
     # Digits and the like stay whole, and as they are.
     crop='none' if survey.is_uniform else 'center',
-    flip=survey.channels == 3,
+    flip=not is_grey,
   )
-  if survey.channels == 1:
-    config.dataset.update(mean=(0.449,), std=(0.226,))
-  else:
-    config.dataset.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-  num_scales = 3 if side <= 32 else 4
-  config.model.update(
-    name='msdnet',
-    num_exits=4,
-    base=1,
-    step=1,
-    step_mode='lin_grow',
-    channels=8,
-    growth_rate=4,
-    scale_factors=(1, 2, 4, 4)[:num_scales],
-    bottleneck_factors=(1, 2, 4, 4)[:num_scales],
-    prune='max',
-    reduction=0.5,
-    bottleneck=True,
-    stem='cifar',
-  )
+  mean, std = like.dataset.mean, like.dataset.std
+  if is_grey:
+    mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+  config.dataset.update(mean=mean, std=std)
+
+
+def load(name):
+  """Loads a config of this folder."""
+  return config_lib.load_file(str(Path(__file__).with_name(name)))
 
 
 def choose_lengths(config, num_train):

@@ -52,15 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else layout.evaluation_folder(workdirs[0]) / 'sweep'
   )
 
-  evaluations, seconds = [], 0.0
+  evaluations, labels, seconds = [], [], 0.0
   for workdir in workdirs:
-    for name, costs, predictions in networks(workdir, options.phases, options.recompute):
-      label = name if len(workdirs) == 1 else f'{workdir.name} {name}'
+    phases = layout.load_config(workdir).phases
+    for index, costs, predictions in networks(workdir, options.phases, options.recompute):
+      name = layout.phase_name(index)
+      name = name if len(workdirs) == 1 else f'{workdir.name} {name}'
+      labels.append(layout.phase_label(name, phases[index]))
       start = time.perf_counter()
-      evaluations.append(evaluate.assess(label, costs, predictions, parameters=options.parameters))
+      evaluations.append(evaluate.assess(name, costs, predictions, parameters=options.parameters))
       seconds += time.perf_counter() - start
   evaluate.write_tables(evaluations, output)
-  evaluate.write_figure(evaluations, output / 'budget.png', 'budgeted batch classification')
+  evaluate.write_figure(evaluations, output / 'budget.png', 'budgeted batch classification', labels)
   for evaluation in evaluations:
     print(evaluation.name)
     print('     p   val %   multiply-adds  test %   multiply-adds')
@@ -75,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def networks(
   workdir: epath.Path, phases: str, recompute: bool
-) -> Iterator[tuple[str, list[ExitCost], dict[str, evaluate.Predictions]]]:
-  """Yields name, costs and predictions of each network of a run.
+) -> Iterator[tuple[int, list[ExitCost], dict[str, evaluate.Predictions]]]:
+  """Yields the phase (counted from 0), costs and predictions of each network of a run.
 
   Args:
     workdir: The workdir of the run.
@@ -88,21 +91,21 @@ def networks(
   names = {index: layout.phase_name(index) for index in indices}
   folder = layout.evaluation_folder(workdir)
   if (folder / 'evaluation.json').exists() and not recompute:
-    for name in names.values():
+    for index, name in names.items():
       predictions = {
         split: evaluate.load_predictions(layout.predictions_path(workdir, name, split))
         for split in evaluate.SPLITS
       }
-      yield name, evaluate.load_costs(folder, name), predictions
+      yield index, evaluate.load_costs(folder, name), predictions
     return
   # These are slow to import and not needed for finished runs.
   from imta_jax.data.pipeline import open_dataset
   from imta_jax.networks import predict_splits, restore_network
 
   dataset = open_dataset(config)
-  for index, name in names.items():
+  for index in indices:
     network = restore_network(config, workdir, index, len(dataset.class_names), dataset.image_shape)
-    yield name, network.costs, predict_splits(network, dataset)
+    yield index, network.costs, predict_splits(network, dataset)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Checks and times the server's answers to many clients at once.
 
-    python experiments/load_test.py runs/mnist5k digits/
+    python experiments/load_test.py runs/mnist5k digits
 
 Starts servers on this machine and compares their answers with those that the network gives without
 a server. Needs the extra `serve`. Prints one row for each of

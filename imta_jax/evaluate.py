@@ -204,22 +204,31 @@ def _load_rows(folder, table, name):
   return rows
 
 
-def write_figure(evaluations: Sequence[Evaluation], path: epath.Path, title: str) -> None:
+def write_figure(
+  evaluations: Sequence[Evaluation], path: epath.Path, title: str, labels: Sequence[str]
+) -> None:
   """Draws accuracy against average multiply-adds.
 
   Lines show budgeted batch classification; circles show single exits that classify all images.
+
+  Args:
+    evaluations: The networks.
+    path: The PNG file to write.
+    title: Heading of the figure.
+    labels: What the legend calls each network.
   """
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = figure.add_subplot()
   unit, unit_name = 1e6, 'million'
-  for evaluation in evaluations:
+  for evaluation, label in zip(evaluations, labels, strict=True):
     points = sorted(evaluation.points, key=lambda point: point.test_madds)
     (line,) = axes.plot(
       [point.test_madds / unit for point in points],
       [100 * point.test_accuracy for point in points],
-      label=evaluation.name,
+      '.-' if len(points) == 1 else '-',  # A line of one point would be invisible.
+      label=label,
       linewidth=2,
     )
     axes.plot(

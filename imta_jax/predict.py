@@ -1,7 +1,7 @@
 """Classifies image files.
 
-    python -m imta_jax.predict runs/mnist5k digits/ seven.png
-    python -m imta_jax.predict runs/mnist5k digits/ --budget=1e6 --format=jsonl > answers.jsonl
+    python -m imta_jax.predict runs/mnist5k digits
+    python -m imta_jax.predict runs/mnist5k digits --budget=2e6 --format=jsonl > answers.jsonl
 
 Answers go to standard output in the order of the files: for each file its exit, counted from 1, and
 its most probable classes. Everything else goes to standard error. The exit status is 0 if all files

@@ -76,7 +76,11 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   if jax.process_index() == 0:
     folder = layout.evaluation_folder(workdir)
     evaluate.write_tables(evaluations, folder)
-    evaluate.write_figure(evaluations, folder / 'budget.png', config.dataset.name)
+    labels = [
+      layout.phase_label(network.name, phase)
+      for network, phase in zip(trained, config.phases, strict=True)
+    ]
+    evaluate.write_figure(evaluations, folder / 'budget.png', config.dataset.name, labels)
   reporter.summary(evaluations[-1], workdir)
   return evaluations
 

@@ -25,6 +25,20 @@ def phase_name(index: int) -> str:
   return f'phase_{index + 1}'
 
 
+def phase_label(name: str, phase: ConfigDict) -> str:
+  """Returns what figures call the network of a phase: its name and the techniques in it."""
+  techniques = [
+    technique
+    for technique, is_used in (
+      ('GE', phase.gradient_equilibrium != 'off' and phase.trained == 'everything'),
+      ('ISC', phase.collaboration != 'off'),
+      ('OFA', phase.loss == 'one_for_all'),
+    )
+    if is_used
+  ]
+  return f'{name} (with {" and ".join(techniques)})' if techniques else name
+
+
 def checkpoint_folder(workdir: epath.Path, phase: str) -> epath.Path:
   """Returns the folder of a phase's checkpoints."""
   return workdir / 'checkpoints' / phase

@@ -1,6 +1,7 @@
 """From logits to accuracies, tables and figures."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -208,7 +209,7 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch)
 
   monkeypatch.setattr(Figure, 'savefig', keep)
   path = epath.Path(tmp_path) / 'evaluation' / 'budget.png'
-  write_figure([evaluation], path, 'CIFAR-100')
+  write_figure([evaluation], path, 'CIFAR-100', ['phase_1 (with GE)'])
   assert path.read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
   assert [file.name for file in path.parent.iterdir()] == ['budget.png']
   (figure,) = figures
@@ -216,9 +217,14 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch)
   assert axes.get_title() == 'CIFAR-100'
   assert 'million' in axes.get_xlabel() and '%' in axes.get_ylabel()
   line, exits, _ = axes.lines
-  assert line.get_label() == 'IMTA'
+  assert line.get_label() == 'phase_1 (with GE)'
+  assert line.get_marker() == 'None'
   points = sorted(evaluation.points, key=lambda point: point.test_madds)
   np.testing.assert_allclose(line.get_xdata(), [point.test_madds / 1e6 for point in points])
   np.testing.assert_allclose(line.get_ydata(), [100 * point.test_accuracy for point in points])
   np.testing.assert_allclose(exits.get_xdata(), [1.0, 2.5])
   np.testing.assert_allclose(exits.get_ydata(), 100 * evaluation.accuracies['test', 1])
+  # A single budget is a point, which a line alone would not show.
+  evaluation = dataclasses.replace(evaluation, points=evaluation.points[:1])
+  write_figure([evaluation], path, 'CIFAR-100', ['phase_1'])
+  assert figures[1].axes[0].lines[0].get_marker() == '.'

@@ -1,0 +1,27 @@
+"""Inference that runs only the stages that an image needs.
+
+Except for `from_workdir` and `from_model`, these files need only JAX and NumPy: an export carries a
+copy of them and so runs where imta_jax is not installed.
+
+    from engine import AdaptiveClassifier  # In an export; else from imta_jax.adaptive.engine.
+    classifier = AdaptiveClassifier.load('exported', budget=20e6)
+    answers = classifier.predict(images)
+
+`classifier` is the interface for users. `runner` runs stages, compiled as `programs`, on `batches`
+of images, in the sizes that `plan` chooses. `exported` reads an export.
+"""
+
+from .batches import Answers
+from .classifier import AdaptiveClassifier, OperatingPoint
+from .exported import FORMAT, MANIFEST, manifest_checksum
+from .runner import BATCH_SIZES
+
+__all__ = [
+  'BATCH_SIZES',
+  'FORMAT',
+  'MANIFEST',
+  'AdaptiveClassifier',
+  'Answers',
+  'OperatingPoint',
+  'manifest_checksum',
+]

@@ -1,0 +1,386 @@
+"""The classifier, the interface of the engine."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from .batches import Answers, in_order
+from .exported import read_export, thresholds_from_json
+from .programs import Stage, Tree
+from .runner import BATCH_SIZES, Runner
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+  """Thresholds, with their effect measured on validation images.
+
+  Attributes:
+    thresholds: [exit]; an image leaves if its confidence is at least this.
+    exit_fractions: [exit], the fraction of the images that left at each exit.
+    accuracy: The fraction of the images that was classified correctly.
+  """
+
+  thresholds: tuple[float, ...]
+  exit_fractions: tuple[float, ...]
+  accuracy: float
+
+
+class AdaptiveClassifier:
+  """Classifies images; each image leaves at the first exit that is confident enough.
+
+  Attributes:
+    thresholds: [exit], float32; the default of `predict`.
+    operating_points: The operating points that `choose` selects from.
+    madds: [exit], multiply-adds of an image that leaves there.
+    class_names: One name per class.
+    num_classes: Number of classes.
+    image: Shape (height, width, channels) and type of an image.
+    preprocessing: How image files are turned into such images; see imta_jax.predict.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[Stage],
+    weights: Sequence[Tree],
+    thresholds: Sequence[float],
+    image: jax.ShapeDtypeStruct,
+    *,
+    madds: Sequence[float],
+    operating_points: Sequence[OperatingPoint] = (),
+    class_names: Sequence[str] = (),
+    preprocessing: dict[str, Any] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+  ):
+    """Creates a classifier from stages; see also `from_workdir`, `from_model` and `load`.
+
+    Args:
+      stages: Functions (weights, carry) → carry. The first one reads images, the others read
+        (features, logits [batch, class]), which all of them return.
+      weights: The weights of each stage.
+      thresholds: [exit].
+      image: See the class.
+      madds: See the class.
+      operating_points: See the class.
+      class_names: See the class.
+      preprocessing: See the class.
+      batch_sizes: The batch sizes that may be compiled; 1 must be among them.
+
+    Raises:
+      ValueError: If there is not one threshold and one multiply-adds count per exit.
+    """
+    self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
+    self.image, self.operating_points, self.class_names = (
+      image,
+      tuple(operating_points),
+      tuple(class_names),
+    )
+    self.madds, self.preprocessing = tuple(madds), preprocessing or {}
+    self.thresholds = np.asarray(thresholds, np.float32)
+    for name, values in (('thresholds', thresholds), ('madds', madds)):
+      if np.shape(values) != (len(self.stages),):
+        raise ValueError(
+          f'{name} {values} must have one value for each of the {len(self.stages)} exits'
+        )
+    known_exit_fractions = [
+      (point.thresholds, point.exit_fractions) for point in self.operating_points
+    ]
+    self._runner = Runner(
+      self.stages, self.weights, image, self.madds, known_exit_fractions, batch_sizes
+    )
+    self.num_classes = self._runner.num_classes
+
+  @classmethod
+  def from_workdir(
+    cls,
+    workdir: Any,
+    budget: float | None = None,
+    *,
+    latency: float | None = None,
+    phase: int = -1,
+  ) -> 'AdaptiveClassifier':
+    """Loads the network that a run has trained and evaluated.
+
+    Args:
+      workdir: The run's folder.
+      budget: See `choose`.
+      latency: See `choose`.
+      phase: Index of the training phase.
+
+    Returns:
+      A classifier of uint8 images.
+
+    Raises:
+      UsageError: If the folder is not a workdir, or the run has not been evaluated.
+    """
+    from imta_jax import networks
+
+    return networks.load_classifier(workdir, phase).choose(budget, latency)
+
+  @classmethod
+  def from_model(
+    cls,
+    model: Any,
+    variables: Tree,
+    thresholds: Sequence[float],
+    image_shape: Sequence[int],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    madds: Sequence[float] | None = None,
+    **fields: Any,
+  ) -> 'AdaptiveClassifier':
+    """Wraps a Flax network.
+
+    Args:
+      model: An imta_jax.models.multi_exit.MultiExitNetwork.
+      variables: Its variables.
+      thresholds: [exit].
+      image_shape: (height, width, channels).
+      mean: [channels], of pixels between 0 and 1; if given, images are uint8 and are normalised by
+        the classifier, otherwise they are normalised floats.
+      std: [channels], likewise.
+      madds: See the class; counted if not given.
+      **fields: Further arguments of the constructor.
+
+    Returns:
+      A classifier.
+    """
+    from imta_jax.adaptive.cost import exit_costs
+    from imta_jax.data.preprocess import normalize
+
+    if madds is None:
+      madds = [cost.madds for cost in exit_costs(model, image_shape, variables)]
+
+    def run(index, weights, carry):
+      if index:
+        features, logits = carry
+      else:
+        images = carry if mean is None else normalize(carry, mean, std)
+        features, logits = model.apply(weights, images, method='start'), None
+      features, logits = model.apply(weights, index, features, logits, method='run_stage')
+      return (features if index + 1 < model.num_exits else (), logits)
+
+    def weights_of(index):
+      names = [f'{part}_{index}' for part in ('stages', 'exits', 'classifiers')]
+      return {
+        kind: {name: trees[name] for name in names if name in trees}
+        for kind, trees in variables.items()
+      }
+
+    image = jax.ShapeDtypeStruct(tuple(image_shape), np.float32 if mean is None else np.uint8)
+    exits = range(model.num_exits)
+    stages = [partial(run, index) for index in exits]
+    weights = [weights_of(index) for index in exits]
+    return cls(stages, weights, thresholds, image, madds=madds, **fields)
+
+  @classmethod
+  def load(
+    cls, folder: Any, budget: float | None = None, *, latency: float | None = None
+  ) -> 'AdaptiveClassifier':
+    """Loads an export of experiments/export.py.
+
+    Args:
+      folder: The export.
+      budget: See `choose`.
+      latency: See `choose`.
+
+    Returns:
+      A classifier of uint8 images.
+
+    Raises:
+      ValueError: If the folder is not an export, or a file has changed.
+    """
+    manifest, stages, weights = read_export(folder)
+    operating_points = [
+      OperatingPoint(
+        thresholds_from_json(row['thresholds']), tuple(row['exit_fractions']), row['accuracy']
+      )
+      for row in manifest['operating_points']
+    ]
+    image = jax.ShapeDtypeStruct(tuple(manifest['image_shape']), manifest['image_dtype'])
+    return cls(
+      stages,
+      weights,
+      thresholds_from_json(manifest['thresholds']),
+      image,
+      operating_points=operating_points,
+      madds=manifest['madds'],
+      class_names=manifest['class_names'],
+      preprocessing=manifest['preprocessing'],
+    ).choose(budget, latency)
+
+  def choose(
+    self, budget: float | None = None, latency: float | None = None
+  ) -> 'AdaptiveClassifier':
+    """Sets `thresholds` to the most accurate ones within a budget, on validation images.
+
+    Args:
+      budget: Average multiply-adds per image.
+      latency: Average seconds per image, one image at a time; each exit is timed on this machine
+        first.
+
+    Returns:
+      This classifier. Without a budget its thresholds do not change.
+
+    Raises:
+      ValueError: If no operating point is within the budget, or both budgets are given.
+    """
+    if budget is not None and latency is not None:
+      raise ValueError('budget and latency are both given: give only one')
+    if budget is not None:
+      self.thresholds = self.thresholds_within(budget, self.madds)
+    elif latency is not None:
+      self.thresholds = self.thresholds_within(latency, self.measure_costs())
+    return self
+
+  def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
+    """The most accurate thresholds within a budget, on validation images.
+
+    Args:
+      budget: Average cost per image.
+      costs: [exit], cost of an image that leaves there, in the unit of the budget.
+
+    Returns:
+      [exit], float32.
+
+    Raises:
+      ValueError: If no operating point is within the budget.
+    """
+    averages = [float(np.dot(point.exit_fractions, costs)) for point in self.operating_points]
+    within = [
+      (point.accuracy, -average, point.thresholds)
+      for point, average in zip(self.operating_points, averages, strict=True)
+      if average <= budget
+    ]
+    if not within:
+      least = f'{min(averages):.4g}' if averages else 'undefined: there are no operating points'
+      raise ValueError(f'budget {budget:g} is too small: the smallest possible budget is {least}')
+    return np.asarray(max(within)[-1], np.float32)
+
+  def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
+    """Classifies images.
+
+    Args:
+      images: [image, height, width, channels], any number of images, including none.
+      thresholds: [exit] or [image, exit], instead of `self.thresholds`.
+
+    Returns:
+      The answers, in the order of the images.
+
+    Raises:
+      ValueError: If images or thresholds have the wrong shape or type.
+    """
+    return in_order(list(self.predict_as_decided(images, thresholds)), self.num_classes)
+
+  def predict_as_decided(
+    self, images: np.ndarray, thresholds: np.ndarray | None = None
+  ) -> Iterator[Answers]:
+    """Classifies images and yields the answers of those that leave early first.
+
+    Args:
+      images: See `predict`.
+      thresholds: See `predict`.
+
+    Yields:
+      Answers as they are decided, not in the order of the images; see `Answers.indices`.
+
+    Raises:
+      ValueError: If images or thresholds have the wrong shape or type.
+    """
+    images = self._check(images)
+    rows = self._rows(thresholds, len(images))
+    if len(images) == 1:
+      yield self._runner.run_one(images, rows)
+    else:
+      yield from self._runner.run(iter([(images, rows)]), len(images))
+
+  def stream(
+    self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None
+  ) -> Iterator[Answers]:
+    """Classifies a stream of images; slots of images that have exited are refilled from the queue.
+
+    Every stage runs on full batches, however few images reach it; at most two batches per exit are
+    queued.
+
+    Args:
+      batches: Arrays [image, height, width, channels] of any number of images.
+      thresholds: [exit], instead of `self.thresholds`.
+
+    Yields:
+      Answers as they are decided, not in the order of the images; see `Answers.indices`.
+
+    Raises:
+      ValueError: If images or thresholds have the wrong shape or type.
+    """
+    checked = map(self._check, batches)
+    source = ((images, self._rows(thresholds, len(images))) for images in checked)
+    yield from self._runner.run(source, np.inf)
+
+  def measure_costs(self, batch_size: int = 1, repeats: int = 20) -> np.ndarray:
+    """Times classification on this machine.
+
+    Args:
+      batch_size: Images per batch.
+      repeats: Number of runs per exit, of which the median is taken.
+
+    Returns:
+      [exit], seconds per image that leaves there.
+    """
+    images = np.zeros((batch_size, *self.image.shape), self.image.dtype)
+    num_exits = len(self.stages)
+    # With row i, all images leave at exit i.
+    rows = np.where(np.eye(num_exits, dtype=bool), np.float32(-np.inf), np.float32(np.inf))
+    thresholds = [np.broadcast_to(row, (batch_size, num_exits)) for row in rows]
+    run = self._runner.all_stages
+    jax.block_until_ready(run(images, thresholds[0]))  # Compiles.
+    seconds = np.zeros((repeats, num_exits))
+    for repeat, exit in np.ndindex(seconds.shape):
+      start = time.perf_counter()
+      jax.block_until_ready(run(images, thresholds[exit]))
+      seconds[repeat, exit] = time.perf_counter() - start
+    # Later exits cannot take less time; where they seem to, the clock was disturbed.
+    return np.maximum.accumulate(np.median(seconds, axis=0)) / batch_size
+
+  def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
+    """Compiles everything that `predict` and `stream` can need, and times it.
+
+    Afterwards images are processed in the batch sizes that are fastest on this machine. Before,
+    batch sizes are chosen by multiply-adds and thus the same on every machine, as are the last bits
+    of probabilities.
+
+    Args:
+      largest: The largest number of images per call to prepare for; larger calls use several
+        batches. Default: any number.
+
+    Returns:
+      This classifier.
+    """
+    self._runner.compile(largest)
+    return self
+
+  def _check(self, images):
+    images = np.asarray(images)
+    if images.shape[1:] != self.image.shape or images.dtype != self.image.dtype:
+      raise ValueError(
+        f'images {images.shape} of {images.dtype} must be [image, '
+        f'{", ".join(map(str, self.image.shape))}] of {self.image.dtype}'
+      )
+    return images
+
+  def _rows(self, thresholds, count):
+    """Thresholds per image, [image, exit]."""
+    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds)
+    rows = np.empty((count, len(self.stages)), np.float32)
+    try:
+      rows[:] = thresholds
+    except ValueError:
+      raise ValueError(
+        f'thresholds of shape {thresholds.shape} must be [{len(self.stages)}] or '
+        f'[{count}, {len(self.stages)}]'
+      ) from None
+    return rows
