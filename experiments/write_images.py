@@ -54,11 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for label, name in enumerate(dataset.class_names):
     of_class = folder / name
     of_class.mkdir(parents=True)
-    for index in np.flatnonzero(labels == label)[: options.per_class]:
+    for number, index in enumerate(np.flatnonzero(labels == label)[: options.per_class]):
       pixels = images[index]
-      Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
-        of_class / f'{index}.png'
-      )
+      image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+      image.save(of_class / f'{number}.png')
       count += 1
   print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
 

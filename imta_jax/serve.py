@@ -1,8 +1,8 @@
 """Classifies images over HTTP. Needs the extra `serve`.
 
     python -m imta_jax.serve runs/mnist5k --port=8000
-    curl --data-binary @digits/7/700.png -H 'Content-Type: image/png' localhost:8000/predict
-    curl -F file=@digits/7/700.png -F file=@digits/4/400.png 'localhost:8000/predict?budget=2e6'
+    curl --data-binary @digits/7/0.png -H 'Content-Type: image/png' localhost:8000/predict
+    curl -F file=@digits/7/0.png -F file=@digits/4/0.png 'localhost:8000/predict?budget=2e6'
 
 POST /predict   an image, or several as multipart/form-data; budget= (multiply-adds) or
                 latency_ms=, both averages per image, apply to this request alone
