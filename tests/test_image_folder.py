@@ -1,0 +1,101 @@
+"""A user's own images, from the folder to answers: trained, resumed and classified."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {'lawn': (60, 140, 50), 'rust': (180, 80, 40), 'sky': (120, 170, 230)}
+# How 20 images of a class are stored, by their number modulo 5.
+KINDS = (('RGB', 'jpg'), ('RGBA', 'png'), ('P', 'gif'), ('CMYK', 'jpg'), ('RGB', 'webp'))
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  """20 photographs per class, in mixed sizes, modes and formats."""
+  random = np.random.default_rng(0)
+  root = tmp_path_factory.mktemp('photos')
+  for name, colour in COLOURS.items():
+    (root / name).mkdir()
+    for number in range(20):
+      height, width = random.integers(40, 120, 2)
+      pixels = np.array(colour) + random.normal(0, 20, (height, width, 1))
+      image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+      mode, extension = KINDS[number % len(KINDS)]
+      image.convert(mode).save(root / name / f'{number}.{extension}')
+  return root
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+  return {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # Compiling takes longer than running here.
+    'XLA_FLAGS': '',
+  }
+
+
+def call(environment, *arguments):
+  return subprocess.run(
+    [sys.executable, '-m', *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+
+
+def train(environment, photos, workdir, *overrides):
+  return call(
+    environment,
+    'imta_jax.main',
+    f'--config=configs/image_folder.py:{photos}',
+    f'--workdir={workdir}',
+    '--config.model.num_exits=2',
+    '--config.model.scale_factors=(1, 2)',
+    '--config.model.bottleneck_factors=(1, 2)',
+    '--config.dataset.image_size=32',
+    '--config.phases[0].epochs=5',
+    '--config.phases[1].epochs=1',
+    '--config.tensorboard=False',
+    *overrides,
+  )
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp_path, in_memory):
+  workdir = tmp_path / 'run'
+  result = train(environment, photos, workdir, f'--config.dataset.in_memory={in_memory}')
+  assert result.returncode == 0, result.stderr
+  assert (
+    '3 classes; 42 train, 6 validation, 12 test images (split by a fixed seed)' in result.stdout
+  )
+  evaluation = json.loads((workdir / 'evaluation/evaluation.json').read_text())
+  assert evaluation['exits'][-1]['test_top1'] > (0.9 if in_memory else 0.5)
+  if not in_memory:
+    return
+  again = train(environment, photos, workdir, f'--config.dataset.in_memory={in_memory}')
+  assert 'phase_1 resumes from step' in again.stdout
+  answer = call(environment, 'imta_jax.predict', str(workdir), str(photos), '--format=jsonl')
+  assert answer.returncode == 0, answer.stderr
+  answers = [json.loads(line) for line in answer.stdout.splitlines()]
+  assert len(answers) == 60
+  right = [Path(answer['file']).parent.name == answer['class'] for answer in answers]
+  assert np.mean(right) > 0.9
+
+
+def test_a_broken_photograph_is_named(photos, environment, tmp_path):
+  broken = photos / 'sky/broken.jpg'
+  content = (photos / 'sky/0.jpg').read_bytes()
+  broken.write_bytes(content[: len(content) // 2])
+  try:
+    result = train(environment, photos, tmp_path / 'run')
+  finally:
+    broken.unlink()
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith('error: ')
+  assert str(broken) in result.stderr and 'Traceback' not in result.stderr
