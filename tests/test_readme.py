@@ -3,12 +3,18 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+
+from imta_jax import config as config_lib
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
+import check_readme
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -44,6 +50,27 @@ def test_example_trains_a_model_of_ones_own():
   gradient = jax.grad(loss_of)(variables['params'])
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
   assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient['Dense_0']))
+
+
+def test_every_config_and_program_in_a_command_exists():
+  lines = [line[4:] for line in TEXT.splitlines() if line.startswith('    ')]
+  configs = {config for line in lines for config in re.findall(r'--config=(\S+)', line)}
+  assert len(configs) >= 8
+  for config in configs - {'configs/image_folder.py:digits'}:
+    config_lib.load_file(str(ROOT / config.rstrip("'")))
+  programs = {word for line in lines for word in re.findall(r'python (\S+\.py)', line)}
+  modules = {word for line in lines for word in re.findall(r'python -m (imta_jax\S*)', line)}
+  assert len(programs) > 5 and len(modules) >= 4
+  for path in (*programs, *(f'{module.replace(".", "/")}.py' for module in modules)):
+    assert (ROOT / path).exists(), path
+
+
+def test_the_commands_that_are_run_word_for_word_are_those_of_a_newcomer():
+  commands = check_readme.commands(TEXT)
+  assert commands[0] == 'python3 -m venv .venv && .venv/bin/pip install -q -e .'
+  for word in ('write_images', 'predict', 'configs/mnist5k.py', 'image_folder', 'serve', 'export'):
+    assert any(word in command for command in commands), word
+  assert not any('#' in command or 'pytest' in command for command in commands)
 
 
 def read_csv(name, table):
