@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -114,7 +115,7 @@ def scan(root: str) -> ImageFolder:
 def _find_classes(folder: str) -> dict[str, list[str]]:
   """Returns {class: image files} of the folders in a folder that have images."""
   with os.scandir(folder) as entries:
-    names = sorted(entry.name for entry in entries if entry.is_dir())
+    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
   classes = {name: list(find_images([os.path.join(folder, name)])) for name in names}
   classes = {name: paths for name, paths in classes.items() if paths}
   if len(classes) < 2:
@@ -166,10 +167,8 @@ def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
   Raises:
     UsageError: If images cannot be read; the message names the files.
   """
-  images = {}
-  for split, paths in folder.paths.items():
-    read_one = lambda path: read_image(path, image_shape, crop)  # noqa: E731
-    images[split] = np.stack(_read_all(paths, read_one))
+  read_one = partial(read_image, shape=image_shape, crop=crop)
+  images = {split: np.stack(_read_all(paths, read_one)) for split, paths in folder.paths.items()}
   return Arrays(folder.class_names, images, folder.labels)
 
 

@@ -21,7 +21,7 @@ def write_images(root, counts, mode='RGB', size=(12, 10)):
 
 
 def test_a_folder_without_splits_is_split_in_equal_shares_and_always_the_same(tmp_path):
-  write_images(tmp_path, {'rose': 20, 'daisy': 40, 'empty': 0})
+  write_images(tmp_path, {'rose': 20, 'daisy': 40, 'empty': 0, '.hidden': 20})
   folder = image_folder.scan(str(tmp_path))
   assert folder.class_names == ['daisy', 'rose']
   assert folder.is_split_here
