@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -36,21 +37,24 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  run(__doc__, write_export, arguments)
+  flags = {'without_engine': 'leave out engine/, for use where imta_jax is installed'}
+  run(__doc__, write_export, arguments, flags)
 
 
 def run(
   description: str,
-  write: Callable[[AdaptiveClassifier, epath.Path, str], int],
+  write: Callable[..., int],
   arguments: Sequence[str] | None = None,
+  flags: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
   """Runs the command line of an export.
 
   Args:
     description: Description of the program.
-    write: A function of (classifier, folder, source) that writes an export and returns its size in
-      bytes.
+    write: A function of (classifier, folder, source) and the flags, as keywords, that writes an
+      export and returns its size in bytes.
     arguments: The command-line arguments.
+    flags: Names of further flags, with their help.
 
   Raises:
     UsageError: If there is no such network, no thresholds are within the budget, or the folder is
@@ -73,6 +77,8 @@ def run(
     default=0,
     help='training phase to export, counted from 1; default: the last',
   )
+  for flag, text in flags.items():
+    parser.add_argument(f'--{flag}', action='store_true', help=text)
   options = parser.parse_args(arguments)
   folder = epath.Path(options.output)
   check_empty(folder)
@@ -82,17 +88,24 @@ def run(
     )
   except ValueError as error:
     raise UsageError(str(error)) from error
-  size = write(classifier, folder, options.workdir)
+  chosen = {flag: getattr(options, flag) for flag in flags}
+  size = write(classifier, folder, options.workdir, **chosen)
   print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
 
 
-def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:
+def write_export(
+  classifier: AdaptiveClassifier,
+  folder: epath.Path,
+  source: str = '',
+  without_engine: bool = False,
+) -> int:
   """Exports a classifier.
 
   Args:
     classifier: The classifier to export.
     folder: The folder to write; created if necessary.
     source: The origin of the network, as information in the manifest.
+    without_engine: Whether to leave out the code that runs the export without imta_jax.
 
   Returns:
     The number of bytes written.
@@ -112,10 +125,11 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
     'platforms': list(PLATFORMS),
   }
   contents['weights.npz'] = _npz(weights)
-  contents |= {
-    f'engine/{path.name}': path.read_bytes()
-    for path in sorted(Path(engine.__file__).parent.glob('*.py'))
-  }
+  if not without_engine:
+    contents |= {
+      f'engine/{path.name}': path.read_bytes()
+      for path in sorted(Path(engine.__file__).parent.glob('*.py'))
+    }
   packages = ('imta_jax', 'jax', 'jaxlib', 'numpy')
   return write_folder(classifier, folder, source, contents, fields, packages)
 

@@ -145,6 +145,15 @@ def test_another_format_is_refused(exported, tmp_path):
     AdaptiveClassifier.load(tmp_path)
 
 
+def test_the_engine_can_be_left_out(export, classifier, images, tmp_path):
+  folder = epath.Path(tmp_path) / 'exported'
+  export.write_export(classifier, folder, without_engine=True)
+  assert not (folder / 'engine').exists()
+  answers, expected = AdaptiveClassifier.load(folder).predict(images), classifier.predict(images)
+  np.testing.assert_array_equal(answers.exits, expected.exits)
+  np.testing.assert_allclose(answers.probabilities, expected.probabilities, rtol=1e-5)
+
+
 def test_a_folder_that_is_not_empty_is_refused(export, classifier, exported):
   with pytest.raises(UsageError, match='not empty'):
     export.write_export(classifier, epath.Path(exported))
