@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from imta_jax.adaptive.search import Search
+
 # The paper's budget parameters: 0.05, 0.10 … 2.00.
 BUDGET_PARAMETERS = tuple(index / 20 for index in range(1, 41))
 
@@ -19,7 +21,7 @@ class OperatingPoint:
   """Accuracy and cost of a network with one set of thresholds.
 
   Attributes:
-    parameter: The budget parameter p that gave the thresholds.
+    parameter: The budget parameter p, or the budget, that gave the thresholds.
     thresholds: [exit], the confidence from which an image leaves.
     validation_accuracy: Fraction of validation images classified correctly.
     validation_madds: Average multiply-adds per validation image.
@@ -124,21 +126,60 @@ def budget_sweep(
   points = []
   for p in parameters:
     thresholds = _thresholds(validation[0], order, geometric_shares(p, len(madds)))
-    validation_accuracy, validation_exit_fractions = _operate(*validation, thresholds)
-    test_accuracy, test_exit_fractions = _operate(*test, thresholds)
-    points.append(
-      OperatingPoint(
-        parameter=float(p),
-        thresholds=tuple(thresholds.tolist()),
-        validation_accuracy=validation_accuracy,
-        validation_madds=float(validation_exit_fractions @ madds),
-        validation_exit_fractions=tuple(validation_exit_fractions.tolist()),
-        test_accuracy=test_accuracy,
-        test_madds=float(test_exit_fractions @ madds),
-        test_exit_fractions=tuple(test_exit_fractions.tolist()),
-      )
-    )
+    points.append(_operating_point(p, thresholds, validation, test, madds))
   return points
+
+
+def optimal_sweep(
+  validation_probabilities: np.ndarray,
+  validation_labels: np.ndarray,
+  test_probabilities: np.ndarray,
+  test_labels: np.ndarray,
+  madds: Sequence[float],
+  budgets: Sequence[float],
+) -> list[OperatingPoint]:
+  """Budgeted batch classification with thresholds that are searched, not given by a rule.
+
+  They have the highest validation accuracy within each budget that the search finds: never less
+  than those of `budget_sweep` within that budget, and never less than with a smaller budget. See
+  `search`.
+
+  Args:
+    validation_probabilities: [exit, validation image, class].
+    validation_labels: [validation image].
+    test_probabilities: [exit, test image, class].
+    test_labels: [test image].
+    madds: [exit], multiply-adds per image up to and including each exit.
+    budgets: Average multiply-adds per validation image, at least those of the first exit.
+
+  Returns:
+    One operating point per budget, in their order; its parameter is the budget.
+
+  Raises:
+    ValueError: If the shapes of the arrays do not match, or a budget is less than the first exit
+      takes.
+  """
+  madds = np.asarray(madds, np.float64)
+  validation = _judge('validation', validation_probabilities, validation_labels, len(madds))
+  test = _judge('test', test_probabilities, test_labels, len(madds))
+  for budget in budgets:
+    if not budget >= madds[0]:
+      raise ValueError(
+        f'budget {budget:,.0f} is below the {madds[0]:,.0f} multiply-adds of the first exit: '
+        'choose at least that'
+      )
+  order = np.argsort(-validation[0], axis=1, kind='stable')
+  search = Search(*validation, madds)
+  for extreme in (-np.inf, np.inf):  # All images leave at the first exit, or at the last one.
+    search.add(np.full(len(madds), extreme))
+  for p in BUDGET_PARAMETERS:
+    search.add(_thresholds(validation[0], order, geometric_shares(p, len(madds))))
+  search.explore()
+  for budget in budgets:
+    search.optimize(budget)
+  return [
+    _operating_point(budget, search.best(budget), validation, test, madds) for budget in budgets
+  ]
 
 
 def cheapest_as_accurate(
@@ -172,6 +213,21 @@ def _thresholds(confidence, order, shares):
       thresholds[index] = threshold
       waiting &= ~(confidence[index] >= threshold)
   return thresholds
+
+
+def _operating_point(parameter, thresholds, validation, test, madds):
+  validation_accuracy, validation_exit_fractions = _operate(*validation, thresholds)
+  test_accuracy, test_exit_fractions = _operate(*test, thresholds)
+  return OperatingPoint(
+    parameter=float(parameter),
+    thresholds=tuple(thresholds.tolist()),
+    validation_accuracy=validation_accuracy,
+    validation_madds=float(validation_exit_fractions @ madds),
+    validation_exit_fractions=tuple(validation_exit_fractions.tolist()),
+    test_accuracy=test_accuracy,
+    test_madds=float(test_exit_fractions @ madds),
+    test_exit_fractions=tuple(test_exit_fractions.tolist()),
+  )
 
 
 def _judge(split, probabilities, labels, num_exits):

@@ -1,0 +1,114 @@
+"""Searches thresholds with the highest validation accuracy within a budget.
+
+Trying all thresholds takes images^(exits - 1) trials. But if all thresholds except one are fixed,
+the best value of that one is found by sorting. Coordinate ascent does that exit by exit, first for
+accuracy less a price per multiply-add, then within the budget.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Prices per multiply-add for which thresholds are searched before any budget is known.
+_NUM_PRICES = 24
+_MAX_ROUNDS = 12
+
+
+class Search:
+  """Thresholds for validation images, of which the best are kept.
+
+  All thresholds that were tried are candidates for every budget, so that more budget never costs
+  accuracy.
+  """
+
+  def __init__(self, confidence: np.ndarray, correct: np.ndarray, madds: Sequence[float]):
+    """Starts a search.
+
+    Args:
+      confidence: [exit, image], of validation images.
+      correct: [exit, image], whether the class with that confidence is right.
+      madds: [exit], multiply-adds up to and including each exit.
+    """
+    self._confidence, self._madds = confidence, np.asarray(madds, np.float64)
+    self._correct = correct.astype(np.float64)
+    self._num_exits, self._num_images = confidence.shape
+    self._order = np.argsort(-confidence, axis=1, kind='stable')
+    self._found = []  # (accuracy, multiply-adds, thresholds), each averaged over images.
+
+  def add(self, thresholds: Sequence[float]) -> None:
+    """Makes thresholds a candidate."""
+    thresholds = np.array(thresholds, self._confidence.dtype)
+    thresholds[-1] = -np.inf
+    exits = self._exits(thresholds)
+    images = np.arange(self._num_images)
+    self._found.append((self._correct[exits, images].mean(), self._madds[exits].mean(), thresholds))
+
+  def explore(self) -> None:
+    """Searches thresholds for prices from those that keep all images to those that keep none."""
+    span = self._madds[-1] - self._madds[0]
+    for price in np.geomspace(1e-3, 10, _NUM_PRICES) / span:
+      self.add(self._ascend(self.best(np.inf), lambda accuracy, cost, p=price: accuracy - p * cost))
+
+  def best(self, budget: float) -> np.ndarray:
+    """Returns the thresholds found so far with the highest accuracy within a budget, [exit]."""
+    affordable = [found for found in self._found if found[1] <= budget]
+    accuracy, _, thresholds = max(affordable, key=lambda found: (found[0], -found[1]))
+    return thresholds
+
+  def optimize(self, budget: float) -> np.ndarray:
+    """Searches on from the best thresholds within a budget.
+
+    Args:
+      budget: Multiply-adds per image, at least those of the first exit.
+
+    Returns:
+      [exit], thresholds whose average cost on validation images is at most the budget.
+    """
+
+    def within_budget(accuracy, cost):
+      # Among equals the cheaper, by less than an image is worth.
+      value = accuracy - 1e-3 / self._num_images * cost / self._madds[-1]
+      return np.where(cost <= budget, value, -np.inf)
+
+    self.add(self._ascend(self.best(budget), within_budget))
+    return self.best(budget)
+
+  def _ascend(self, thresholds, value):
+    """Improves value(accuracy, multiply-adds) by one threshold at a time until none helps."""
+    thresholds, highest = thresholds.copy(), -np.inf
+    for _ in range(_MAX_ROUNDS):
+      before = highest
+      for exit in range(self._num_exits - 1):
+        thresholds[exit], highest = self._best_threshold(exit, thresholds, value)
+      if highest <= before:
+        break
+    return thresholds
+
+  def _best_threshold(self, exit, thresholds, value):
+    """Returns the best threshold of an exit if those of the others stay, and its value."""
+    others = thresholds.copy()
+    others[exit] = np.inf
+    without = self._exits(others)  # Where images leave that do not leave here.
+    confidence = self._confidence[exit]
+    order = self._order[exit]
+    order = order[(without > exit)[order] & ~np.isnan(confidence[order])]
+    images = np.arange(self._num_images)
+    accuracy, cost = self._correct[without, images], self._madds[without]
+    # What the most confident images change by leaving here, one after another.
+    gains = np.cumsum(self._correct[exit, order] - accuracy[order])
+    costs = np.cumsum(self._madds[exit] - cost[order])
+    values = value(
+      (accuracy.sum() + np.append(0.0, gains)) / self._num_images,
+      (cost.sum() + np.append(0.0, costs)) / self._num_images,
+    )
+    # Images with the same confidence leave together.
+    sorted_confidence = confidence[order]
+    tied = np.append(False, sorted_confidence == np.append(sorted_confidence[1:], -np.inf))
+    values[tied[: len(values)]] = -np.inf
+    best = int(np.argmax(values))
+    return (np.inf if best == 0 else sorted_confidence[best - 1]), values[best]
+
+  def _exits(self, thresholds):
+    leaves = self._confidence >= thresholds[:, np.newaxis]
+    leaves[-1] = True
+    return leaves.argmax(axis=0)
