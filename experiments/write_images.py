@@ -14,11 +14,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from imta_jax import command_line
-from imta_jax import config as config_lib
+from imta_jax import command_line, prepare
 from imta_jax.data.arrays import SPLITS
-from imta_jax.data.pipeline import open_dataset
-from imta_jax.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,13 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help='the first images of each class; default: %(default)s',
   )
   options = parser.parse_args(arguments)
-  config = config_lib.load_file(options.config)
-  if not config.dataset.in_memory:
-    raise UsageError(f'--config={options.config}: its data set is streamed, not kept in memory')
   folder = epath.Path(options.folder)
-  if folder.exists() and any(folder.iterdir()):
-    raise UsageError(f'{folder} is not empty: choose another folder')
-  dataset = open_dataset(config)
+  _, dataset = prepare.open_for(options.config, folder)
   images, labels = dataset.arrays.images[options.split], dataset.arrays.labels[options.split]
   count = 0
   for label, name in enumerate(dataset.class_names):

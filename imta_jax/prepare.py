@@ -11,10 +11,12 @@ import argparse
 from collections.abc import Sequence
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from imta_jax import command_line
 from imta_jax import config as config_lib
 from imta_jax.data import arrays
+from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
@@ -31,16 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--config', required=True, help='config file, as in training')
   parser.add_argument('folder', help='folder to write; must be empty or absent')
   options = parser.parse_args(arguments)
-  config = config_lib.load_file(options.config)
-  if not config.dataset.in_memory:
-    raise UsageError(f'--config={options.config}: its data set is streamed, not kept in memory')
   folder = epath.Path(options.folder)
-  if folder.exists() and any(folder.iterdir()):
-    raise UsageError(f'{folder} is not empty: choose another folder')
-  parts = arrays.write(config.dataset, open_dataset(config).arrays, folder)
-  for part in parts:
+  config, dataset = open_for(options.config, folder)
+  for part in arrays.write(config.dataset, dataset.arrays, folder):
     size = sum(path.stat().length for path in part.iterdir())
     print(f'{part}  {size / 1e6:.1f} MB')
+
+
+def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemoryDataset]:
+  """Opens a data set that is to be written to a folder.
+
+  Args:
+    config_file: The config file, as in training.
+    folder: Where its images are to be written.
+
+  Returns:
+    The config and its data set.
+
+  Raises:
+    UsageError: If the config or the data set is wrong, or the folder is not empty.
+  """
+  config = config_lib.load_file(config_file)
+  if not config.dataset.in_memory:
+    raise UsageError(f'--config={config_file}: its data set is streamed, not kept in memory')
+  if folder.exists() and any(folder.iterdir()):
+    raise UsageError(f'{folder} is not empty: choose another folder')
+  return config, open_dataset(config)
 
 
 if __name__ == '__main__':

@@ -6,8 +6,9 @@ import report
 from etils import epath
 from runs import Run, Runs
 
-_PLAIN_FIRST = {'phases[0].gradient_equilibrium': 'off'}
-_PLAIN_SECOND = {'phases[1].loss': 'cross_entropy', 'phases[1].collaboration': 'off'}
+# Fields that turn off the techniques of each phase.
+PLAIN_FIRST = {'phases[0].gradient_equilibrium': 'off'}
+PLAIN_SECOND = {'phases[1].loss': 'cross_entropy', 'phases[1].collaboration': 'off'}
 
 # Name of a row: the run, and the phase (counted from 0) after which it is read.
 _ROWS = {
@@ -48,21 +49,21 @@ def runs_of(config: str, folder: str) -> list[Run]:
     folder: What the names of the runs start with.
   """
   return [
-    Run(f'{folder}/none', config, _PLAIN_FIRST | _PLAIN_SECOND),
-    Run(f'{folder}/GE', config, _PLAIN_SECOND),
+    Run(f'{folder}/none', config, PLAIN_FIRST | PLAIN_SECOND),
+    Run(f'{folder}/GE', config, PLAIN_SECOND),
     Run(
       f'{folder}/partitioning',
       config,
-      _PLAIN_FIRST | {'phases[0].shared_channels': 0.5} | _PLAIN_SECOND,
+      PLAIN_FIRST | {'phases[0].shared_channels': 0.5} | PLAIN_SECOND,
     ),
     Run(
       f'{folder}/ISC',
       config,
-      _PLAIN_FIRST | {'phases[1].loss': 'cross_entropy'},
+      PLAIN_FIRST | {'phases[1].loss': 'cross_entropy'},
       f'{folder}/none',
     ),
     Run(
-      f'{folder}/OFA', config, _PLAIN_FIRST | {'phases[1].collaboration': 'off'}, f'{folder}/none'
+      f'{folder}/OFA', config, PLAIN_FIRST | {'phases[1].collaboration': 'off'}, f'{folder}/none'
     ),
     Run(f'{folder}/GE+ISC+OFA', config, {}, f'{folder}/GE'),
   ]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import ablation
 import numpy as np
 import report
 from etils import epath
@@ -35,9 +36,8 @@ class Curve:
 
 def pair(config: str, folder: str) -> list[Run]:
   """Returns the two runs of a network: as MSDNet was trained, and with all techniques."""
-  plain = {'phases[0].gradient_equilibrium': 'off'}
-  cross_entropy = {'phases[1].loss': 'cross_entropy', 'phases[1].collaboration': 'off'}
-  return [Run(f'{folder}/none', config, plain | cross_entropy), Run(f'{folder}/GE+ISC+OFA', config)]
+  plain = ablation.PLAIN_FIRST | ablation.PLAIN_SECOND
+  return [Run(f'{folder}/none', config, plain), Run(f'{folder}/GE+ISC+OFA', config)]
 
 
 @dataclasses.dataclass(frozen=True)
