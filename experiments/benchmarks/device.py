@@ -7,13 +7,15 @@
 The first two commands run on any machine; copy the folder that they write to the device. The third
 command runs there. It runs the measurements in a fixed order, the most important first, each in its
 own process, and skips those for which too little time is left. In the remaining time it trains. It
-needs neither TensorFlow nor a network connection; without PyTorch it measures no peers.
+needs neither TensorFlow nor a network connection; without PyTorch it measures no peers. On a
+machine with many cores, --compile_first saves most of the time: it compiles all programs at once.
 
 It writes device.json and device.md, and the state of the training as files run_0, run_1 and so on,
 of at most 15 MB each. To continue the training in another session, pass their folder as --resume.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,15 @@ class Measurement:
     command: The program and its arguments.
     least_seconds: It is skipped if fewer seconds are left.
     output: The JSON file that the program writes, or None.
+    compile_with: With --compile_first, the program runs once with each of these further arguments
+      before anything is measured.
   """
 
   name: str
   command: tuple[str, ...]
   least_seconds: float
   output: Path | None = None
+  compile_with: tuple[tuple[str, ...], ...] = ((),)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--skip', default='', help='names of measurements to leave out, separated by commas'
   )
+  parser.add_argument(
+    '--compile_first',
+    type=positive(float),
+    metavar='MINUTES',
+    help='first run everything once and all at the same time, for at most so many minutes, so that '
+    'the caches contain the compiled programs',
+  )
   options = parser.parse_args(arguments)
   start, kit, output = time.monotonic(), Path(options.kit).resolve(), Path(options.output).resolve()
   deadline = start + 60 * options.minutes
@@ -116,10 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise UsageError(f'--skip={name} is not a measurement: choose from {", ".join(names)}')
   output.mkdir(parents=True, exist_ok=True)
 
+  chosen = [measurement for measurement in chosen if measurement.name not in skipped]
+  if options.compile_first:
+    compile_all(chosen, time.monotonic() + 60 * options.compile_first)
   results = []
   for measurement in chosen:
-    if measurement.name in skipped:
-      continue
     results.append(run(measurement, deadline - _SECONDS_TO_STOP))
     write_page(results, options, output)
   results.append(train(options, kit, runs / 'training', deadline))
@@ -133,32 +146,40 @@ def measurements(
 ) -> list[Measurement]:
   """Returns the measurements, the most important first."""
 
-  def script(name, title, least_seconds, *flags):
+  def script(name, title, least_seconds, *flags, compile_with=((),)):
     path = output / f'{title.replace(" ", "_")}.json'
     command = (sys.executable, str(_BENCHMARKS / name), *flags, f'--output={path}')
-    return Measurement(title, command, least_seconds, path)
+    return Measurement(title, command, least_seconds, path, compile_with)
+
+  def training_step(title, config, batch_size):
+    flags = (f'--config={config}', dtype, f'--batch_sizes={batch_size}', '--repeats=5')
+    phases = (('--phases=1',), ('--phases=2',))
+    return script('training_step.py', title, 60, *flags, compile_with=phases)
 
   config, dtype = f'--config={options.config}', f'--dtype={options.dtype}'
-  sizes = f'--batch_sizes={options.batch_sizes}'
-  largest = f'--batch_size={options.batch_sizes.split(",")[-1]}'
+  batch_sizes = options.batch_sizes.split(',')
   data = _data_flags(kit)
   latency = str(_BENCHMARKS.parent / 'latency.py')
   short_run = str(runs / 'short')
   chosen = [
     script('agreement.py', 'agreement', 30, config, f'--check={kit / "reference.npz"}'),
-    script('training_step.py', 'training step', 60, config, dtype, sizes, '--repeats=5'),
+    *(training_step(f'training step {size}', options.config, size) for size in batch_sizes),
   ]
   if options.large_config:
-    large = (f'--config={options.large_config}', f'--batch_sizes={options.large_batch_size}')
     chosen.append(
-      script('training_step.py', 'large training step', 60, *large, dtype, '--repeats=5')
+      training_step('large training step', options.large_config, options.large_batch_size)
     )
   chosen += [
-    script('memory.py', 'memory', 40, config, dtype, sizes),
+    script('memory.py', 'memory', 40, config, dtype, f'--batch_sizes={options.batch_sizes}'),
     script(
-      'start_up.py', 'start-up', 60, options.config, f'--overrides={" ".join(data)}', '--repeats=1'
+      'evaluation.py',
+      'evaluation',
+      40,
+      config,
+      dtype,
+      f'--batch_size={batch_sizes[-1]}',
+      '--repeats=2',
     ),
-    script('evaluation.py', 'evaluation', 40, config, dtype, largest, '--repeats=2'),
     # Measuring latency needs a network; how well it is trained does not change its speed.
     Measurement(
       'short training for latency',
@@ -174,6 +195,12 @@ def measurements(
       (sys.executable, latency, short_run, f'--output={output / "latency"}'),
       60,
       output / 'latency' / 'latency.json',
+      compile_with=(),  # It needs the short training.
+    ),
+    script(
+      *('start_up.py', 'start-up', 60),
+      *(options.config, f'--overrides={" ".join(data)}', '--repeats=1'),
+      compile_with=(),  # It measures empty caches.
     ),
   ]
   return chosen
@@ -190,12 +217,39 @@ def _train_command(options, data, workdir):
   )
 
 
-def run(measurement: Measurement, deadline: float) -> dict[str, Any]:
+def compile_all(chosen: Sequence[Measurement], deadline: float) -> None:
+  """Runs measurements all at the same time, for what they leave in caches.
+
+  Args:
+    chosen: The measurements.
+    deadline: Time of `time.monotonic()` at which those that are still running are killed.
+  """
+  print('compiling …', flush=True)
+  # Processes that share a device must not each reserve most of its memory.
+  environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+  runs = [
+    (measurement, dataclasses.replace(measurement, command=(*measurement.command, *arguments)))
+    for measurement in chosen
+    for arguments in measurement.compile_with
+  ]
+  with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+    results = pool.map(lambda pair: run(pair[1], deadline, environment), runs)
+    for result in results:
+      print(f'  {result["name"]}: {result["status"]}, {result["seconds"]:.0f} s', flush=True)
+  for measurement in chosen:  # What was written so far was not measured alone.
+    if measurement.output is not None:
+      measurement.output.unlink(missing_ok=True)
+
+
+def run(
+  measurement: Measurement, deadline: float, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
   """Runs a measurement if enough time is left for it.
 
   Args:
     measurement: The measurement to run.
     deadline: Time of `time.monotonic()` at which it is killed if it is still running.
+    environment: Environment variables to add.
 
   Returns:
     'name', 'status', 'seconds', the 'text' that it printed, and the 'results' that it wrote.
@@ -209,7 +263,7 @@ def run(measurement: Measurement, deadline: float) -> dict[str, Any]:
   process = subprocess.Popen(
     measurement.command,
     cwd=_ROOT,
-    env={**os.environ, 'PYTHONPATH': str(_ROOT), 'PYTHONUNBUFFERED': '1'},
+    env={**os.environ, 'PYTHONPATH': str(_ROOT), 'PYTHONUNBUFFERED': '1', **(environment or {})},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

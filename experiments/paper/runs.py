@@ -1,8 +1,10 @@
 """The trainings behind a table or figure: which there are, which are missing, what they gave."""
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -118,6 +120,13 @@ def main(
     '--seeds', type=command_line.positive(int), default=3, help='repetitions; default: %(default)s'
   )
   parser.add_argument(
+    '--jobs',
+    type=command_line.positive(int),
+    default=1,
+    help='trainings at the same time, which share the devices: a small network does not fill a '
+    'large device; default: %(default)s',
+  )
+  parser.add_argument(
     '--runs', help='folder of the workdirs, which tables and figures share; default: runs/paper'
   )
   parser.add_argument('--output', help=f'folder of the results; default: {name} in that folder')
@@ -126,8 +135,7 @@ def main(
   chosen = Runs(folder, known.scale, known.seeds, _overrides(others))
   wanted = [(run, seed) for seed in range(known.seeds) for run in runs]
   if known.train:
-    for run, seed in wanted:
-      train(chosen, run, seed)
+    train_all(chosen, wanted, known.jobs)
   missing = [(run, seed) for run, seed in wanted if not is_finished(chosen.workdir(run.name, seed))]
   if missing:
     lines = (shlex.join(command(chosen, run, seed)) for run, seed in missing)
@@ -172,8 +180,41 @@ def is_finished(workdir: epath.Path) -> bool:
   return (layout.evaluation_folder(workdir) / 'evaluation.json').exists()
 
 
-def train(chosen: Runs, run: Run, seed: int) -> None:
+def train_all(chosen: Runs, wanted: Sequence[tuple[Run, int]], jobs: int) -> None:
+  """Trains runs, several at a time; a run that goes on from another one waits for it.
+
+  Args:
+    chosen: Where they lie, and their options.
+    wanted: Runs and seeds; runs that others go on from come first.
+    jobs: Number of trainings at the same time.
+
+  Raises:
+    UsageError: If a training fails; no more are started then.
+  """
+  waiting = list(wanted)
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    active = {}
+    while waiting or active:
+      unfinished = {(run.name, seed) for run, seed in [*waiting, *active.values()]}
+      ready = [(run, seed) for run, seed in waiting if (run.first_phase_of, seed) not in unfinished]
+      for run, seed in ready[: jobs - len(active)]:
+        waiting.remove((run, seed))
+        active[pool.submit(train, chosen, run, seed, jobs > 1)] = run, seed
+      done, _ = concurrent.futures.wait(active, return_when=concurrent.futures.FIRST_COMPLETED)
+      for future in done:
+        del active[future]
+        future.result()
+
+
+def train(chosen: Runs, run: Run, seed: int, shares_device: bool = False) -> None:
   """Trains a run if it is not finished, resuming where it stopped.
+
+  Args:
+    chosen: Where it lies, and its options.
+    run: The run.
+    seed: The repetition.
+    shares_device: Whether others train at the same time; then none may reserve most of the memory
+      of a device, as JAX does.
 
   Raises:
     UsageError: If the training fails.
@@ -190,6 +231,9 @@ def train(chosen: Runs, run: Run, seed: int) -> None:
     shutil.copytree(source, target)
   arguments = command(chosen, run, seed)
   print(shlex.join(arguments), flush=True)
-  status = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT).returncode
+  environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if shares_device else {}
+  status = subprocess.run(
+    [sys.executable, *arguments[1:]], cwd=ROOT, env={**os.environ, **environment}
+  ).returncode
   if status:
     raise UsageError(f'the training in {workdir} ended with status {status}')

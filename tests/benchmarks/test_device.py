@@ -54,6 +54,27 @@ def test_a_measurement_is_stopped_when_time_is_up():
   assert result['text'] == 'begun\n'
 
 
+def test_compiling_first_runs_everything_at_the_same_time(tmp_path, capsys):
+  # Each waits for the other, so that neither would end if they ran one after the other.
+  code = '''
+import pathlib, sys, time
+folder, mine, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+(folder / mine).touch()
+while not (folder / other).exists():
+  time.sleep(0.01)
+'''
+  (tmp_path / 'result.json').write_text('[1]')
+  command = (sys.executable, '-c', code, str(tmp_path))
+  both = device.Measurement(
+    'both', command, 0, tmp_path / 'result.json', compile_with=(('a', 'b'), ('b', 'a'))
+  )
+  never = device.Measurement('never', (*command, 'c', 'a'), 0, compile_with=())
+  device.compile_all([both, never], time.monotonic() + 30)
+  assert capsys.readouterr().out.count('both: done') == 2
+  assert (tmp_path / 'a').exists() and not (tmp_path / 'c').exists()
+  assert not (tmp_path / 'result.json').exists()
+
+
 def options(**fields):
   defaults = {
     'config': 'configs/cifar100.py',
@@ -70,13 +91,14 @@ def test_measurements_are_ordered_by_importance(tmp_path):
   chosen = device.measurements(options(), tmp_path / 'kit', tmp_path, tmp_path / 'runs')
   assert [each.name for each in chosen] == [
     'agreement',
-    'training step',
+    'training step 64',
+    'training step 512',
     'large training step',
     'memory',
-    'start-up',
     'evaluation',
     'short training for latency',
     'latency',
+    'start-up',
   ]
   for each in chosen:
     assert Path(each.command[1]).exists() or each.command[1:3] == ('-m', 'imta_jax.main')
