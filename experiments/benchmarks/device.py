@@ -228,12 +228,12 @@ def compile_all(chosen: Sequence[Measurement], deadline: float) -> None:
   # Processes that share a device must not each reserve most of its memory.
   environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
   runs = [
-    (measurement, dataclasses.replace(measurement, command=(*measurement.command, *arguments)))
+    dataclasses.replace(measurement, command=(*measurement.command, *arguments), least_seconds=0)
     for measurement in chosen
     for arguments in measurement.compile_with
   ]
   with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
-    results = pool.map(lambda pair: run(pair[1], deadline, environment), runs)
+    results = pool.map(lambda each: run(each, deadline, environment), runs)
     for result in results:
       print(f'  {result["name"]}: {result["status"]}, {result["seconds"]:.0f} s', flush=True)
   for measurement in chosen:  # What was written so far was not measured alone.
