@@ -37,7 +37,10 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  flags = {'without_engine': 'leave out engine/, for use where imta_jax is installed'}
+  flags = {
+    'without_engine': 'leave out engine/, for use where imta_jax is installed',
+    'float16': 'store kernels in float16, which halves the size; they compute in float32',
+  }
   run(__doc__, write_export, arguments, flags)
 
 
@@ -98,6 +101,7 @@ def write_export(
   folder: epath.Path,
   source: str = '',
   without_engine: bool = False,
+  float16: bool = False,
 ) -> int:
   """Exports a classifier.
 
@@ -106,6 +110,8 @@ def write_export(
     folder: The folder to write; created if necessary.
     source: The origin of the network, as information in the manifest.
     without_engine: Whether to leave out the code that runs the export without imta_jax.
+    float16: Whether to store kernels in float16. Vectors, such as those of batch norm, are small
+      and stay as they are.
 
   Returns:
     The number of bytes written.
@@ -124,7 +130,7 @@ def write_export(
     'variables': [_names(stage) for stage in classifier.weights],
     'platforms': list(PLATFORMS),
   }
-  contents['weights.npz'] = _npz(weights)
+  contents['weights.npz'] = _npz(weights, float16)
   if not without_engine:
     contents |= {
       f'engine/{path.name}': path.read_bytes()
@@ -223,14 +229,14 @@ def _specs(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def _npz(weights: Sequence[Sequence[Any]]) -> bytes:
+def _npz(weights: Sequence[Sequence[Any]], float16: bool) -> bytes:
   content = io.BytesIO()
   arrays = {
-    f'{stage}/{index}': np.asarray(leaf)
+    f'{stage}/{index}': np.asarray(leaf, np.float16 if float16 and leaf.ndim > 1 else leaf.dtype)
     for stage, leaves in enumerate(weights)
     for index, leaf in enumerate(leaves)
   }
-  np.savez(content, **arrays)
+  np.savez_compressed(content, **arrays)
   return content.getvalue()
 
 

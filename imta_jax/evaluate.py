@@ -181,6 +181,11 @@ def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
   return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
 
 
+def load_accuracies(folder: epath.Path, name: str) -> list[float]:
+  """Loads the top-1 accuracies of a network on test images, [exit], as fractions."""
+  return [row['test_top1'] for row in _load_rows(folder, 'exits', name)]
+
+
 def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
   """Loads the operating points of a network from the files that `write_tables` wrote.
 

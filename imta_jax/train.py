@@ -48,6 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   layout.check_owner(config, workdir)
   dataset = open_dataset(config)
   layout.claim(config, workdir, dataset.class_names)
+  layout.record_environment(workdir)
   reporter = Reporter()
   reporter.say(
     f'{config.dataset.name}: '

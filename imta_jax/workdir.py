@@ -2,6 +2,7 @@
 
 config.json                       the config as it ran
 classes.json                      the names of the classes
+environment.jsonl                 devices and versions: one line per kind of machine that trained
 checkpoints/phase_1/<step>/       the latest states and the best one
 metrics.jsonl                     metrics: one line per write, with step and phase
 tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
@@ -9,7 +10,9 @@ evaluation/                       tables, a figure, and the predictions behind t
 """
 
 import json
+import platform
 from collections.abc import Sequence
+from importlib import metadata
 
 import jax
 from etils import epath
@@ -117,6 +120,30 @@ def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -
       write_whole(workdir / name, content.encode())
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')
+
+
+def record_environment(workdir: epath.Path) -> None:
+  """Adds the devices and versions of this process to environment.jsonl, if they are new there."""
+  if jax.process_index():
+    return
+  path = workdir / 'environment.jsonl'
+  lines = path.read_text() if path.exists() else ''
+  line = json.dumps(
+    {
+      'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
+      'python': platform.python_version(),
+      **{name: metadata.version(name) for name in ('jax', 'flax', 'optax')},
+    },
+    ensure_ascii=False,
+  )
+  if line not in lines.splitlines():
+    write_whole(path, f'{lines}{line}\n'.encode())
+
+
+def load_environments(workdir: epath.Path) -> list[dict[str, str]]:
+  """Loads what `record_environment` wrote; empty for a run of a version without it."""
+  path = workdir / 'environment.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -162,7 +162,7 @@ def measurements(
   latency = str(_BENCHMARKS.parent / 'latency.py')
   short_run = str(runs / 'short')
   chosen = [
-    script('agreement.py', 'agreement', 30, config, f'--check={kit / "reference.npz"}'),
+    script('agreement.py', 'agreement', 30, f'--check={kit / "reference.npz"}'),
     *(training_step(f'training step {size}', options.config, size) for size in batch_sizes),
   ]
   if options.large_config:
@@ -263,7 +263,7 @@ def run(
   process = subprocess.Popen(
     measurement.command,
     cwd=_ROOT,
-    env={**os.environ, 'PYTHONPATH': str(_ROOT), 'PYTHONUNBUFFERED': '1', **(environment or {})},
+    env={**_environment(), **(environment or {})},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -289,6 +289,11 @@ def run(
   }
 
 
+def _environment():
+  paths = [str(_ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+  return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'}
+
+
 def train(options: argparse.Namespace, kit: Path, workdir: Path, deadline: float) -> dict[str, Any]:
   """Trains, from the state of the previous session if any, until it is time to save the state.
 
@@ -312,7 +317,7 @@ def train(options: argparse.Namespace, kit: Path, workdir: Path, deadline: float
   process = subprocess.Popen(
     _train_command(options, _data_flags(kit), workdir),
     cwd=_ROOT,
-    env={**os.environ, 'PYTHONPATH': str(_ROOT), 'PYTHONUNBUFFERED': '1'},
+    env=_environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -7,13 +7,13 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-import jax
 import numpy as np
 import scipy.stats
 from etils import epath
 from matplotlib.figure import Figure
 from runs import Runs
 
+from imta_jax import workdir as layout
 from imta_jax.workdir import write_whole
 
 
@@ -226,14 +226,20 @@ def write_figure(
 
 def provenance(runs: Runs, names: Iterable[str]) -> str:
   """Says how runs were made: command, length, time, device and versions."""
+  names = list(names)
   program = shlex.join(['python', *sys.argv])
   seconds = sum(
     runs.training_seconds(name, seed) for name in names for seed in range(runs.num_seeds)
   )
-  device = jax.devices()[0].device_kind
+  environments = {
+    f'{each["devices"]} (jax {each["jax"]}, flax {each["flax"]}, Python {each["python"]})': None
+    for name in names
+    for seed in range(runs.num_seeds)
+    for each in layout.load_environments(runs.workdir(name, seed))
+  }
   return (
     f"Made by `{program}`: {runs.num_seeds} seed(s), {runs.scale:g} of the length of the paper's "
-    f'trainings. The training steps of all runs took {seconds / 3600:.1f} hours. Results were read '
-    f'on {jax.device_count()} × {device} with jax {jax.__version__}. The configs are in '
+    f'trainings. The training steps of all runs took {seconds / 3600:.1f} hours on '
+    f'{" and ".join(environments) or "unknown devices"}. The configs are in '
     '[configs/](configs).\n'
   )

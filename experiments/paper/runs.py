@@ -71,7 +71,9 @@ class Runs:
 
   def accuracies(self, run: str, phase: int) -> np.ndarray:
     """Returns the accuracies on test images in %, [seed, exit]."""
-    return 100 * np.stack([p.accuracy() for p in self.predictions(run, phase, 'test')])
+    name = layout.phase_name(phase)
+    folders = [layout.evaluation_folder(self.workdir(run, seed)) for seed in range(self.num_seeds)]
+    return 100 * np.array([evaluate.load_accuracies(folder, name) for folder in folders])
 
   def metrics(self, run: str, seed: int) -> Iterator[dict[str, Any]]:
     """Yields what a run wrote while it trained, without a phase that it took from another run."""

@@ -32,15 +32,17 @@ def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
   contents = {
     name: _read_checked(folder, name, checksum) for name, checksum in manifest['sha256'].items()
   }
-  stages = [
-    partial(_call, export.deserialize(bytearray(contents[name]))) for name in manifest['stages']
-  ]
+  programs = [export.deserialize(bytearray(contents[name])) for name in manifest['stages']]
   with np.load(io.BytesIO(contents[manifest['weights']])) as arrays:
     weights = [
-      [arrays[f'{index}/{leaf}'] for leaf in range(count)]
-      for index, count in enumerate(manifest['weights_per_stage'])
+      # Weights may be stored in a smaller type than the program takes.
+      [
+        arrays[f'{index}/{leaf}'].astype(program.in_avals[leaf].dtype)
+        for leaf in range(manifest['weights_per_stage'][index])
+      ]
+      for index, program in enumerate(programs)
     ]
-  return manifest, stages, weights
+  return manifest, [partial(_call, program) for program in programs], weights
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
