@@ -29,7 +29,7 @@ from jax import export
 
 from imta_jax import command_line
 from imta_jax.adaptive import engine
-from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.adaptive.engine import AdaptiveClassifier, Validation
 from imta_jax.errors import UsageError
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -69,28 +69,18 @@ def run(
   parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
   parser.add_argument('output', help='folder to write; must be empty or absent')
   parser.add_argument(
-    '--budget',
-    type=float,
-    help='average multiply-adds per image; default: the cheapest thresholds that are as accurate '
-    'as the last exit on validation images',
-  )
-  parser.add_argument(
     '--phase',
-    type=int,
-    default=0,
+    type=command_line.positive(int),
     help='training phase to export, counted from 1; default: the last',
   )
+  command_line.add_threshold_arguments(parser)
   for flag, text in flags.items():
     parser.add_argument(f'--{flag}', action='store_true', help=text)
   options = parser.parse_args(arguments)
   folder = epath.Path(options.output)
   check_empty(folder)
-  try:
-    classifier = AdaptiveClassifier.from_workdir(
-      options.workdir, options.budget, phase=options.phase - 1
-    )
-  except ValueError as error:
-    raise UsageError(str(error)) from error
+  options.latency = None  # An export does not depend on the machine that writes it.
+  classifier = command_line.open_classifier(options.workdir, **command_line.choices(options))
   chosen = {flag: getattr(options, flag) for flag in flags}
   size = write(classifier, folder, options.workdir, **chosen)
   print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
@@ -131,6 +121,8 @@ def write_export(
     'platforms': list(PLATFORMS),
   }
   contents['weights.npz'] = _npz(weights, float16)
+  if classifier.validation is not None:
+    contents[engine.VALIDATION] = _validation(classifier.validation)
   if not without_engine:
     contents |= {
       f'engine/{path.name}': path.read_bytes()
@@ -175,6 +167,8 @@ def write_folder(
     'preprocessing': classifier.preprocessing,
     'class_names': list(classifier.class_names),
     'madds': [int(madds) for madds in classifier.madds],
+    'rule': classifier.rule,
+    'temperatures': list(classifier.temperatures),
     'thresholds': _finite(classifier.thresholds.tolist()),
     'operating_points': [
       {
@@ -237,6 +231,12 @@ def _npz(weights: Sequence[Sequence[Any]], float16: bool) -> bytes:
     for index, leaf in enumerate(leaves)
   }
   np.savez_compressed(content, **arrays)
+  return content.getvalue()
+
+
+def _validation(validation: Validation) -> bytes:
+  content = io.BytesIO()
+  np.savez_compressed(content, scores=validation.scores, correct=validation.correct)
   return content.getvalue()
 
 

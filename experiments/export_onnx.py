@@ -17,6 +17,10 @@ code classifies one image without JAX (for several images, remove those that exi
       probabilities = odds / odds.sum()
       if threshold is not None and probabilities.max() >= threshold:
         break
+
+For an exit rule other than top_probability, its score in imta_jax/adaptive/engine/rules.py, which
+works on NumPy arrays, takes the place of probabilities.max(); the manifest names rule and
+temperatures.
 """
 
 from collections.abc import Sequence

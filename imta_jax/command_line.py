@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax.adaptive.engine import DEFAULT_RULE, MANIFEST, RULES, AdaptiveClassifier
 from imta_jax.errors import UsageError
 
 
@@ -22,18 +22,56 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the arguments that `open_classifier` takes."""
+  """Adds the arguments of a program that runs a network; `choices` gathers them."""
   parser.add_argument('network', help='workdir of a run, or an exported folder')
   parser.add_argument(
     '--phase', type=positive(int), help='training phase to load, counted from 1; default: the last'
   )
-  limits = parser.add_mutually_exclusive_group()
-  limits.add_argument('--budget', type=positive(float), help='average multiply-adds per image')
+  limits = add_threshold_arguments(parser)
   limits.add_argument(
     '--latency',
     type=positive(float),
     help='average seconds per image, one image at a time; each exit is timed first',
   )
+
+
+def add_threshold_arguments(parser: argparse.ArgumentParser) -> Any:
+  """Adds the arguments that say which images leave early, and returns the group of limits."""
+  limits = parser.add_mutually_exclusive_group()
+  limits.add_argument(
+    '--budget',
+    type=positive(float),
+    help='average multiply-adds per image; default: the cheapest thresholds that are as accurate '
+    'as the last exit on validation images',
+  )
+  limits.add_argument(
+    '--max_loss',
+    type=positive(float),
+    help='by how much the accuracy may lie below that of the last exit, for example 0.01, on '
+    'images like the validation images; see docs/thresholds.md',
+  )
+  parser.add_argument(
+    '--confidence',
+    type=positive(float),
+    default=0.95,
+    help='the probability with which --max_loss is kept; default: %(default)s',
+  )
+  parser.add_argument(
+    '--rule', choices=tuple(RULES), help=f'exit rule, for a workdir; default: {DEFAULT_RULE}'
+  )
+  parser.add_argument(
+    '--sweep',
+    choices=('geometric', 'optimal'),
+    help="thresholds to choose from, for a workdir: the paper's, or the most accurate ones on "
+    'validation images; default: geometric',
+  )
+  return limits
+
+
+def choices(options: argparse.Namespace) -> dict[str, Any]:
+  """Returns what `add_network_arguments` asks for, as arguments of `open_classifier`."""
+  names = ('budget', 'latency', 'max_loss', 'confidence', 'phase', 'rule', 'sweep')
+  return {name: getattr(options, name) for name in names}
 
 
 def positive(number: type) -> Callable[[str], Any]:
@@ -62,27 +100,41 @@ def list_of(parse_item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def open_classifier(
   network: str,
   budget: float | None = None,
-  latency: float | None = None,
+  *,
   phase: int | None = None,
+  rule: str | None = None,
+  sweep: str | None = None,
+  **limits: float | None,
 ) -> AdaptiveClassifier:
-  """Opens the network that `add_network_arguments` describes.
+  """Opens a network for inference.
 
   Args:
     network: A workdir or an exported folder.
     budget: Average multiply-adds per image.
-    latency: Average seconds per image.
     phase: The training phase of a workdir, counted from 1; the last one by default.
+    rule: The exit rule of a workdir's network; see `AdaptiveClassifier.from_workdir`.
+    sweep: Its operating points; likewise.
+    **limits: See `AdaptiveClassifier.choose`.
 
   Raises:
     UsageError: If there is none, or no thresholds are within the budget.
   """
+  of_workdir = {
+    name: value
+    for name, value in {'phase': phase, 'rule': rule, 'sweep': sweep}.items()
+    if value is not None
+  }
   try:
     if os.path.exists(os.path.join(network, MANIFEST)):
-      if phase is not None:
-        raise UsageError(f'{network} is an export and has a single phase: leave out --phase')
-      return AdaptiveClassifier.load(network, budget, latency=latency)
-    index = -1 if phase is None else phase - 1
-    return AdaptiveClassifier.from_workdir(network, budget, latency=latency, phase=index)
+      if of_workdir:
+        raise UsageError(
+          f'{network} is an export, which has one phase, rule and sweep: leave out '
+          + ', '.join(f'--{name}' for name in of_workdir)
+        )
+      return AdaptiveClassifier.load(network, budget, **limits)
+    if phase is not None:
+      of_workdir['phase'] = phase - 1
+    return AdaptiveClassifier.from_workdir(network, budget, **limits, **of_workdir)
   except ValueError as error:
     raise UsageError(str(error)) from error
 

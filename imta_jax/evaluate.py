@@ -3,7 +3,6 @@
 Only computing the logits [exit, image, class] needs an accelerator; the rest is NumPy.
 """
 
-import csv
 import dataclasses
 import io
 import json
@@ -20,7 +19,7 @@ from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
-from imta_jax.workdir import write_whole
+from imta_jax.workdir import write_csv, write_whole
 
 SPLITS = ('validation', 'test')
 
@@ -169,11 +168,7 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
     for field in ('thresholds', 'validation_exit_fractions', 'test_exit_fractions'):
       row[field] = ' '.join(f'{value:.6g}' for value in row[field])
   for rows, name in ((exits, 'exits.csv'), (budgets, 'budget.csv')):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / name, table.getvalue().encode())
+    write_csv(folder / name, rows)
 
 
 def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:

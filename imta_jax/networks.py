@@ -5,15 +5,23 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax import checkpoint, devices, evaluate, models, steps, train_state
 from imta_jax import workdir as layout
+from imta_jax.adaptive.calibration import fit_temperatures
 from imta_jax.adaptive.cost import ExitCost, exit_costs
-from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
-from imta_jax.adaptive.policy import cheapest_as_accurate
+from imta_jax.adaptive.engine import DEFAULT_RULE, AdaptiveClassifier, OperatingPoint, Validation
+from imta_jax.adaptive.policy import (
+  BUDGET_PARAMETERS,
+  budget_sweep,
+  cheapest_as_accurate,
+  judge,
+  optimal_sweep,
+)
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import initialize
@@ -141,7 +149,9 @@ def predict_splits(network: TrainedNetwork, dataset: Dataset) -> dict[str, evalu
   }
 
 
-def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassifier:
+def load_classifier(
+  workdir: epath.PathLike, phase: int = -1, rule: str = DEFAULT_RULE, sweep: str = 'geometric'
+) -> AdaptiveClassifier:
   """Loads the network of an evaluated run for inference.
 
   Its thresholds are those of the cheapest operating point that reaches the validation accuracy of
@@ -150,12 +160,16 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
   Args:
     workdir: The run's folder.
     phase: Index of the phase, counted from 0; negative indices count from the last phase.
+    rule: Name of the exit rule; see `adaptive.engine.rules`.
+    sweep: Where its 40 operating points come from: 'geometric' (`policy.budget_sweep`) or 'optimal'
+      (`policy.optimal_sweep`).
 
   Returns:
     A classifier for uint8 images, with the operating points of the run.
 
   Raises:
     UsageError: If the folder is not a workdir, or the run has not been evaluated.
+    ValueError: If there is no such rule or sweep.
   """
   workdir = epath.Path(workdir)
   config = layout.load_config(workdir)
@@ -163,10 +177,23 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
     raise UsageError(f'phase {phase + 1} does not exist: {workdir} has 1 to {len(config.phases)}')
   index = range(len(config.phases))[phase]
   name, folder = layout.phase_name(index), layout.evaluation_folder(workdir)
-  points = evaluate.load_points(folder, name)
+  madds = [cost.madds for cost in evaluate.load_costs(folder, name)]
   validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
+  probabilities, labels = validation.probabilities(), validation.labels
+  how = {'rule': rule, 'temperatures': None}
+  if rule == 'calibrated':
+    how['temperatures'] = fit_temperatures(probabilities, labels)
+  of_both_splits = (probabilities, labels, probabilities, labels)
+  if sweep == 'geometric':
+    points = budget_sweep(*of_both_splits, madds, BUDGET_PARAMETERS, **how)
+  elif sweep == 'optimal':
+    budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
+    points = optimal_sweep(*of_both_splits, madds, budgets, **how)
+  else:
+    raise ValueError(f"sweep {sweep!r} is unknown: choose from 'geometric' and 'optimal'")
   chosen = cheapest_as_accurate(points, validation.accuracy()[-1])
-  no_early_exits = (math.inf,) * validation.logits.shape[0]
+  no_early_exits = (math.inf,) * len(madds)
+  scores, correct = judge('validation', probabilities, labels, len(madds), **how)
 
   dataset, class_names = config.dataset, layout.load_class_names(workdir)
   image_shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
@@ -182,7 +209,9 @@ def load_classifier(workdir: epath.PathLike, phase: int = -1) -> AdaptiveClassif
       OperatingPoint(p.thresholds, p.validation_exit_fractions, p.validation_accuracy)
       for p in points
     ],
-    madds=[cost.madds for cost in network.costs],
+    validation=Validation(scores, correct),
+    madds=madds,
     class_names=class_names,
+    **how,
     preprocessing={'crop': dataset.crop if dataset.in_memory else 'center'},
   )

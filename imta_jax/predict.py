@@ -28,7 +28,13 @@ from rich.text import Text
 
 from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.command_line import add_network_arguments, describe, open_classifier, positive
+from imta_jax.command_line import (
+  add_network_arguments,
+  choices,
+  describe,
+  open_classifier,
+  positive,
+)
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import EXTENSIONS, ImageError, find_images, read_image
 from imta_jax.errors import UsageError
@@ -61,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   set_up_compilation_cache()
-  classifier = open_classifier(options.network, options.budget, options.latency, options.phase)
+  classifier = open_classifier(options.network, **choices(options))
   write = _write_json if options.format == 'jsonl' else _Table(classifier.class_names, options.top)
 
   exits, num_unreadable = collections.Counter(), 0

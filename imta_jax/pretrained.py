@@ -55,7 +55,7 @@ def _load_variables(folder):
 
 def _load_export(folder):
   try:
-    manifest, _, weights = read_export(folder)
+    manifest, _, weights, _ = read_export(folder)
   except ValueError as error:
     raise UsageError(str(error)) from error
   if 'variables' not in manifest:

@@ -44,7 +44,13 @@ except ModuleNotFoundError as missing:
 
 from imta_jax import command_line
 from imta_jax.adaptive.engine import BATCH_SIZES, AdaptiveClassifier
-from imta_jax.command_line import add_network_arguments, describe, open_classifier, positive
+from imta_jax.command_line import (
+  add_network_arguments,
+  choices,
+  describe,
+  open_classifier,
+  positive,
+)
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import ImageError, read_image
 from imta_jax.errors import UsageError
@@ -112,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
   set_up_compilation_cache()
-  classifier = open_classifier(options.network, options.budget, options.latency, options.phase)
+  classifier = open_classifier(options.network, **choices(options))
   try:
     app = create_app(classifier, limits)
   except ValueError as error:
@@ -339,8 +345,9 @@ class _Service:
     if not query:
       return None
     (name, text), *others = query.multi_items()
-    if others or name not in ('budget', 'latency_ms'):
-      raise HTTPException(422, f'query {str(query)!r}: expected one of budget= and latency_ms=')
+    if others or name not in ('budget', 'latency_ms', 'max_loss'):
+      expected = 'expected one of budget=, latency_ms= and max_loss='
+      raise HTTPException(422, f'query {str(query)!r}: {expected}')
     try:
       limit = float(text)
     except ValueError:
@@ -353,6 +360,8 @@ class _Service:
   def _find_thresholds(self, name, limit):
     if name == 'budget':
       return self._classifier.thresholds_within(limit, self._classifier.madds)
+    if name == 'max_loss':
+      return self._classifier.thresholds_losing(limit)
     return self._classifier.thresholds_within(limit, 1000 * self._costs)
 
   def _default_thresholds(self):

@@ -9,10 +9,13 @@ tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
 evaluation/                       tables, a figure, and the predictions behind them
 """
 
+import csv
+import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 from etils import epath
@@ -144,6 +147,15 @@ def load_environments(workdir: epath.Path) -> list[dict[str, str]]:
   """Loads what `record_environment` wrote; empty for a run of a version without it."""
   path = workdir / 'environment.jsonl'
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with the same fields as a table."""
+  table = io.StringIO()
+  writer = csv.DictWriter(table, rows[0], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_whole(path, table.getvalue().encode())
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -40,7 +40,7 @@ def classifier(random_variables):
 def run(classifier, monkeypatch, capsys):
   """A function that runs the command line and gives status, output and error output."""
   monkeypatch.setattr(predict, 'set_up_compilation_cache', lambda: None)
-  monkeypatch.setattr(predict, 'open_classifier', lambda *arguments: classifier)
+  monkeypatch.setattr(predict, 'open_classifier', lambda *arguments, **choices: classifier)
 
   def call(*arguments):
     status = predict.main(['network', *map(str, arguments)])
@@ -184,6 +184,8 @@ def test_what_is_no_network_is_refused_in_a_line(tmp_path):
     command_line.open_classifier(str(tmp_path))
   with pytest.raises(UsageError, match='leave out --phase'):
     command_line.open_classifier(str(tmp_path), phase=1)
+  with pytest.raises(UsageError, match='has one phase, rule and sweep: leave out --rule, --sweep'):
+    command_line.open_classifier(str(tmp_path), rule='margin', sweep='optimal')
 
 
 def test_the_program_is_light_and_tells_by_its_status(tmp_path):

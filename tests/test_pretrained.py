@@ -127,9 +127,9 @@ def test_a_folder_that_is_neither_is_refused(tmp_path):
 
 def test_an_export_without_names_is_refused(export, tmp_path, monkeypatch):
   (tmp_path / 'manifest.json').write_text('{}')
-  manifest, _, weights = pretrained.read_export(export)
+  manifest, _, weights, _ = pretrained.read_export(export)
   manifest.pop('variables')
-  monkeypatch.setattr(pretrained, 'read_export', lambda folder: (manifest, [], weights))
+  monkeypatch.setattr(pretrained, 'read_export', lambda folder: (manifest, [], weights, None))
   with pytest.raises(UsageError, match='without the names of its variables: export it again'):
     pretrained.start_from(str(tmp_path), {})
 

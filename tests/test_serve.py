@@ -260,6 +260,17 @@ def jax_compilations_logged():
     jax.config.update('jax_log_compiles', False)
 
 
+def test_a_promise_holds_for_a_request(client_of, network, monkeypatch):
+  monkeypatch.setattr(network, 'thresholds_losing', lambda limit: np.float32([2 - 4 * limit, 0]))
+
+  async def scenario():
+    async with client_of() as client:
+      for query, exit in (('?max_loss=0.01', 2), ('?max_loss=0.5', 1)):
+        assert (await post(client, 0, query)).json()['exit'] == exit
+
+  asyncio.run(scenario())
+
+
 def test_budgets_hold_for_a_request_alone(client_of):
   async def scenario():
     async with client_of() as client:
@@ -281,6 +292,11 @@ REFUSED = {
   'budget not a number': ({'query': '?budget=nan'}, 422, 'too small'),
   'two budgets': ({'query': '?budget=3e6&latency_ms=3'}, 422, 'one of budget='),
   'unknown query': ({'query': '?buget=3e6'}, 422, 'buget=3e6'),
+  'promise without validation': (
+    {'query': '?max_loss=0.01'},
+    422,
+    'needs the scores of validation',
+  ),
   'damaged': ({'content': PNGS[0][:50]}, 422, 'the image: cannot be read'),
   'no image': ({'content': b'hello'}, 422, 'the image: not an image'),
   'empty': ({'content': b''}, 422, 'the image: not an image'),

@@ -20,7 +20,7 @@ from tensorboard.util import tensor_util
 from imta_jax import evaluate
 from imta_jax import workdir as layout
 from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.adaptive.policy import cheapest_as_accurate, choose_exits
+from imta_jax.adaptive.policy import cheapest_as_accurate, choose_exits, exit_scores
 from imta_jax.data import arrays
 from imta_jax.errors import UsageError
 
@@ -205,6 +205,16 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
     last_madds = classifier.madds[-1]
     classifier.choose(budget=last_madds)
     assert len(classifier.operating_points) == 40
+  # Another rule and sweep give other operating points; a promise takes the validation images.
+  other = AdaptiveClassifier.from_workdir(workdir, rule='calibrated', sweep='optimal', max_loss=0.9)
+  assert other.operating_points[0].thresholds != classifier.operating_points[0].thresholds
+  assert other.rule == 'calibrated' and other.temperatures != (1.0, 1.0)
+  scores = exit_scores(validation.probabilities(), 'calibrated', other.temperatures)
+  np.testing.assert_array_equal(other.validation.scores, scores)
+  np.testing.assert_array_equal(other.thresholds, other.thresholds_losing(0.9, 0.95))
+  assert other.operating_points[-1].accuracy >= validation.accuracy().max()
+  with pytest.raises(ValueError, match="sweep 'best' is unknown"):
+    AdaptiveClassifier.from_workdir(workdir, sweep='best')
   with pytest.raises(UsageError, match='phase 4 does not exist: .* has 1 to 2'):
     AdaptiveClassifier.from_workdir(workdir, phase=3)
 

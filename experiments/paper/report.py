@@ -1,6 +1,5 @@
 """Tables and figures of trained runs beside the paper's numbers."""
 
-import csv
 import dataclasses
 import io
 import shlex
@@ -11,10 +10,10 @@ import numpy as np
 import scipy.stats
 from etils import epath
 from matplotlib.figure import Figure
-from runs import Runs
 
 from imta_jax import workdir as layout
-from imta_jax.workdir import write_whole
+from imta_jax.workdir import write_csv, write_whole
+from runs import Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +118,11 @@ def write_table(
     lines += _markdown(['', *exits, 'average'], map(_line, differences))
   text = '\n'.join([*lines, '', about])
   write_whole(folder / 'README.md', text.encode())
-  write_csv(folder / 'table.csv', (record for row in rows for record in _records(row)))
+  write_csv(folder / 'table.csv', [record for row in rows for record in _records(row)])
   if differences:
     write_csv(
       folder / 'differences.csv',
-      (record for difference in differences for record in _difference_records(difference)),
+      [record for difference in differences for record in _difference_records(difference)],
     )
   return text
 
@@ -185,22 +184,12 @@ def _difference_records(difference):
     }
 
 
-def write_csv(path: epath.Path, records: Iterable[dict[str, object]]) -> None:
-  """Writes records with the same fields as a table."""
-  records = list(records)
-  table = io.StringIO()
-  writer = csv.DictWriter(table, records[0], lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(records)
-  write_whole(path, table.getvalue().encode())
-
-
 def write_figure(
   output: epath.Path,
   name: str,
   title: str,
   figure: Figure,
-  records: Iterable[dict[str, object]],
+  records: Sequence[dict[str, object]],
   about: str,
 ) -> str:
   """Writes a figure as PNG, the points in it as CSV, and README.md.

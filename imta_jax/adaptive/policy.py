@@ -1,8 +1,9 @@
 """Thresholds for a budget, and the accuracy that the budget buys.
 
-Confidence is the highest softmax probability. An image leaves at the first exit at which its
-confidence reaches the threshold; the last exit takes all remaining images. Everything here is
-arithmetic on probabilities [exit, image, class], NumPy or JAX arrays alike, and on costs per exit.
+An exit rule gives each image a score at each exit, by default its highest probability. The image
+leaves at the first exit at which its score reaches the threshold; the last exit takes all remaining
+images. Everything here is arithmetic on probabilities [exit, image, class], NumPy or JAX arrays
+alike, and on costs per exit.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from imta_jax.adaptive.engine.rules import DEFAULT_RULE, RULES
 from imta_jax.adaptive.search import Search
 
 # The paper's budget parameters: 0.05, 0.10 … 2.00.
@@ -22,7 +24,7 @@ class OperatingPoint:
 
   Attributes:
     parameter: The budget parameter p, or the budget, that gave the thresholds.
-    thresholds: [exit], the confidence from which an image leaves.
+    thresholds: [exit], the score from which an image leaves.
     validation_accuracy: Fraction of validation images classified correctly.
     validation_madds: Average multiply-adds per validation image.
     validation_exit_fractions: Fraction of the validation images that leave at each exit.
@@ -60,37 +62,75 @@ def geometric_shares(p: float, num_exits: int) -> np.ndarray:
   return shares / shares.sum()
 
 
-def find_thresholds(probabilities: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+def exit_scores(
+  probabilities: np.ndarray,
+  rule: str = DEFAULT_RULE,
+  temperatures: Sequence[float] | None = None,
+) -> np.ndarray:
+  """How sure a network is of each image at each exit.
+
+  Args:
+    probabilities: [exit, image, class].
+    rule: Name of the exit rule; see `engine.rules`.
+    temperatures: [exit], for the rule 'calibrated'; see `calibration.fit_temperatures`.
+
+  Returns:
+    [exit, image].
+
+  Raises:
+    ValueError: If there is no such rule, or not one temperature per exit.
+  """
+  if rule not in RULES:
+    raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
+  probabilities = np.asarray(probabilities)
+  before = [probabilities[0], *probabilities[:-1]]
+  temperatures = [1.0] * len(before) if temperatures is None else temperatures
+  return np.stack(
+    [
+      np.asarray(RULES[rule](p, q, temperature))
+      for p, q, temperature in zip(probabilities, before, temperatures, strict=True)
+    ]
+  )
+
+
+def find_thresholds(
+  probabilities: np.ndarray,
+  shares: Sequence[float],
+  rule: str = DEFAULT_RULE,
+  temperatures: Sequence[float] | None = None,
+) -> np.ndarray:
   """Thresholds at which the exits take given shares of these images.
 
-  The threshold of exit k is the confidence of the floor(n × share)-th most confident image among
-  those that no earlier exit has taken. If that number is 0, no image leaves there.
+  The threshold of exit k is the score of the floor(n × share)-th image, in descending order of
+  their scores, among those that no earlier exit has taken. If that number is 0, no image leaves
+  there.
 
   Args:
     probabilities: [exit, image, class], of validation images.
     shares: [exit], the target fraction of images per exit.
+    rule: See `exit_scores`.
+    temperatures: See `exit_scores`.
 
   Returns:
     [exit]; infinity if no image leaves there, minus infinity at the last exit.
   """
-  confidence = np.asarray(probabilities).max(axis=-1)
-  return _thresholds(confidence, np.argsort(-confidence, axis=1, kind='stable'), shares)
+  scores = exit_scores(probabilities, rule, temperatures)
+  return _thresholds(scores, np.argsort(-scores, axis=1, kind='stable'), shares)
 
 
-def choose_exits(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
   """The exit, counted from 0, at which each image leaves.
 
   Args:
-    confidence: [exit, image].
-    thresholds: [exit]; an image leaves if its confidence is at least this.
+    scores: [exit, image], from `exit_scores`.
+    thresholds: [exit]; an image leaves if its score is at least this.
 
   Returns:
     [image], integers.
   """
-  # Compared in the precision of the confidence: a threshold is the confidence of an image, which
-  # must leave.
-  confidence = np.asarray(confidence)
-  leaves = confidence >= np.asarray(thresholds, confidence.dtype)[:, np.newaxis]
+  # Compared in the precision of the scores: a threshold is the score of an image, which must leave.
+  scores = np.asarray(scores)
+  leaves = scores >= np.asarray(thresholds, scores.dtype)[:, np.newaxis]
   leaves[-1] = True
   return leaves.argmax(axis=0)
 
@@ -102,6 +142,8 @@ def budget_sweep(
   test_labels: np.ndarray,
   madds: Sequence[float],
   parameters: Sequence[float] = BUDGET_PARAMETERS,
+  rule: str = DEFAULT_RULE,
+  temperatures: Sequence[float] | None = None,
 ) -> list[OperatingPoint]:
   """Budgeted batch classification: thresholds from validation, applied to test images.
 
@@ -112,6 +154,8 @@ def budget_sweep(
     test_labels: [test image].
     madds: [exit], multiply-adds per image up to and including each exit.
     parameters: Budget parameters p; see `geometric_shares`.
+    rule: See `exit_scores`.
+    temperatures: See `exit_scores`.
 
   Returns:
     One operating point per parameter, in their order.
@@ -120,8 +164,9 @@ def budget_sweep(
     ValueError: If the shapes of the arrays do not match.
   """
   madds = np.asarray(madds, np.float64)
-  validation = _judge('validation', validation_probabilities, validation_labels, len(madds))
-  test = _judge('test', test_probabilities, test_labels, len(madds))
+  how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
+  validation = judge('validation', validation_probabilities, validation_labels, **how)
+  test = judge('test', test_probabilities, test_labels, **how)
   order = np.argsort(-validation[0], axis=1, kind='stable')
   points = []
   for p in parameters:
@@ -137,6 +182,8 @@ def optimal_sweep(
   test_labels: np.ndarray,
   madds: Sequence[float],
   budgets: Sequence[float],
+  rule: str = DEFAULT_RULE,
+  temperatures: Sequence[float] | None = None,
 ) -> list[OperatingPoint]:
   """Budgeted batch classification with thresholds that are searched, not given by a rule.
 
@@ -151,6 +198,8 @@ def optimal_sweep(
     test_labels: [test image].
     madds: [exit], multiply-adds per image up to and including each exit.
     budgets: Average multiply-adds per validation image, at least those of the first exit.
+    rule: See `exit_scores`.
+    temperatures: See `exit_scores`.
 
   Returns:
     One operating point per budget, in their order; its parameter is the budget.
@@ -160,8 +209,9 @@ def optimal_sweep(
       takes.
   """
   madds = np.asarray(madds, np.float64)
-  validation = _judge('validation', validation_probabilities, validation_labels, len(madds))
-  test = _judge('test', test_probabilities, test_labels, len(madds))
+  how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
+  validation = judge('validation', validation_probabilities, validation_labels, **how)
+  test = judge('test', test_probabilities, test_labels, **how)
   for budget in budgets:
     if not budget >= madds[0]:
       raise ValueError(
@@ -198,20 +248,55 @@ def cheapest_as_accurate(
   return min(enough, key=lambda point: point.validation_madds, default=None)
 
 
-def _thresholds(confidence, order, shares):
-  """`find_thresholds` from confidence [exit, image] and its descending order [exit, image]."""
-  num_exits, num_images = confidence.shape
-  thresholds = np.full(num_exits, np.inf, confidence.dtype)
+def judge(
+  split: str,
+  probabilities: np.ndarray,
+  labels: np.ndarray,
+  num_exits: int,
+  rule: str = DEFAULT_RULE,
+  temperatures: Sequence[float] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reduces probabilities to what thresholds depend on.
+
+  Args:
+    split: What the images are called in an error.
+    probabilities: [exit, image, class].
+    labels: [image].
+    num_exits: The number of exits that is expected.
+    rule: See `exit_scores`.
+    temperatures: See `exit_scores`.
+
+  Returns:
+    Scores, and whether the answers are right, both [exit, image].
+
+  Raises:
+    ValueError: If the shapes of the arrays do not match, or the rule is wrong.
+  """
+  probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+  if probabilities.ndim != 3 or probabilities.shape[:2] != (num_exits, labels.size):
+    raise ValueError(
+      f'{split} probabilities of shape {probabilities.shape} must be [exit, image, class] for the '
+      f'{num_exits} exits of madds and {labels.size} labels'
+    )
+  scores = exit_scores(probabilities, rule, temperatures)
+  # An image with NaN probabilities counts as wrong.
+  return scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores)
+
+
+def _thresholds(scores, order, shares):
+  """`find_thresholds` from scores [exit, image] and their descending order [exit, image]."""
+  num_exits, num_images = scores.shape
+  thresholds = np.full(num_exits, np.inf, scores.dtype)
   thresholds[-1] = -np.inf
   waiting = np.ones(num_images, bool)
   for index in range(num_exits - 1):
     takes = int(num_images * shares[index])
-    candidates = order[index][(waiting & ~np.isnan(confidence[index]))[order[index]]]
+    candidates = order[index][(waiting & ~np.isnan(scores[index]))[order[index]]]
     if takes and candidates.size:
       # After ties at earlier exits fewer images than the share may remain; then all of them leave.
-      threshold = confidence[index, candidates[min(takes, candidates.size) - 1]]
+      threshold = scores[index, candidates[min(takes, candidates.size) - 1]]
       thresholds[index] = threshold
-      waiting &= ~(confidence[index] >= threshold)
+      waiting &= ~(scores[index] >= threshold)
   return thresholds
 
 
@@ -230,22 +315,8 @@ def _operating_point(parameter, thresholds, validation, test, madds):
   )
 
 
-def _judge(split, probabilities, labels, num_exits):
-  """Confidence and correctness, both [exit, image]."""
-  probabilities, labels = np.asarray(probabilities), np.asarray(labels)
-  if probabilities.ndim != 3 or probabilities.shape[:2] != (num_exits, labels.size):
-    raise ValueError(
-      f'{split} probabilities of shape {probabilities.shape} must be [exit, image, class] for the '
-      f'{num_exits} exits of madds and {labels.size} labels'
-    )
-  prediction = probabilities.argmax(axis=-1)
-  confidence = np.take_along_axis(probabilities, prediction[..., np.newaxis], axis=-1)[..., 0]
-  # An image with NaN probabilities counts as wrong.
-  return confidence, (prediction == labels) & ~np.isnan(confidence)
-
-
-def _operate(confidence, correct, thresholds):
+def _operate(scores, correct, thresholds):
   """Accuracy, and the share of the images that leave at each exit."""
-  exits = choose_exits(confidence, thresholds)
+  exits = choose_exits(scores, thresholds)
   accuracy = correct[exits, np.arange(exits.size)].mean()
   return float(accuracy), np.bincount(exits, minlength=len(thresholds)) / exits.size

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, Validation
 from imta_jax.errors import UsageError
 
 SHAPE = (16, 16, 3)
@@ -112,6 +112,43 @@ def test_an_export_contains_everything_about_the_network(classifier, exported):
   np.testing.assert_allclose(AdaptiveClassifier.load(exported, budget=25).thresholds[0], 0.9)
 
 
+def test_an_export_keeps_rule_and_promise(export, classifier, images, tmp_path):
+  folder, random = epath.Path(tmp_path) / 'exported', np.random.default_rng(0)
+  correct = random.random((3, 900)) < np.array([[0.8], [0.85], [0.9]])
+  fields = {
+    'rule': 'calibrated',
+    'temperatures': (0.5, 1.5, 2.0),
+    'validation': Validation(random.random((3, 900), np.float32), correct),
+  }
+  names = ('madds', 'operating_points', 'class_names', 'preprocessing')
+  fields |= {name: getattr(classifier, name) for name in names}
+  stages, weights, thresholds = classifier.stages, classifier.weights, classifier.thresholds
+  other = AdaptiveClassifier(stages, weights, thresholds, classifier.image, **fields)
+  export.write_export(other, folder, without_engine=True)
+  loaded = AdaptiveClassifier.load(folder)
+  expected = other.predict(images)
+  np.testing.assert_array_equal(loaded.predict(images).exits, expected.exits)
+  assert (expected.exits != classifier.predict(images).exits).any()
+  for max_loss in (0.02, 0.2):
+    promised = AdaptiveClassifier.load(folder, max_loss=max_loss, confidence=0.8).thresholds
+    np.testing.assert_array_equal(promised, other.thresholds_losing(max_loss, 0.8))
+
+
+def test_kernels_can_be_stored_in_half_the_size(export, classifier, exported, images, tmp_path):
+  folder = epath.Path(tmp_path) / 'exported'
+  export.write_export(classifier, folder, float16=True)
+  size, whole = (
+    (path / 'weights.npz').stat().st_size for path in (tmp_path / 'exported', exported)
+  )
+  assert size < 0.75 * whole  # Vectors, a large part of this network, stay float32.
+  loaded = AdaptiveClassifier.load(folder)
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded.weights))
+  no_exits = np.full(3, np.inf)
+  answers, expected = loaded.predict(images, no_exits), classifier.predict(images, no_exits)
+  assert (answers.probabilities != expected.probabilities).any()
+  np.testing.assert_allclose(answers.probabilities, expected.probabilities, atol=2e-3)
+
+
 def test_stages_are_for_all_platforms(exported):
   stage = jax.export.deserialize(bytearray((exported / 'stage_2.jax').read_bytes()))
   assert stage.platforms == ('cpu', 'cuda', 'tpu')
@@ -141,7 +178,7 @@ def test_another_format_is_refused(exported, tmp_path):
   manifest['format'] = 99
   manifest['manifest_sha256'] = manifest_checksum(manifest)
   (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match='format 99, expected 2: export again'):
+  with pytest.raises(ValueError, match='format 99, expected 3: export again'):
     AdaptiveClassifier.load(tmp_path)
 
 

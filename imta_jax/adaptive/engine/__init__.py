@@ -7,21 +7,28 @@ copy of them and so runs where imta_jax is not installed.
     classifier = AdaptiveClassifier.load('exported', budget=20e6)
     answers = classifier.predict(images)
 
-`classifier` is the interface for users. `runner` runs stages, compiled as `programs`, on `batches`
+`classifier` is the interface for users. `rules` say which images leave, and `promise` chooses
+thresholds that lose little accuracy. `runner` runs stages, compiled as `programs`, on `batches`
 of images, in the sizes that `plan` chooses. `exported` reads an export.
 """
 
 from .batches import Answers
 from .classifier import AdaptiveClassifier, OperatingPoint
-from .exported import FORMAT, MANIFEST, manifest_checksum
+from .exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum
+from .promise import Validation
+from .rules import DEFAULT_RULE, RULES
 from .runner import BATCH_SIZES
 
 __all__ = [
   'BATCH_SIZES',
+  'DEFAULT_RULE',
   'FORMAT',
   'MANIFEST',
+  'RULES',
+  'VALIDATION',
   'AdaptiveClassifier',
   'Answers',
   'OperatingPoint',
+  'Validation',
   'manifest_checksum',
 ]

@@ -12,6 +12,8 @@ import numpy as np
 from .batches import Answers, in_order
 from .exported import read_export, thresholds_from_json
 from .programs import Stage, Tree
+from .promise import Validation, safe_thresholds
+from .rules import DEFAULT_RULE, RULES
 from .runner import BATCH_SIZES, Runner
 
 
@@ -20,7 +22,7 @@ class OperatingPoint:
   """Thresholds, with their effect measured on validation images.
 
   Attributes:
-    thresholds: [exit]; an image leaves if its confidence is at least this.
+    thresholds: [exit]; an image leaves if its score is at least this.
     exit_fractions: [exit], the fraction of the images that left at each exit.
     accuracy: The fraction of the images that was classified correctly.
   """
@@ -35,7 +37,10 @@ class AdaptiveClassifier:
 
   Attributes:
     thresholds: [exit], float32; the default of `predict`.
+    rule: Name of the exit rule, which gives the scores; see `rules`.
+    temperatures: [exit], for the rule 'calibrated'.
     operating_points: The operating points that `choose` selects from.
+    validation: Scores of validation images, for thresholds with a promise; None if unknown.
     madds: [exit], multiply-adds of an image that leaves there.
     class_names: One name per class.
     num_classes: Number of classes.
@@ -51,7 +56,10 @@ class AdaptiveClassifier:
     image: jax.ShapeDtypeStruct,
     *,
     madds: Sequence[float],
+    rule: str = DEFAULT_RULE,
+    temperatures: Sequence[float] | None = None,
     operating_points: Sequence[OperatingPoint] = (),
+    validation: Validation | None = None,
     class_names: Sequence[str] = (),
     preprocessing: dict[str, Any] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -65,13 +73,17 @@ class AdaptiveClassifier:
       thresholds: [exit].
       image: See the class.
       madds: See the class.
+      rule: See the class.
+      temperatures: See the class; all 1 by default.
       operating_points: See the class.
+      validation: See the class.
       class_names: See the class.
       preprocessing: See the class.
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
 
     Raises:
-      ValueError: If there is not one threshold and one multiply-adds count per exit.
+      ValueError: If there is no such rule, or not one threshold, temperature and count of
+        multiply-adds per exit.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
     self.image, self.operating_points, self.class_names = (
@@ -81,7 +93,15 @@ class AdaptiveClassifier:
     )
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
     self.thresholds = np.asarray(thresholds, np.float32)
-    for name, values in (('thresholds', thresholds), ('madds', madds)):
+    if rule not in RULES:
+      raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
+    self.rule, self.validation = rule, validation
+    self.temperatures = tuple(temperatures or [1.0] * len(self.stages))
+    for name, values in (
+      ('thresholds', thresholds),
+      ('temperatures', self.temperatures),
+      ('madds', madds),
+    ):
       if np.shape(values) != (len(self.stages),):
         raise ValueError(
           f'{name} {values} must have one value for each of the {len(self.stages)} exits'
@@ -89,8 +109,9 @@ class AdaptiveClassifier:
     known_exit_fractions = [
       (point.thresholds, point.exit_fractions) for point in self.operating_points
     ]
+    scores = [partial(RULES[rule], temperature=temperature) for temperature in self.temperatures]
     self._runner = Runner(
-      self.stages, self.weights, image, self.madds, known_exit_fractions, batch_sizes
+      self.stages, self.weights, scores, image, self.madds, known_exit_fractions, batch_sizes
     )
     self.num_classes = self._runner.num_classes
 
@@ -101,7 +122,11 @@ class AdaptiveClassifier:
     budget: float | None = None,
     *,
     latency: float | None = None,
+    max_loss: float | None = None,
+    confidence: float = 0.95,
     phase: int = -1,
+    rule: str = DEFAULT_RULE,
+    sweep: str = 'geometric',
   ) -> 'AdaptiveClassifier':
     """Loads the network that a run has trained and evaluated.
 
@@ -109,7 +134,13 @@ class AdaptiveClassifier:
       workdir: The run's folder.
       budget: See `choose`.
       latency: See `choose`.
+      max_loss: See `choose`.
+      confidence: See `choose`.
       phase: Index of the training phase.
+      rule: Name of the exit rule; see `rules`.
+      sweep: Where operating points come from: 'geometric' shares as in the paper
+        (`policy.budget_sweep`), or the 'optimal' ones on validation images
+        (`policy.optimal_sweep`).
 
     Returns:
       A classifier of uint8 images.
@@ -119,7 +150,8 @@ class AdaptiveClassifier:
     """
     from imta_jax import networks
 
-    return networks.load_classifier(workdir, phase).choose(budget, latency)
+    classifier = networks.load_classifier(workdir, phase, rule, sweep)
+    return classifier.choose(budget, latency, max_loss=max_loss, confidence=confidence)
 
   @classmethod
   def from_model(
@@ -180,7 +212,13 @@ class AdaptiveClassifier:
 
   @classmethod
   def load(
-    cls, folder: Any, budget: float | None = None, *, latency: float | None = None
+    cls,
+    folder: Any,
+    budget: float | None = None,
+    *,
+    latency: float | None = None,
+    max_loss: float | None = None,
+    confidence: float = 0.95,
   ) -> 'AdaptiveClassifier':
     """Loads an export of experiments/export.py.
 
@@ -188,6 +226,8 @@ class AdaptiveClassifier:
       folder: The export.
       budget: See `choose`.
       latency: See `choose`.
+      max_loss: See `choose`.
+      confidence: See `choose`.
 
     Returns:
       A classifier of uint8 images.
@@ -195,7 +235,7 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If the folder is not an export, or a file has changed.
     """
-    manifest, stages, weights = read_export(folder)
+    manifest, stages, weights, validation = read_export(folder)
     operating_points = [
       OperatingPoint(
         thresholds_from_json(row['thresholds']), tuple(row['exit_fractions']), row['accuracy']
@@ -208,34 +248,50 @@ class AdaptiveClassifier:
       weights,
       thresholds_from_json(manifest['thresholds']),
       image,
+      rule=manifest['rule'],
+      temperatures=manifest['temperatures'],
       operating_points=operating_points,
+      validation=validation,
       madds=manifest['madds'],
       class_names=manifest['class_names'],
       preprocessing=manifest['preprocessing'],
-    ).choose(budget, latency)
+    ).choose(budget, latency, max_loss=max_loss, confidence=confidence)
 
   def choose(
-    self, budget: float | None = None, latency: float | None = None
+    self,
+    budget: float | None = None,
+    latency: float | None = None,
+    *,
+    max_loss: float | None = None,
+    confidence: float = 0.95,
   ) -> 'AdaptiveClassifier':
-    """Sets `thresholds` to the most accurate ones within a budget, on validation images.
+    """Sets `thresholds` to the most accurate ones within a budget, or to those that keep a promise.
 
     Args:
-      budget: Average multiply-adds per image.
+      budget: Average multiply-adds per image, on validation images.
       latency: Average seconds per image, one image at a time; each exit is timed on this machine
         first.
+      max_loss: By how much the accuracy may lie below that of the last exit, a fraction; see
+        `promise` for what is promised, and what breaks it.
+      confidence: With which probability it does not lie lower.
 
     Returns:
-      This classifier. Without a budget its thresholds do not change.
+      This classifier. Without a budget or a promise its thresholds do not change.
 
     Raises:
-      ValueError: If no operating point is within the budget, or both budgets are given.
+      ValueError: If no operating point is within the budget, several limits are given, or there are
+        no validation images to base a promise on.
     """
-    if budget is not None and latency is not None:
-      raise ValueError('budget and latency are both given: give only one')
+    limits = {'budget': budget, 'latency': latency, 'max_loss': max_loss}
+    given = [name for name, limit in limits.items() if limit is not None]
+    if len(given) > 1:
+      raise ValueError(f'{" and ".join(given)} are given: give only one')
     if budget is not None:
       self.thresholds = self.thresholds_within(budget, self.madds)
     elif latency is not None:
       self.thresholds = self.thresholds_within(latency, self.measure_costs())
+    elif max_loss is not None:
+      self.thresholds = self.thresholds_losing(max_loss, confidence)
     return self
 
   def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
@@ -261,6 +317,19 @@ class AdaptiveClassifier:
       least = f'{min(averages):.4g}' if averages else 'undefined: there are no operating points'
       raise ValueError(f'budget {budget:g} is too small: the smallest possible budget is {least}')
     return np.asarray(max(within)[-1], np.float32)
+
+  def thresholds_losing(self, max_loss: float, confidence: float = 0.95) -> np.ndarray:
+    """The loosest thresholds with a promise; see `choose`.
+
+    Returns:
+      [exit], float32.
+
+    Raises:
+      ValueError: If there are no validation images to base a promise on, or an argument is wrong.
+    """
+    if self.validation is None:
+      raise ValueError('max_loss needs the scores of validation images, which are unknown here')
+    return safe_thresholds(self.validation, max_loss, confidence)
 
   def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
     """Classifies images.

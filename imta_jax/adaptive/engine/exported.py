@@ -11,19 +11,21 @@ import numpy as np
 from jax import export
 
 from .programs import Stage, Tree
+from .promise import Validation
 
 MANIFEST = 'manifest.json'
-FORMAT = 2
+VALIDATION = 'validation.npz'
+FORMAT = 3
 
 
-def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
+def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree], Validation | None]:
   """Reads an export and verifies its checksums.
 
   Args:
     folder: The export.
 
   Returns:
-    The manifest, the stages, and the weights of each stage.
+    The manifest, the stages, the weights of each stage, and the validation images' scores, if any.
 
   Raises:
     ValueError: If the folder is not an export, or a file has changed.
@@ -42,7 +44,11 @@ def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree]]:
       ]
       for index, program in enumerate(programs)
     ]
-  return manifest, [partial(_call, program) for program in programs], weights
+  validation = None
+  if VALIDATION in contents:
+    with np.load(io.BytesIO(contents[VALIDATION])) as arrays:
+      validation = Validation(arrays['scores'], arrays['correct'])
+  return manifest, [partial(_call, program) for program in programs], weights, validation
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

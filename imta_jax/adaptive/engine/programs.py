@@ -11,11 +11,13 @@ from .batches import Carry
 from .compiler import compiler_options
 
 Tree = Any
+# (probabilities, those of the exit before) → score; both are [image, class].
+Score = Callable[[jax.Array, jax.Array], jax.Array]
 # (weights, carry of the previous stage) → carry for the next one.
 Stage = Callable[[Tree, Carry], Carry]
 
-# A threshold is the confidence of a validation image, which must leave. Programs round differently,
-# so thresholds are lowered by this fraction of (1 - threshold); for trained networks confidences
+# A threshold is the score of a validation image, which must leave. Programs round differently, so
+# thresholds are lowered by this fraction of (1 - threshold); for trained networks top probabilities
 # were measured to differ by up to 7e-6 of it.
 _SLACK = 1e-5
 
@@ -24,32 +26,36 @@ _SLACK = 1e-5
 _MOST_CONSTANTS = 2**25
 
 
-def stage_program(stage: Stage, weights: Tree) -> Callable:
+def stage_program(stage: Stage, weights: Tree, score: Score) -> Callable:
   """The program of one stage.
 
   Args:
     stage: The stage.
     weights: Its weights.
+    score: The exit rule; see `rules`.
 
   Returns:
     A function of (carry, thresholds [image] of this exit), compiled when first called with a shape,
     that returns the next carry, probabilities [image, class], and which images leave [image].
   """
-  return _program(partial(_run_stage, stage), weights)
+  return _program(partial(_run_stage, stage, score), weights)
 
 
-def all_stages_program(stages: Sequence[Stage], weights: Sequence[Tree]) -> Callable:
+def all_stages_program(
+  stages: Sequence[Stage], weights: Sequence[Tree], scores: Sequence[Score]
+) -> Callable:
   """The fused program of all stages; it stops on the device when all images have left.
 
   Args:
     stages: All stages.
     weights: The weights of each stage.
+    scores: The exit rule at each exit; see `rules`.
 
   Returns:
     A function of (images, thresholds [image, exit]), compiled when first called with a shape, that
     returns probabilities [image, class] and exits [image].
   """
-  return _program(partial(_run_all_stages, stages), weights)
+  return _program(partial(_run_all_stages, stages, scores), weights)
 
 
 def _program(function, weights):
@@ -64,17 +70,21 @@ def _program(function, weights):
   return jax.jit(with_constants, compiler_options=compiler_options())
 
 
-def _run_stage(stage, weights, carry, thresholds):
+def _run_stage(stage, score, weights, carry, thresholds):
   features, logits = stage(weights, carry)
   probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+  is_first = not isinstance(carry, tuple)
+  before = probabilities if is_first else jax.nn.softmax(carry[1].astype(jnp.float32))
   lowered = thresholds - _SLACK * jnp.maximum(0, 1 - thresholds)
-  return (features, logits), probabilities, probabilities.max(axis=-1) >= lowered
+  return (features, logits), probabilities, score(probabilities, before) >= lowered
 
 
-def _run_all_stages(stages, weights, images, thresholds):
+def _run_all_stages(stages, scores, weights, images, thresholds):
   def run(index, carry, answers):
     probabilities, exits = answers
-    carry, here, leaves = _run_stage(stages[index], weights[index], carry, thresholds[:, index])
+    carry, here, leaves = _run_stage(
+      stages[index], scores[index], weights[index], carry, thresholds[:, index]
+    )
     is_last = index + 1 == len(stages)
     stay = exits < 0
     answers = (

@@ -21,7 +21,7 @@ from .batches import (
   zeros,
 )
 from .plan import BatchPlan, expected_costs
-from .programs import Stage, Tree, all_stages_program, stage_program
+from .programs import Score, Stage, Tree, all_stages_program, stage_program
 
 # The batch sizes that are compiled. Remaining images use smaller batches.
 BATCH_SIZES = (1, 4, 16, 64, 256)
@@ -51,6 +51,7 @@ class Runner:
     self,
     stages: Sequence[Stage],
     weights: Sequence[Tree],
+    scores: Sequence[Score],
     image: jax.ShapeDtypeStruct,
     madds: Sequence[float],
     known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
@@ -62,14 +63,15 @@ class Runner:
       stages: Functions (weights, carry) → carry. The first reads images, the others
         (features, logits [batch, class]), which all of them give.
       weights: The weights of each stage.
+      scores: The exit rule at each exit; see `rules`.
       image: Shape (height, width, channels) and type of an image.
       madds: [exit], multiply-adds of an image that leaves there.
       known_exit_fractions: See `BatchPlan`.
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
     """
     platform = jax.default_backend()
-    self.stages = list(map(stage_program, stages, weights))
-    self.all_stages = all_stages_program(stages, weights)
+    self.stages = list(map(stage_program, stages, weights, scores))
+    self.all_stages = all_stages_program(stages, weights, scores)
     self.join = join_on_host if platform == 'cpu' else join_on_device
     self._batch_sizes, self._known_exit_fractions = tuple(sorted(batch_sizes)), known_exit_fractions
     stage_costs, fused_costs = expected_costs(madds, self._batch_sizes, platform)

@@ -10,10 +10,16 @@ import pytest
 import scipy.special
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, programs
+from imta_jax.adaptive.engine import (
+  RULES,
+  AdaptiveClassifier,
+  OperatingPoint,
+  Validation,
+  programs,
+)
 from imta_jax.adaptive.engine.batches import join_on_device, join_on_host
 from imta_jax.adaptive.engine.runner import Runner
-from imta_jax.adaptive.policy import choose_exits, find_thresholds, geometric_shares
+from imta_jax.adaptive.policy import choose_exits, exit_scores, find_thresholds, geometric_shares
 
 SHAPE = (16, 16, 3)
 SIZES = (1, 4, 16)
@@ -75,6 +81,47 @@ def test_every_image_leaves_where_the_policy_says(network, classifier, p, count)
   thresholds = find_thresholds(probabilities, geometric_shares(p, 3))
   answers = classifier.predict(images[:count], thresholds)
   assert_follows_policy(answers, probabilities[:, :count], thresholds)
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('madds', [SMALL, LARGE])
+def test_every_rule_lets_images_leave_where_the_policy_says(network, rule, madds):
+  _, _, images, probabilities = network
+  how = {'rule': rule, 'temperatures': (0.7, 1.0, 1.6)}
+  thresholds = find_thresholds(probabilities, geometric_shares(1.0, 3), **how)
+  exits = choose_exits(exit_scores(probabilities, **how), thresholds)
+  answers = classifier_of(network, thresholds, madds=madds, **how).predict(images)
+  np.testing.assert_array_equal(answers.exits, exits)
+  assert len(set(exits)) == 3
+  expected = probabilities[exits, np.arange(len(exits))]
+  np.testing.assert_array_equal(answers.labels, expected.argmax(axis=-1))
+  np.testing.assert_allclose(answers.probabilities, expected, atol=1e-5)
+
+
+def test_rules_differ(network):
+  leave = {
+    rule: exit_scores(network[3], rule, (0.7, 1.0, 1.6)).argsort(axis=1).tobytes() for rule in RULES
+  }
+  assert len(set(leave.values())) == len(RULES)
+
+
+def test_a_rule_that_does_not_exist_is_refused(network):
+  with pytest.raises(ValueError, match="rule 'hope' is unknown: choose from top_probability, "):
+    classifier_of(network, np.zeros(3), rule='hope')
+  with pytest.raises(ValueError, match="rule 'hope' is unknown"):
+    exit_scores(network[3], 'hope')
+  with pytest.raises(ValueError, match='temperatures'):
+    classifier_of(network, np.zeros(3), temperatures=(1.0, 2.0))
+
+
+def test_a_promise_needs_validation_images(network):
+  with pytest.raises(ValueError, match='max_loss needs the scores of validation images'):
+    classifier_of(network, np.zeros(3)).choose(max_loss=0.01)
+  validation = Validation(np.ones((3, 900), np.float32), np.ones((3, 900), bool))
+  classifier = classifier_of(network, np.full(3, np.inf), validation=validation)
+  np.testing.assert_array_equal(classifier.choose(max_loss=0.01).thresholds, [0, 0, -np.inf])
+  with pytest.raises(ValueError, match='budget and max_loss are given: give only one'):
+    classifier.choose(1.0, max_loss=0.01)
 
 
 def test_one_at_a_time_is_as_together(network, classifier):

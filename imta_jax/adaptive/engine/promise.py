@@ -1,0 +1,95 @@
+"""Thresholds with a promise: a bound on the accuracy that early exits lose.
+
+All exits share one threshold. Starting from the strictest of a fixed list, looser ones are accepted
+as long as a statistical test on validation images rejects that early exits lose more than allowed.
+The first threshold that is not accepted ends the search, so that all tests together are wrong with
+no more probability than each one (fixed-sequence testing; Learn then Test, Angelopoulos et al.,
+2021, and for early exits Fast yet Safe, Jazbec et al., NeurIPS 2024).
+
+The promise holds for images that are drawn like the validation images and independently of them. It
+breaks for images of another kind (another camera, other classes, another mix of classes), and it is
+weakened if the validation images have already served to choose between many networks, or to fit the
+temperatures of the rule 'calibrated'. Watch the exits' shares: if they drift, validate again.
+"""
+
+import dataclasses
+
+import numpy as np
+
+# Thresholds from strict to loose, denser towards 1, where most scores lie. They must not depend on
+# the validation images.
+LEVELS = 1 - np.geomspace(1e-6, 1, 121)
+
+# Stakes of the bets, as fractions of the largest possible; see `loses_less`. High stakes need few
+# images where images with a loss are rare, low ones where they are not.
+_STAKES = np.array([0.05, 0.15, 0.35, 0.65, 0.95])
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """What thresholds are chosen by.
+
+  Attributes:
+    scores: [exit, image], float32, by the exit rule.
+    correct: [exit, image], whether the answer of an exit is right.
+  """
+
+  scores: np.ndarray
+  correct: np.ndarray
+
+
+def safe_thresholds(validation: Validation, max_loss: float, confidence: float) -> np.ndarray:
+  """The loosest thresholds whose accuracy is promised to lie close to the last exit's.
+
+  Args:
+    validation: Scores of images that are like those to come.
+    max_loss: By how much the accuracy may lie below that of the last exit, a fraction.
+    confidence: With which probability, over the draw of the validation images, it does not lie
+      lower.
+
+  Returns:
+    [exit], float32: the same at each exit but the last; infinity if nothing can be promised, so
+    that no image leaves early and nothing is lost.
+
+  Raises:
+    ValueError: If max_loss or confidence is not between 0 and 1.
+  """
+  for name, value in (('max_loss', max_loss), ('confidence', confidence)):
+    if not 0 < value < 1:
+      raise ValueError(f'{name} is {value}: it must be above 0 and below 1')
+  num_exits = len(validation.scores)
+  chosen = np.inf
+  for level in LEVELS.astype(np.float32):
+    leaves = validation.scores >= level
+    leaves[-1] = True
+    correct = np.take_along_axis(validation.correct, leaves.argmax(axis=0)[np.newaxis], axis=0)[0]
+    losses = validation.correct[-1].astype(int) - correct
+    if not loses_less(losses, max_loss, confidence):
+      break
+    chosen = level
+  return np.array([chosen] * (num_exits - 1) + [-np.inf], np.float32)
+
+
+def loses_less(losses: np.ndarray, max_loss: float, confidence: float) -> bool:
+  """Tests whether the expected loss is below a bound.
+
+  Whoever bets a fraction s of their capital against each image's loss L, at odds that are fair if
+  the expected loss is max_loss, has Π (1 + s (max_loss - L)) in the end. If the expected loss is
+  max_loss or more, the expected capital is at most 1, so that a capital of 1 / (1 - confidence) or
+  more has at most the probability 1 - confidence (Markov's inequality). The capital is the mean
+  over several stakes s (Estimating means of bounded random variables by betting, Waudby-Smith and
+  Ramdas, 2023). No assumption is made on the distribution of losses.
+
+  Args:
+    losses: [image], -1, 0 or 1, of independent images.
+    max_loss: The bound.
+    confidence: The probability of not being wrong if the expected loss is not below the bound.
+
+  Returns:
+    Whether the test says that it is.
+  """
+  values, counts = np.unique(losses, return_counts=True)
+  stakes = _STAKES / (1 - max_loss)
+  logs = np.log1p(stakes[:, np.newaxis] * (max_loss - values)) @ counts
+  capital = np.logaddexp.reduce(logs) - np.log(len(stakes))
+  return bool(capital >= -np.log1p(-confidence))
