@@ -97,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default=200,
     help='calls per method and repeat, at most; default: 200',
   )
+  parser.add_argument(
+    '--sweep',
+    choices=('geometric', 'optimal'),
+    default='geometric',
+    help='thresholds to choose from; see docs/thresholds.md; default: %(default)s',
+  )
   parser.add_argument('--output', help='folder; default: evaluation/latency of the workdir')
   options = parser.parse_args(arguments)
   workdir = epath.Path(options.workdir)
@@ -110,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   images, labels = test_images(config, options.images)
   if max(options.batch_sizes) > len(images):
     raise UsageError(f'{len(images)} test images do not fill a batch of {max(options.batch_sizes)}')
-  classifier = AdaptiveClassifier.from_workdir(workdir).compile()
+  classifier = AdaptiveClassifier.from_workdir(workdir, sweep=options.sweep).compile()
   name = layout.phase_name(len(config.phases) - 1)
   validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
   methods = choose_methods(

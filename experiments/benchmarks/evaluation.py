@@ -5,14 +5,15 @@
 Logits: `evaluate.predict` with the mapped step that training uses, against the same network in
 PyTorch. Both process one batch on the device again and again, and copy its logits to the host.
 
-Sweep: `budget_sweep` with its 40 budgets, for 5 exits, 50,000 validation images and 50,000 test
-images.
+Sweep: `budget_sweep` and `optimal_sweep` with 40 budgets, for 5 exits, 50,000 validation images and
+50,000 test images.
 """
 
 import argparse
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
@@ -21,7 +22,7 @@ import numpy as np
 
 from imta_jax import command_line, devices, evaluate, steps
 from imta_jax import config as config_lib
-from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep
+from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep, optimal_sweep
 from imta_jax.errors import UsageError
 
 
@@ -77,12 +78,16 @@ def main() -> None:
       ],
     )
   )
-  sweeps = {num_classes: sweep_seconds(num_classes, options.repeats) for num_classes in (100, 1000)}
+  sweeps = [
+    {'classes': num_classes, 'sweep': name, 'seconds': seconds}
+    for num_classes in (100, 1000)
+    for name, seconds in sweep_seconds(num_classes, options.repeats).items()
+  ]
   print()
   print(
     common.table(
-      ('classes', f'seconds per sweep over {len(BUDGET_PARAMETERS)} budgets'),
-      [(num_classes, common.spread(seconds, 2)) for num_classes, seconds in sweeps.items()],
+      ('classes', 'sweep', f'seconds for {len(BUDGET_PARAMETERS)} budgets'),
+      [(row['classes'], row['sweep'], common.spread(row['seconds'], 2)) for row in sweeps],
     )
   )
   results = {'seconds_a_batch': timings, 'batch_size': batch_size, 'seconds_a_sweep': sweeps}
@@ -116,8 +121,8 @@ def peer(config: Any, task: common.Task) -> Callable[[int], None]:
   return run
 
 
-def sweep_seconds(num_classes: int, repeats: int) -> list[float]:
-  """Times budget sweeps on random probabilities of 5 exits.
+def sweep_seconds(num_classes: int, repeats: int) -> dict[str, list[float]]:
+  """Times sweeps on probabilities of 5 exits, each of which is better than the one before.
 
   The same arrays serve as validation and as test images, which halves the memory.
 
@@ -126,16 +131,29 @@ def sweep_seconds(num_classes: int, repeats: int) -> list[float]:
     repeats: The number of sweeps.
 
   Returns:
-    The seconds of each sweep.
+    The seconds of each sweep, by the kind of sweep.
   """
-  random = np.random.default_rng(0)
-  probabilities = random.random((5, 50_000, num_classes), np.float32)
-  labels = random.integers(num_classes, size=50_000)
-  seconds = []
+  random, num_exits, num_images = np.random.default_rng(0), 5, 50_000
+  labels = random.integers(num_classes, size=num_images)
+  probabilities = random.standard_normal((num_exits, num_images, num_classes), np.float32)
+  for exit, logits in enumerate(probabilities):
+    logits[np.arange(num_images), labels] += (3 + 0.5 * exit) * random.random(
+      num_images, np.float32
+    )
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=-1, keepdims=True)
+  arrays, madds = (probabilities, labels, probabilities, labels), np.arange(1, num_exits + 1)
+  budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
+  sweeps = {
+    'geometric': partial(budget_sweep, *arrays, madds),
+    'optimal': partial(optimal_sweep, *arrays, madds, budgets),
+  }
+  seconds = {name: [] for name in sweeps}
   for _ in range(repeats):
-    start = time.perf_counter()
-    budget_sweep(probabilities, labels, probabilities, labels, range(1, 6))
-    seconds.append(time.perf_counter() - start)
+    for name, sweep in sweeps.items():
+      start = time.perf_counter()
+      sweep()
+      seconds[name].append(time.perf_counter() - start)
   return seconds
 
 

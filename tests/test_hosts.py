@@ -1,0 +1,137 @@
+"""Several hosts train as one does: processes over the loopback, both phases, kept and streamed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+# 64 training images in batches of 16, on four devices in all; 2 + 1 epochs.
+OVERRIDES = (
+  '--config.batch_size=16',
+  '--config.evaluation_batch_size=16',
+  '--config.log_every_steps=1',
+  '--config.tensorboard=False',
+  '--config.model.num_exits=2',
+  '--config.model.channels=4',
+  '--config.model.growth_rate=2',
+  '--config.model.scale_factors=1,2',
+  '--config.model.bottleneck_factors=1,2',
+  '--config.phases[0].epochs=2',
+  '--config.phases[1].epochs=1',
+  '--config.phases[0].learning_rate=0.01',
+  '--config.phases[1].learning_rate=0.01',
+)
+# Sums have another order on other devices; training amplifies the difference. The loss of a step
+# agrees to this factor, and parameters to this part of the largest one in an array.
+LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-3, 0.02
+LAST_STEPS = {'phase_1': 8, 'phase_2': 4}
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+  """A folder of images: brighter ones belong to the second class."""
+  folder, random = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+  for split, count in (('train', 64), ('val', 10), ('test', 11)):
+    for number in range(count):
+      path = folder / split / ('dark', 'bright')[number % 2] / f'{number}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      pixels = random.integers(0, 128, (32, 32, 3)) + 127 * (number % 2)
+      Image.fromarray(pixels.astype(np.uint8)).save(path)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def train(images, tmp_path_factory):
+  """A function that trains on (processes, devices per process) and returns the workdir."""
+  cache = tmp_path_factory.mktemp('cache')
+
+  def run(num_processes, num_devices, in_memory):
+    workdir = tmp_path_factory.mktemp('run')
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    command = [
+      *(sys.executable, '-m', 'imta_jax.main', f'--config=configs/image_folder.py:{images}'),
+      *(f'--workdir={workdir}', f'--config.dataset.in_memory={in_memory}', *OVERRIDES),
+    ]
+    if num_processes > 1:
+      command += [f'--coordinator_address=localhost:{port}', f'--num_processes={num_processes}']
+    environment = {
+      **os.environ,
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices}',
+      'XDG_CACHE_HOME': str(cache),
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+    }
+    hosts = [
+      subprocess.Popen(
+        [*command, *([f'--process_id={number}'] if num_processes > 1 else [])],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      for number in range(num_processes)
+    ]
+    outputs = [host.communicate(timeout=400)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0] * num_processes, outputs
+    return workdir, outputs
+
+  return run
+
+
+@pytest.fixture(scope='module', params=[True, False], ids=['in memory', 'streamed'])
+def alone(request, train):
+  """Whether images are kept in memory, and the workdir of a single host with four devices."""
+  return request.param, train(1, 4, request.param)[0]
+
+
+def records(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.parametrize('shape', [(2, 2), (4, 1)], ids=['2 hosts', '4 hosts'])
+def test_hosts_train_as_one_does(alone, train, shape):
+  in_memory, workdir = alone
+  other, outputs = train(*shape, in_memory)
+  assert f'{shape[0]} host(s)' in outputs[0] and '4 × cpu' in outputs[0]
+  # The first host alone writes and prints.
+  assert not any('phase_1' in output for output in outputs[1:])
+  ours, theirs = (
+    [(r['phase'], r['step'], r['train/loss']) for r in records(folder) if 'train/loss' in r]
+    for folder in (workdir, other)
+  )
+  assert [r[:2] for r in theirs] == [
+    (phase, step + 1) for phase, last in LAST_STEPS.items() for step in range(last)
+  ]
+  np.testing.assert_allclose([r[2] for r in theirs], [r[2] for r in ours], rtol=LOSS_TOLERANCE)
+  evaluation, of_other = (
+    json.loads((folder / 'evaluation/evaluation.json').read_text())['exits']
+    for folder in (workdir, other)
+  )
+  for row, of_other in zip(evaluation, of_other, strict=True):
+    # All images were counted: 11 test images have accuracies in elevenths.
+    assert abs(11 * of_other['test_top1'] - round(11 * of_other['test_top1'])) < 1e-4
+    assert abs(row['test_top1'] - of_other['test_top1']) < 1.5 / 11
+
+  def compare(array, array_of_other):
+    scale = np.abs(array).max() + 1e-3
+    np.testing.assert_allclose(array_of_other / scale, array / scale, atol=PARAMETER_TOLERANCE)
+
+  for phase, step in LAST_STEPS.items():
+    one, another = (
+      ocp.StandardCheckpointer().restore(folder / 'checkpoints' / phase / str(step) / 'state')
+      for folder in (workdir, other)
+    )
+    for part in ('trained', 'batch_stats'):
+      jax.tree.map(compare, one[part], another[part])
