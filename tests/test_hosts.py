@@ -119,10 +119,10 @@ def test_hosts_train_as_one_does(alone, train, shape):
     json.loads((folder / 'evaluation/evaluation.json').read_text())['exits']
     for folder in (workdir, other)
   )
-  for row, of_other in zip(evaluation, of_other, strict=True):
+  for row, other_row in zip(evaluation, of_other, strict=True):
     # All images were counted: 11 test images have accuracies in elevenths.
-    assert abs(11 * of_other['test_top1'] - round(11 * of_other['test_top1'])) < 1e-4
-    assert abs(row['test_top1'] - of_other['test_top1']) < 1.5 / 11
+    assert abs(11 * other_row['test_top1'] - round(11 * other_row['test_top1'])) < 1e-4
+    assert abs(row['test_top1'] - other_row['test_top1']) < 1.5 / 11
 
   def compare(array, array_of_other):
     scale = np.abs(array).max() + 1e-3

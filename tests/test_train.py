@@ -201,7 +201,8 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
     points = evaluate.load_points(layout.evaluation_folder(workdir), name)
     cheapest = cheapest_as_accurate(points, validation.accuracy()[-1])
     expected = (np.inf,) * 2 if cheapest is None else cheapest.thresholds
-    np.testing.assert_array_equal(classifier.thresholds, np.float32(expected))
+    # The last exit takes all images, whatever its threshold.
+    np.testing.assert_array_equal(classifier.thresholds[:-1], np.float32(expected[:-1]))
     last_madds = classifier.madds[-1]
     classifier.choose(budget=last_madds)
     assert len(classifier.operating_points) == 40

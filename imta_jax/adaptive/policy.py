@@ -87,7 +87,8 @@ def exit_scores(
   temperatures = [1.0] * len(before) if temperatures is None else temperatures
   return np.stack(
     [
-      np.asarray(RULES[rule](p, q, temperature))
+      # A Python number leaves the precision as it is.
+      np.asarray(RULES[rule](p, q, float(temperature)))
       for p, q, temperature in zip(probabilities, before, temperatures, strict=True)
     ]
   )

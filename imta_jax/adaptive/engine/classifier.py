@@ -96,7 +96,8 @@ class AdaptiveClassifier:
     if rule not in RULES:
       raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
     self.rule, self.validation = rule, validation
-    self.temperatures = tuple(temperatures or [1.0] * len(self.stages))
+    temperatures = [1.0] * len(self.stages) if temperatures is None else temperatures
+    self.temperatures = tuple(map(float, temperatures))
     for name, values in (
       ('thresholds', thresholds),
       ('temperatures', self.temperatures),
