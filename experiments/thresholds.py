@@ -160,7 +160,7 @@ def compare_promises(splits, madds) -> list[dict[str, object]]:
       losses = 1.0 * correct[-1] - correct[exits, np.arange(len(exits))]
       records.append(
         {
-          'max_loss': f'{100 * max_loss:g} points',
+          'max_loss': round(100 * max_loss, 4),
           'confidence': f'{confidence:.0%}',
           'threshold': round(float(thresholds[0]), 4),
           'multiply_adds': f'{madds[exits].mean() / madds[-1]:.0%}',
@@ -240,7 +240,7 @@ def page(records, rules, promises, name: str, splits, options) -> str:
     ),
     rules=common.table(tuple(rules[0]), [tuple(record.values()) for record in rules]),
     promises=common.table(
-      ('max loss', 'confidence', 'threshold', 'multiply-adds', 'loss on test images'),
+      ('max loss, points', 'confidence', 'threshold', 'multiply-adds', 'loss on test images'),
       [
         (*list(record.values())[:4], f'{record["loss_on_test"]:+.2f} ± {record["margin"]:.2f}')
         for record in promises

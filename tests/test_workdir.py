@@ -1,6 +1,8 @@
-"""Names of phases in figures."""
+"""The files of a workdir, and names of phases in figures."""
 
+import jax
 import pytest
+from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax import workdir
@@ -19,3 +21,14 @@ from imta_jax import workdir
 def test_figures_name_the_techniques_of_a_phase(phase, changes, label):
   phase.update(changes)
   assert workdir.phase_label('p', phase) == label
+
+
+def test_a_run_records_each_environment_once(tmp_path, monkeypatch):
+  folder = epath.Path(tmp_path)
+  assert workdir.load_environments(folder) == []
+  for count in (8, 8, 4, 8):
+    monkeypatch.setattr(jax, 'device_count', lambda count=count: count)
+    workdir.record_environment(folder)
+  first, second = workdir.load_environments(folder)
+  assert first == {**second, 'devices': '8 × cpu'} and second['devices'] == '4 × cpu'
+  assert first['jax'] == jax.__version__

@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import platform
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import flax
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -18,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments/paper'))
 import figure_6
 import figure_7
 import report
-import runs
 import table_2
+
+import runs
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
@@ -138,6 +143,49 @@ def test_a_training_that_fails_is_named(tmp_path):
   chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {'batch_size': '-1'})
   with pytest.raises(UsageError, match=r'cifar100_exits=5/none/seed_0 ended with status 1$'):
     runs.train(chosen, table_2.RUNS[0], 0)
+
+
+def test_runs_at_the_same_time_wait_for_those_they_go_on_from(tmp_path, monkeypatch):
+  active, most, order = set(), [], []
+  together = threading.Barrier(3)
+
+  def train(chosen, run, seed, shares_device):
+    assert shares_device
+    active.add((run.name, seed))
+    most.append(len(active))
+    if run.first_phase_of is not None:
+      assert (run.first_phase_of, seed) in order
+    elif seed == 0:
+      together.wait(30)  # The first three runs are active at once.
+    active.remove((run.name, seed))
+    order.append((run.name, seed))
+
+  monkeypatch.setattr(runs, 'train', train)
+  wanted = [(run, seed) for seed in range(2) for run in table_2.RUNS]
+  runs.train_all(runs.Runs(epath.Path(tmp_path), 1.0, 2, {}), wanted, jobs=3)
+  assert max(most) == 3
+  assert sorted(order) == sorted((run.name, seed) for run, seed in wanted)
+
+
+def test_no_more_runs_start_after_one_has_failed(tmp_path, monkeypatch):
+  started = []
+
+  def train(chosen, run, seed, shares_device):
+    started.append(run.name)
+    raise UsageError('ended with status 1')
+
+  monkeypatch.setattr(runs, 'train', train)
+  wanted = [(run, 0) for run in table_2.RUNS]
+  with pytest.raises(UsageError, match='ended with status 1'):
+    runs.train_all(runs.Runs(epath.Path(tmp_path), 1.0, 1, {}), wanted, jobs=1)
+  assert len(started) == 1
+
+
+def test_results_name_the_devices_of_the_runs(trained):
+  chosen = runs.Runs(trained, 0.01, 1, {})
+  about = report.provenance(chosen, [figure_7.WITHOUT])
+  versions = f'jax {jax.__version__}, flax {flax.__version__}'
+  assert f'hours on 1 × cpu ({versions}, Python {platform.python_version()}). The conf' in about
 
 
 def test_an_argument_that_does_not_exist_is_named(monkeypatch):
