@@ -87,6 +87,14 @@ def test_few_images_promise_nothing_and_lose_nothing():
   np.testing.assert_array_equal(safe_thresholds(many, 0.01, 0.95), [0, 0, -np.inf])
 
 
+def test_the_first_failure_ends_the_search():
+  # From 0.9 on all images leave at the second exit, wrongly; from 0.5 on at the first, rightly.
+  scores = np.repeat(np.float32([[0.5], [0.9], [0.0]]), 900, axis=1)
+  correct = np.repeat([[True], [False], [True]], 900, axis=1)
+  first, second, last = safe_thresholds(Validation(scores, correct), 0.01, 0.95)
+  assert 0.9 < first == second < 1 and last == -np.inf
+
+
 @pytest.mark.parametrize('field', ['max_loss', 'confidence'])
 @pytest.mark.parametrize('value', [0, 1, -0.1, 5, np.nan])
 def test_what_is_no_fraction_is_refused(field, value):
