@@ -1,0 +1,73 @@
+"""Scaling: against the formulas written out, and the committed study against its plan."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from imta_jax.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
+import scaling
+
+RESULTS = Path(__file__).parents[2] / 'experiments/results'
+RECORD = {
+  'config': str(RESULTS.parents[1] / 'configs/imagenet.py'),
+  'target': 'v5e:2x4',
+  'devices': 8,
+  'dtype': 'bfloat16',
+  'phase': 1,
+  'batch_size': 256,
+  'operations': 197e9,  # 1 ms on v5e.
+  'hbm_bytes': 0.819e10,  # 10 ms.
+  'collective_bytes': 200e6,
+}
+
+
+def test_times_are_those_of_the_formulas():
+  step = scaling.step_on(RECORD, 'v5e:64')
+  assert step.batch_size == 2048
+  assert step.operations == pytest.approx(1e-3) and step.memory == pytest.approx(10e-3)
+  # 1.97 ms for sending the gradients, and 2 × 8 hops in a torus of 8 × 8 chips.
+  assert step.gradients == pytest.approx(2 * 63 / 64 * 1e-3 + 16e-6)
+  seconds = 10e-3 + step.gradients
+  assert step.efficiency == pytest.approx(10e-3 / seconds)
+  num_steps = 90 * ((1_281_167 - 50_000) // 2048)
+  assert step.hours == pytest.approx(num_steps * seconds / 3600)
+  # 16 hosts with 128 images each; 112 CPUs of the needed ones.
+  assert step.cpus_per_host == pytest.approx(128 / seconds / 110)
+  slowed = max(1, step.cpus_per_host / 112)
+  assert step.hours_with_input == pytest.approx(step.hours * slowed)
+  assert step.chip_hours == pytest.approx(64 * step.hours_with_input)
+
+
+def test_a_chip_alone_sends_nothing_and_smaller_gradients_take_less():
+  assert scaling.step_on(RECORD, 'v5p:1').gradients == 0
+  one, half = (scaling.step_on(RECORD, 'v5p:4', size).gradients for size in (4, 2))
+  assert one - half == pytest.approx(0.5 * 2 * 3 / 4 * 200e6 / 600e9)
+
+
+@pytest.mark.parametrize('name', ['v5e', 'v5e:0', 'v5e:many', 'h100:8', 'v5e:2x4'])
+def test_a_slice_that_does_not_exist_is_refused(name):
+  with pytest.raises(UsageError, match='must be one of v4, v5e, v5p, v6e with a number of chips'):
+    scaling.step_on(RECORD, name)
+
+
+@pytest.mark.parametrize('change', [{'target': 'h100:8'}, {'devices': 1}])
+def test_a_plan_without_an_all_reduce_is_refused(change):
+  with pytest.raises(UsageError, match='must be for a TPU slice of two or more'):
+    scaling.step_on({**RECORD, **change}, 'v5e:8')
+
+
+def test_the_committed_study_follows_from_its_plan():
+  records = json.loads((RESULTS / 'plans/imagenet_v5e-2x4.json').read_text())
+  with (RESULTS / 'scaling/scaling.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 14
+  for row in rows:
+    (record,) = (r for r in records if r['phase'] == int(row['phase']))
+    record = {**record, 'config': RECORD['config']}
+    step = scaling.step_on(record, row['slice'])
+    assert float(row['chip_hours']) == pytest.approx(step.chip_hours)
