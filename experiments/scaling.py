@@ -227,7 +227,8 @@ Both phases:
 {totals}
 
 Batches above {largest:,} are known to lose accuracy with momentum and a warm-up; they are shown
-for their cost alone. `reference_batch_size` and `warmup_epochs` of both phases set the learning rate.
+for their cost alone. `reference_batch_size` and `warmup_epochs` of both phases set the learning
+rate.
 
 ## Where the time goes
 
