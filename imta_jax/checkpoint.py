@@ -80,7 +80,10 @@ class Checkpoints:
     return steps if order == 'last' else sorted(steps, key=self._preference)
 
   def restore(self, like: Any, order: str = 'last') -> Any | None:
-    """Restores the preferred checkpoint; damaged ones are skipped and moved aside.
+    """Restores the preferred checkpoint.
+
+    A training passes over damaged ones and moves them aside. Where checkpoints are only read, the
+    preferred one is what is asked for, so that another one would silently give other answers.
 
     Args:
       like: A tree with the structure, shapes and types of the state.
@@ -90,7 +93,8 @@ class Checkpoints:
       The state as NumPy arrays, packed as in `like`, or None if there is no intact checkpoint.
 
     Raises:
-      UsageError: If a checkpoint has a different structure.
+      UsageError: If a checkpoint has a different structure or cannot be read at the moment; where
+        checkpoints are only read, also if the preferred one is damaged.
     """
     self.wait()
     packed = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
@@ -102,12 +106,17 @@ class Checkpoints:
       except UsageError:
         raise
       except Exception as error:
+        path = self._folder / str(step)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        logging.warning(
-          'Checkpoint %s is damaged and passed over (%s).', self._folder / str(step), reason
-        )
-        if not self._read_only:
-          self._set_aside(step)
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+          raise UsageError(f'checkpoint {path} cannot be read ({reason}): try again') from error
+        if self._read_only:
+          raise UsageError(
+            f'checkpoint {path} is damaged ({reason}): run the training command again, which goes '
+            'on from an intact one'
+          ) from error
+        logging.warning('Checkpoint %s is damaged and passed over (%s).', path, reason)
+        self._set_aside(step)
     return None
 
   def wait(self) -> None:

@@ -75,11 +75,11 @@ def choices(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def positive(number: type) -> Callable[[str], Any]:
-  """An argparse type: numbers above 0."""
+  """An argparse type: finite numbers above 0."""
 
   def parse(text):
     value = number(text)
-    if not value > 0:
+    if not 0 < value < float('inf'):
       raise ValueError
     return value
 

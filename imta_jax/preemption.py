@@ -6,9 +6,6 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-# The exit status that shells report for SIGTERM.
-_EXIT_STATUS = 128 + signal.SIGTERM
-
 
 class StopRequest:
   """Records the first SIGTERM or SIGINT for the training loop; a second one has its usual effect.
@@ -18,7 +15,7 @@ class StopRequest:
   """
 
   def __init__(self):
-    self._noted = False
+    self._noted, self._signal = False, signal.SIGTERM
     self._num_calls = 0
     self._previous = {}
 
@@ -39,18 +36,18 @@ class StopRequest:
     return self._noted
 
   def leave(self, message: str) -> None:
-    """Prints a message on the first host and exits the program.
+    """Prints a message on the first host and exits with the status that shells give the signal.
 
     Raises:
       SystemExit: Always.
     """
     if jax.process_index() == 0:
       print(message, flush=True)
-    raise SystemExit(_EXIT_STATUS)
+    raise SystemExit(128 + self._signal)
 
   def _note(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
-    self._noted = True
+    del frame
+    self._noted, self._signal = True, number
     self._restore()
 
   def _restore(self) -> None:

@@ -97,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--host', default='127.0.0.1', help='default: 127.0.0.1, reachable from this machine only'
   )
-  parser.add_argument('--port', type=int, default=8000, help='default: 8000')
+  parser.add_argument(
+    '--port', type=int, choices=range(1, 65536), metavar='PORT', default=8000, help='default: 8000'
+  )
   for name, number, text in (
     ('max_batch', int, 'maximum number of images per batch'),
     ('max_delay_ms', float, 'how long an image may wait for others, in milliseconds'),
@@ -382,14 +384,15 @@ class _Service:
   async def _receive(self, request):
     """Whether a request is a form, and its (name, content) pairs."""
     content_type = request.headers.get('content-type', '')
+    kind = content_type.lower()
     request = Request(request.scope, _bounded(request.receive, self._limits.max_body_mb))
-    if content_type.startswith('multipart/form-data'):
+    if kind.startswith('multipart/form-data'):
       async with request.form(max_files=self._limits.max_queue, max_fields=0) as form:
         files = [(file.filename or field, await file.read()) for field, file in form.multi_items()]
       if not files:
         raise HTTPException(422, 'the form has no file')
       return True, files
-    if content_type.startswith(('image/', 'application/octet-stream')):
+    if kind.startswith(('image/', 'application/octet-stream')):
       return False, [('the image', await request.body())]
     raise HTTPException(
       415, f'content type {content_type!r}: send image/png or the like, or multipart/form-data'

@@ -95,13 +95,19 @@ def load_class_names(workdir: epath.Path) -> list[str]:
 
 
 def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a workdir that belongs to another config.
+  """Refuses a workdir that belongs to another config; one without checkpoints belongs to nobody.
 
   Raises:
-    UsageError: If the configs differ; the message names the fields.
+    UsageError: If the configs differ, where the message names the fields, or if the config is
+      missing.
   """
-  if not (workdir / 'config.json').exists():
+  if not has_checkpoints(workdir):
     return
+  if not (workdir / 'config.json').exists():
+    raise UsageError(
+      f'workdir {workdir} has checkpoints, but no config.json that says of what: put it back, or '
+      'choose another --workdir'
+    )
   lines = config_lib.differences(
     config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
   )
@@ -112,14 +118,21 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
     )
 
 
+def has_checkpoints(workdir: epath.Path) -> bool:
+  """Whether a run has saved anything in a workdir."""
+  folder = workdir / 'checkpoints'
+  phases = folder.iterdir() if folder.exists() else ()
+  return any(path.name.isdigit() for phase in phases for path in phase.iterdir())
+
+
 def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:
-  """Writes the config and the class names to a new workdir."""
+  """Writes the config and the class names to a workdir, unless a run has saved something there."""
   contents = {
     'classes.json': json.dumps(list(class_names), indent=2) + '\n',
     'config.json': config_lib.to_json(config),
   }
   for name, content in contents.items():
-    if jax.process_index() == 0 and not (workdir / name).exists():
+    if jax.process_index() == 0 and not (has_checkpoints(workdir) and (workdir / name).exists()):
       write_whole(workdir / name, content.encode())
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from imta_jax.checkpoint import Checkpoints
+from imta_jax.errors import UsageError
 
 
 def make_state(step):
@@ -273,9 +274,27 @@ def test_reading_alone_removes_nothing(copy):
   truncate(copy / '3')
   files = sorted(copy.rglob('*'))
   checkpoints = open_folder(copy, read_only=True)
-  assert_same(checkpoints.restore(LIKE), make_state(2))
+  # Another state than the preferred one would give other answers without a word.
+  with pytest.raises(UsageError, match=r'checkpoint .*/3 is damaged \(.*run the training command'):
+    checkpoints.restore(LIKE)
   checkpoints.close()
   assert sorted(copy.rglob('*')) == files
+
+
+def test_an_error_of_the_moment_moves_nothing_aside(copy, monkeypatch):
+  files = sorted(copy.rglob('*'))
+  checkpoints = open_folder(copy)
+
+  def fail(*_):
+    raise TimeoutError(110, 'Connection timed out')
+
+  monkeypatch.setattr(checkpoints, '_read', fail)
+  with pytest.raises(UsageError, match='cannot be read .*timed out.*: try again'):
+    checkpoints.restore(LIKE)
+  monkeypatch.undo()
+  assert_same(checkpoints.restore(LIKE), make_state(3))
+  checkpoints.close()
+  assert set(files) <= set(copy.rglob('*'))
 
 
 def test_reading_alone_makes_no_folder(folder):

@@ -159,6 +159,7 @@ def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
   config = config_lib.default()
   config.phases[1].epochs = 1234.0
   layout.claim(config, epath.Path(workdir), ['a', 'b'])
+  (workdir / 'checkpoints/phase_1/6').mkdir(parents=True)
   before = (workdir / 'config.json').read_bytes()
   message = refusal(MNIST, f'--workdir={workdir}')
   assert str(workdir) in message
@@ -167,7 +168,8 @@ def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
   assert 'config.batch_size' not in message
   assert '--workdir' in message
   assert (workdir / 'config.json').read_bytes() == before
-  assert sorted(path.name for path in workdir.iterdir()) == ['classes.json', 'config.json']
+  names = ['checkpoints', 'classes.json', 'config.json']
+  assert sorted(path.name for path in workdir.iterdir()) == names
 
 
 def test_the_run_is_trained_as_the_command_line_says(trained, tmp_path):

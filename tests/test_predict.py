@@ -165,6 +165,8 @@ def test_reading_keeps_a_bounded_distance(classifier, monkeypatch):
     (['network', 'x', '--budget=-3'], '--budget'),
     (['network', 'x', '--budget=1', '--latency=1'], 'not allowed with'),
     (['network', 'x', '--top=0'], 'positive int'),
+    (['network', 'x', '--budget=inf'], 'positive float'),
+    (['network', 'x', '--rule=hope'], 'invalid choice'),
     (['network', 'x', '--phase=0'], 'positive int'),
     (['network', 'x', '--format=xml'], "'xml'"),
   ],

@@ -1,4 +1,4 @@
-"""Signals: the first one is recorded, handlers are restored, and the exit status is 143."""
+"""Signals: the first one is recorded, handlers are restored, and the exit status tells which."""
 
 import os
 import signal
@@ -59,10 +59,13 @@ def test_handlers_are_handed_back_after_an_error():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_leaving_says_why_and_exits_with_143(capsys):
-  with pytest.raises(SystemExit) as caught:
-    StopRequest().leave('saved')
-  assert caught.value.code == 143
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_leaving_says_why_and_exits_with_the_status_of_the_signal(number, status, capsys, received):
+  with StopRequest() as stop:
+    os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as caught:
+      stop.leave('saved')
+  assert caught.value.code == status
   assert capsys.readouterr().out == 'saved\n'
 
 

@@ -148,8 +148,9 @@ def test_an_image_is_answered(client_of, network):
       assert (await client.get('/health')).status_code == 200
       for number in range(3):
         assert_answers(await post(client, number), expected, number)
-      octets = {'Content-Type': 'application/octet-stream'}
-      assert_answers(await post(client, 1, headers=octets), expected, 1)
+      for kind in ('application/octet-stream', 'IMAGE/PNG'):
+        headers = {'Content-Type': kind}
+        assert_answers(await post(client, 1, headers=headers), expected, 1)
 
   asyncio.run(scenario())
 

@@ -6,6 +6,7 @@ from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax import workdir
+from imta_jax.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,33 @@ def test_a_run_records_each_environment_once(tmp_path, monkeypatch):
   first, second = workdir.load_environments(folder)
   assert first == {**second, 'devices': '8 × cpu'} and second['devices'] == '4 × cpu'
   assert first['jax'] == jax.__version__
+
+
+def saved(folder):
+  (folder / 'checkpoints/phase_1/6').mkdir(parents=True)
+  return folder
+
+
+def test_a_workdir_without_checkpoints_belongs_to_nobody(tmp_path):
+  folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
+  other.seed = 1
+  workdir.claim(config, folder, ['a'])
+  workdir.check_owner(other, folder)
+  workdir.claim(other, folder, ['b'])
+  assert workdir.load_config(folder).seed == 1 and workdir.load_class_names(folder) == ['b']
+
+
+def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
+  folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
+  other.seed = 1
+  workdir.claim(config, folder, ['a'])
+  workdir.check_owner(config, saved(folder))
+  with pytest.raises(UsageError, match='belongs to another config .config.seed'):
+    workdir.check_owner(other, folder)
+  workdir.claim(other, folder, ['b'])
+  assert workdir.load_config(folder).seed == 0 and workdir.load_class_names(folder) == ['a']
+
+
+def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
+  with pytest.raises(UsageError, match='has checkpoints, but no config.json'):
+    workdir.check_owner(config_lib.default(), saved(epath.Path(tmp_path)))

@@ -54,10 +54,10 @@ def geometric_shares(p: float, num_exits: int) -> np.ndarray:
     [num_exits], summing to 1.
 
   Raises:
-    ValueError: If p is not above 0.
+    ValueError: If p is not above 0 and finite.
   """
-  if not p > 0:
-    raise ValueError(f'budget parameter {p} is out of range: it must be above 0')
+  if not 0 < p < np.inf:
+    raise ValueError(f'budget parameter {p} is out of range: it must be above 0 and finite')
   shares = p ** np.arange(1, num_exits + 1, dtype=np.float64)
   return shares / shares.sum()
 
@@ -128,9 +128,16 @@ def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
 
   Returns:
     [image], integers.
+
+  Raises:
+    ValueError: If there is not one threshold for each exit.
   """
   # Compared in the precision of the scores: a threshold is the score of an image, which must leave.
   scores = np.asarray(scores)
+  if np.shape(thresholds) != (len(scores),):
+    raise ValueError(
+      f'thresholds of shape {np.shape(thresholds)} must be [{len(scores)}], one for each exit'
+    )
   leaves = scores >= np.asarray(thresholds, scores.dtype)[:, np.newaxis]
   leaves[-1] = True
   return leaves.argmax(axis=0)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def write(
     The folders of the parts.
   """
   parts, bytes_left = [], 0
-  num_chunks = {}
+  num_chunks, checksums = {}, {}
   for split in SPLITS:
     images, labels = arrays.images[split], arrays.labels[split]
     chunk_size = max(1, _PART_BYTES // (images[:1].nbytes + labels[:1].nbytes))
@@ -148,11 +149,14 @@ def write(
         parts[-1].mkdir(parents=True, exist_ok=True)
         bytes_left = _PART_BYTES
       bytes_left -= size
-      np.save(parts[-1] / f'{split}_images_{number}.npy', images[chunk])
-      np.save(parts[-1] / f'{split}_labels_{number}.npy', labels[chunk])
+      for kind, array in (('images', images), ('labels', labels)):
+        name = f'{split}_{kind}_{number}.npy'
+        np.save(parts[-1] / name, array[chunk])
+        checksums[name] = _checksum(array[chunk])
   record = {field: dataset[field] for field in _FIELDS} | {
     'class_names': arrays.class_names,
     'num_chunks': num_chunks,
+    'crc32': checksums,
   }
   (folder / 'record.json').write_text(json.dumps(record | (extra or {}), indent=2) + '\n')
   return parts
@@ -168,11 +172,18 @@ def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
       if name not in paths:
         raise KeyError(f'{name} is missing')
     chunks = [np.load(paths[name]) for name in names]
+    for name, chunk in zip(names, chunks, strict=True):
+      if _checksum(chunk) != record['crc32'][name]:
+        raise ValueError(f'{name} is damaged')
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
   images = {split: load_chunks(split, 'images') for split in SPLITS}
   labels = {split: load_chunks(split, 'labels') for split in SPLITS}
   return Arrays(record['class_names'], images, labels)
+
+
+def _checksum(array: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(array))
 
 
 def _cache_folder(dataset: ConfigDict) -> epath.Path:

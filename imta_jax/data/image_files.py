@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from imta_jax.errors import UsageError
 
 # Pillow supports more formats, but runs other programs to read some of them.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
@@ -37,16 +40,23 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 
   Yields:
     Paths in the given order; the files of a folder are sorted by name.
+
+  Raises:
+    UsageError: If a folder cannot be read.
   """
   for path in paths:
     if not os.path.isdir(path):
       yield path
       continue
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in os.walk(path, onerror=_refuse):
       folders.sort()
       for file in sorted(files):
         if file.lower().endswith(EXTENSIONS):
           yield os.path.join(folder, file)
+
+
+def _refuse(error: OSError) -> None:
+  raise UsageError(f'{error.filename} cannot be read: {error.strerror}') from error
 
 
 def read_image(
@@ -137,6 +147,8 @@ def image_size_and_channels(file: str | BinaryIO) -> tuple[tuple[int, int], int]
 def _open(file, max_pixels):
   """Opens an image; whatever Pillow raises inside becomes an ImageError."""
   try:
+    if isinstance(file, str) and not os.path.isdir(file):
+      _check_regular(file)
     with Image.open(file, formats=_FORMATS) as image:
       if image.width * image.height > max_pixels:
         raise ImageError(_too_large(f'{image.width} x {image.height}', max_pixels))
@@ -152,11 +164,18 @@ def _open(file, max_pixels):
     raise ImageError(f'cannot be read: {reason or type(error).__name__}') from error
 
 
+def _check_regular(path):
+  if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait forever.
+    raise ImageError('not a regular file')
+
+
 def _too_large(size, max_pixels):
   return f'too large: {size} exceeds {max_pixels:,} pixels'
 
 
 def _with_mode(image, mode):
+  if image.mode == 'F':  # Nothing says which value is white.
+    raise ImageError('pixels are floating-point numbers: save it with 8 or 16 bits per channel')
   if image.mode.startswith('I;16'):  # Pillow would clip values above 255.
     image = image.point(lambda value: value / 257, 'L')
   return image.convert(mode)

@@ -92,7 +92,7 @@ def test_exit_fractions_are_geometric(p, expected):
   np.testing.assert_allclose(geometric_shares(p, 3), expected)
 
 
-@pytest.mark.parametrize('p', [0, -1.0, float('nan')])
+@pytest.mark.parametrize('p', [0, -1.0, float('nan'), float('inf')])
 def test_a_parameter_that_is_not_above_zero_is_refused(p):
   with pytest.raises(ValueError, match=f'^budget parameter {p} is out of range'):
     geometric_shares(p, 3)
@@ -207,3 +207,10 @@ def test_arrays_that_do_not_fit_are_refused(changes, split):
   assert budget_sweep(**arrays)
   with pytest.raises(ValueError, match=rf'^{split} probabilities of shape \(.* must be \[exit'):
     budget_sweep(**{**arrays, **changes})
+
+
+def test_thresholds_are_one_for_each_exit():
+  confidence = np.zeros((3, 4), np.float32)
+  for thresholds in ([0.5], [0.5, 0.5], [[0.5, 0.5, 0.5]], 0.5):
+    with pytest.raises(ValueError, match='must be .3., one for each exit'):
+      choose_exits(confidence, thresholds)

@@ -68,6 +68,28 @@ def test_damaged_arrays_are_read_again(stored, name):
   assert arrays.load(config.dataset) is not None
 
 
+@pytest.mark.parametrize('name', ['train_images_0', 'test_labels_0'])
+def test_arrays_with_other_values_are_read_again(stored, name):
+  config, folder = stored
+  path = folder / 'part_0' / f'{name}.npy'
+  content = bytearray(path.read_bytes())
+  content[-100] ^= 1
+  path.write_bytes(content)
+  assert arrays.load(config.dataset) is None
+  assert open_dataset(config).num_images['test'] == 1_000
+  assert arrays.load(config.dataset) is not None
+
+
+def test_carried_arrays_with_other_values_are_refused(carried):
+  config, folder = carried
+  (path,) = folder.glob('*/test_labels_0.npy')
+  content = bytearray(path.read_bytes())
+  content[-4] ^= 1
+  path.write_bytes(bytes(content))
+  with pytest.raises(UsageError, match='test_labels_0.npy is damaged'):
+    arrays.load(config.dataset)
+
+
 def test_where_nothing_can_be_kept_the_run_goes_on(mnist5k_config, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))

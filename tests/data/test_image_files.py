@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from imta_jax.data import preprocess
 from imta_jax.data.image_files import ImageError, find_images, read_image
+from imta_jax.errors import UsageError
 
 # Between tests pytest undoes the filters that the module sets.
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::RuntimeWarning')
@@ -152,6 +154,30 @@ def test_files_that_are_not_there_are_refused(tmp_path):
   for path, reason in ((tmp_path / 'no.png', 'No such file'), (tmp_path, 'directory')):
     with pytest.raises(ImageError, match=reason):
       read_image(str(path), (6, 5, 1), 'none')
+
+
+@pytest.mark.parametrize('value', [0.5, np.nan, 200.0])
+def test_floating_point_pixels_are_refused(value):
+  content = io.BytesIO()
+  Image.fromarray(np.full((8, 8), value, np.float32)).save(content, 'TIFF')
+  with pytest.raises(ImageError, match='pixels are floating-point numbers'):
+    read_image(content, (8, 8, 1), 'none')
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'x.png')
+  with pytest.raises(ImageError, match='not a regular file'):
+    read_image(str(tmp_path / 'x.png'), (8, 8, 1), 'none')
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  def walk(top, onerror):
+    onerror(PermissionError(13, 'Permission denied', f'{top}/locked'))
+    yield top, [], ['a.png']
+
+  monkeypatch.setattr(os, 'walk', walk)
+  with pytest.raises(UsageError, match='locked cannot be read: Permission denied'):
+    list(find_images([str(tmp_path)]))
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,19 @@ def test_another_format_is_refused(exported, tmp_path):
     AdaptiveClassifier.load(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['/etc/passwd', '../../../dev/zero', 'engine/../../secret'])
+def test_an_export_that_names_other_files_is_refused(exported, tmp_path, name):
+  from imta_jax.adaptive.engine import manifest_checksum
+
+  manifest = json.loads((exported / 'manifest.json').read_text())
+  del manifest['manifest_sha256']
+  manifest['sha256'] = {name: '0' * 64}
+  manifest['manifest_sha256'] = manifest_checksum(manifest)
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match=f"names a file outside of it, '{name}'"):
+    AdaptiveClassifier.load(tmp_path)
+
+
 def test_the_engine_can_be_left_out(export, classifier, images, tmp_path):
   folder = epath.Path(tmp_path) / 'exported'
   export.write_export(classifier, folder, without_engine=True)

@@ -79,6 +79,9 @@ def _read_manifest(folder):
 
 
 def _read_checked(folder, name, checksum):
+  # A manifest from elsewhere must not make this program read other files.
+  if os.path.isabs(name) or '..' in name.replace(os.sep, '/').split('/'):
+    raise ValueError(f'{folder} names a file outside of it, {name!r}: do not use this export')
   path = os.path.join(folder, name)
   try:
     with open(path, 'rb') as file:
