@@ -10,10 +10,10 @@ import numpy as np
 import scipy.stats
 from etils import epath
 from matplotlib.figure import Figure
+from runs import Runs
 
 from imta_jax import workdir as layout
 from imta_jax.workdir import write_csv, write_whole
-from runs import Runs
 
 
 @dataclasses.dataclass(frozen=True)

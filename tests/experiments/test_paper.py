@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments/paper'))
 import figure_6
 import figure_7
 import report
-import table_2
-
 import runs
+import table_2
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
