@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 from typing import Any
@@ -210,6 +211,8 @@ def validate(config: ConfigDict) -> None:
     for field in ('alpha', 'shared_channels'):
       if phase[field] > 1:
         raise UsageError(f'{path}.{field} is {phase[field]}: it must be from 0 to 1')
+    if phase['momentum'] >= 1:
+      raise UsageError(f'{path}.momentum is {phase["momentum"]}: it must be below 1')
   _check_range(fields, _BOUNDS, 'config')
   if fields['steps_per_dispatch'] is not None:
     _check_range(fields, {'steps_per_dispatch': (0, True)}, 'config')
@@ -242,12 +245,16 @@ def _check_fields(fields, reference, path):
 
 
 def _check_range(fields, bounds, path):
-  """Checks that numbers are above their bound, or equal to it if it is not excluded."""
+  """Checks that numbers are finite, and above their bound or equal to it if it is not excluded."""
   for name, (bound, exclusive) in bounds.items():
     value = fields[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (value > bound if exclusive else value >= bound):
-      expected = f'above {bound}' if exclusive else f'{bound} or more'
+    if (
+      not is_number
+      or not math.isfinite(value)
+      or not (value > bound if exclusive else value >= bound)
+    ):
+      expected = f'finite and above {bound}' if exclusive else f'finite and {bound} or more'
       raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
 
 

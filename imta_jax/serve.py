@@ -33,6 +33,7 @@ import numpy as np
 try:
   import prometheus_client
   import uvicorn
+  from python_multipart.multipart import parse_options_header
   from starlette.applications import Starlette
   from starlette.exceptions import HTTPException
   from starlette.requests import Request
@@ -59,6 +60,9 @@ from imta_jax.errors import UsageError
 _TOP = 5
 # How long pending answers may take once the server is told to stop.
 _SECONDS_TO_STOP = 30
+# The closing boundary of a form and what may follow it.
+_TAIL_BYTES = 4096
+
 _LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -385,10 +389,15 @@ class _Service:
     """Whether a request is a form, and its (name, content) pairs."""
     content_type = request.headers.get('content-type', '')
     kind = content_type.lower()
-    request = Request(request.scope, _bounded(request.receive, self._limits.max_body_mb))
+    tail = bytearray()
+    receive = _bounded(request.receive, self._limits.max_body_mb, tail)
+    request = Request(request.scope, receive)
     if kind.startswith('multipart/form-data'):
       async with request.form(max_files=self._limits.max_queue, max_fields=0) as form:
         files = [(file.filename or field, await file.read()) for field, file in form.multi_items()]
+      if b'--' + parse_options_header(content_type)[1][b'boundary'] + b'--' not in tail:
+        # The parser takes what has come by then for the whole form.
+        raise HTTPException(400, 'the form ends before its closing boundary')
       if not files:
         raise HTTPException(422, 'the form has no file')
       return True, files
@@ -419,14 +428,22 @@ class _Service:
     return images
 
 
-def _bounded(receive: Receive, megabytes: float) -> Receive:
-  """Receives a request until its body is too large or its client has disconnected."""
+def _bounded(receive: Receive, megabytes: float, tail: bytearray) -> Receive:
+  """Receives a request until its body is too large or its client has disconnected.
+
+  Args:
+    receive: Receives a part of it.
+    megabytes: Maximum size of the body.
+    tail: Is filled with the end of the body.
+  """
   received = 0
 
   async def receive_some() -> Message:
     nonlocal received
     message = await receive()
     received += len(message.get('body', b''))
+    tail.extend(message.get('body', b''))
+    del tail[:-_TAIL_BYTES]
     if received > 1e6 * megabytes:
       raise HTTPException(413, f'the request is too large: at most {megabytes:g} MB are accepted')
     if message['type'] == 'http.disconnect':

@@ -219,6 +219,24 @@ def test_clients_at_once_get_their_own_images_answers(client_of, network, gate):
   assert any(len({tuple(row) for row in thresholds}) > 1 for _, thresholds in gate.batches)
 
 
+def test_a_form_that_was_cut_is_refused(client_of):
+  parts = ''.join(
+    f'--frontier\r\nContent-Disposition: form-data; name="file"; filename="{n}.png"\r\n\r\n@\r\n'
+    for n in range(2)
+  ).split('@')
+  body = parts[0].encode() + PNGS[0] + parts[1].encode() + PNGS[1] + parts[2].encode()
+  headers = {'Content-Type': 'multipart/form-data; boundary=frontier'}
+
+  async def scenario():
+    async with client_of() as client:
+      whole = await client.post('/predict', content=body + b'--frontier--\r\n', headers=headers)
+      assert whole.status_code == 200 and len(whole.json()['answers']) == 2
+      cut = await client.post('/predict', content=body, headers=headers)
+      assert cut.status_code == 400 and 'before its closing boundary' in cut.json()['error']
+
+  asyncio.run(scenario())
+
+
 def test_a_form_has_several_images(client_of, network):
   expected = network.predict(IMAGES)
 

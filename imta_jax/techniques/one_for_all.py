@@ -41,7 +41,7 @@ def one_for_all_loss(
     The loss, a float32 scalar.
 
   Raises:
-    ValueError: If an argument is out of range.
+    ValueError: If an argument is out of range, or shapes do not match.
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f'alpha {alpha} is out of range: it must be between 0 and 1')
@@ -50,6 +50,11 @@ def one_for_all_loss(
   if class_reduction not in CLASS_REDUCTIONS:
     raise ValueError(
       f'class_reduction {class_reduction!r} is unknown: choose one of {", ".join(CLASS_REDUCTIONS)}'
+    )
+  if teacher_logits.shape != logits.shape[1:] or labels.shape != logits.shape[1:-1]:
+    raise ValueError(
+      f'labels {labels.shape} and teacher_logits {teacher_logits.shape} do not match logits '
+      f'{logits.shape}: they must be [batch] and [batch, num_classes]'
     )
   logits = logits.astype(jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))

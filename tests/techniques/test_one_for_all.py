@@ -129,3 +129,16 @@ def test_a_bad_option_is_refused_in_one_line(arrays, option, value, expected):
   message = str(caught.value)
   assert message.startswith(f'{option} {value!r} is ')
   assert message.endswith(expected) and '\n' not in message
+
+
+@pytest.mark.parametrize('change', ['one class', 'other batch', 'labels'])
+def test_shapes_that_would_broadcast_are_refused(arrays, change):
+  logits, labels, teacher = arrays
+  if change == 'one class':
+    teacher = teacher[:, :1]
+  elif change == 'other batch':
+    teacher = teacher[:1]
+  else:
+    labels = labels[:1]
+  with pytest.raises(ValueError, match='do not match logits'):
+    one_for_all_loss(logits, labels, teacher, alpha=0.1, temperature=3.0)
