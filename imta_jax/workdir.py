@@ -104,10 +104,12 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   if not has_checkpoints(workdir):
     return
   if not (workdir / 'config.json').exists():
-    raise UsageError(
-      f'workdir {workdir} has checkpoints, but no config.json that says of what: put it back, or '
-      'choose another --workdir'
-    )
+    if metrics_path(workdir).exists():
+      raise UsageError(
+        f'workdir {workdir} has been trained in, but has no config.json that says what: put it '
+        'back, or choose another --workdir'
+      )
+    return  # Checkpoints alone were put there to go on from.
   lines = config_lib.differences(
     config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
   )

@@ -61,5 +61,8 @@ def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
 
 
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
-  with pytest.raises(UsageError, match='has checkpoints, but no config.json'):
-    workdir.check_owner(config_lib.default(), saved(epath.Path(tmp_path)))
+  folder = saved(epath.Path(tmp_path))
+  workdir.check_owner(config_lib.default(), folder)  # Another run's phase I, to go on from.
+  workdir.metrics_path(folder).write_text('{}\n')
+  with pytest.raises(UsageError, match='has been trained in, but has no config.json'):
+    workdir.check_owner(config_lib.default(), folder)
