@@ -79,7 +79,8 @@ def run(
   options = parser.parse_args(arguments)
   folder = epath.Path(options.output)
   check_empty(folder)
-  options.latency = None  # An export does not depend on the machine that writes it.
+  if (epath.Path(options.workdir) / engine.MANIFEST).exists():
+    raise UsageError(f'{options.workdir} is an export already: name the workdir of a run')
   classifier = command_line.open_classifier(options.workdir, **command_line.choices(options))
   chosen = {flag: getattr(options, flag) for flag in flags}
   size = write(classifier, folder, options.workdir, **chosen)

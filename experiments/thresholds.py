@@ -9,7 +9,7 @@ exit rules, and one of thresholds that promise to lose little accuracy.
 
 import argparse
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from benchmarks import common
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   print(text)
 
 
-def compare_sweeps(splits, madds) -> list[dict[str, float]]:
+def compare_sweeps(
+  splits: Mapping[str, evaluate.Predictions], madds: np.ndarray
+) -> list[dict[str, float]]:
   """Geometric and optimal thresholds at the budgets that the geometric ones take on validation.
 
   Args:
@@ -126,7 +128,9 @@ def compare_sweeps(splits, madds) -> list[dict[str, float]]:
   return [{key: round(value, 4) for key, value in record.items()} for record in records]
 
 
-def compare_rules(splits, madds) -> list[dict[str, object]]:
+def compare_rules(
+  splits: Mapping[str, evaluate.Predictions], madds: np.ndarray
+) -> list[dict[str, object]]:
   """Accuracies in % on test images of each exit rule with geometric shares, at three budgets.
 
   Each is the most accurate operating point on validation images within the budget.
@@ -145,7 +149,9 @@ def compare_rules(splits, madds) -> list[dict[str, object]]:
   return records
 
 
-def compare_promises(splits, madds) -> list[dict[str, object]]:
+def compare_promises(
+  splits: Mapping[str, evaluate.Predictions], madds: np.ndarray
+) -> list[dict[str, object]]:
   """Thresholds for several promises: what they save, and what they lose on test images."""
   validation, test = (
     policy.judge(split, splits[split].probabilities(), splits[split].labels, len(madds))
@@ -180,7 +186,7 @@ def _answers(scores, correct, point):
   return correct[exits, np.arange(len(exits))]
 
 
-def draw(records, title: str, path: epath.Path) -> None:
+def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -> None:
   """Draws accuracy against budget, and below it the gain on test images with its interval."""
   figure = Figure(figsize=(6.4, 6.0), layout='constrained')
   above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -208,7 +214,14 @@ def draw(records, title: str, path: epath.Path) -> None:
   layout.write_whole(path, content.getvalue())
 
 
-def page(records, rules, promises, name: str, splits, options) -> str:
+def page(
+  records: Sequence[Mapping[str, float]],
+  rules: Sequence[Mapping[str, object]],
+  promises: Sequence[Mapping[str, object]],
+  name: str,
+  splits: Mapping[str, evaluate.Predictions],
+  options: argparse.Namespace,
+) -> str:
   """Returns the report in Markdown."""
   counts = {split: len(splits[split].labels) for split in evaluate.SPLITS}
   gains = [record['optimal_validation'] - record['geometric_validation'] for record in records]

@@ -69,9 +69,9 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> Any:
 
 
 def choices(options: argparse.Namespace) -> dict[str, Any]:
-  """Returns what `add_network_arguments` asks for, as arguments of `open_classifier`."""
+  """Returns the parsed arguments that `open_classifier` takes; None for those not asked for."""
   names = ('budget', 'latency', 'max_loss', 'confidence', 'phase', 'rule', 'sweep')
-  return {name: getattr(options, name) for name in names}
+  return {name: getattr(options, name, None) for name in names}
 
 
 def positive(number: type) -> Callable[[str], Any]:

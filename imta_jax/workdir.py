@@ -122,9 +122,7 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
 
 def has_checkpoints(workdir: epath.Path) -> bool:
   """Whether a run has saved anything in a workdir."""
-  folder = workdir / 'checkpoints'
-  phases = folder.iterdir() if folder.exists() else ()
-  return any(path.name.isdigit() for phase in phases for path in phase.iterdir())
+  return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*/*'))
 
 
 def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imta_jax.adaptive.engine.rules import DEFAULT_RULE, RULES
+from imta_jax.adaptive.engine.rules import DEFAULT_RULE, RULES, choose_exits
 from imta_jax.adaptive.search import Search
 
 # The paper's budget parameters: 0.05, 0.10 … 2.00.
@@ -117,30 +117,6 @@ def find_thresholds(
   """
   scores = exit_scores(probabilities, rule, temperatures)
   return _thresholds(scores, np.argsort(-scores, axis=1, kind='stable'), shares)
-
-
-def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-  """The exit, counted from 0, at which each image leaves.
-
-  Args:
-    scores: [exit, image], from `exit_scores`.
-    thresholds: [exit]; an image leaves if its score is at least this.
-
-  Returns:
-    [image], integers.
-
-  Raises:
-    ValueError: If there is not one threshold for each exit.
-  """
-  # Compared in the precision of the scores: a threshold is the score of an image, which must leave.
-  scores = np.asarray(scores)
-  if np.shape(thresholds) != (len(scores),):
-    raise ValueError(
-      f'thresholds of shape {np.shape(thresholds)} must be [{len(scores)}], one for each exit'
-    )
-  leaves = scores >= np.asarray(thresholds, scores.dtype)[:, np.newaxis]
-  leaves[-1] = True
-  return leaves.argmax(axis=0)
 
 
 def budget_sweep(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from imta_jax.adaptive.engine.rules import choose_exits
+
 # Prices per multiply-add for which thresholds are searched before any budget is known.
 _NUM_PRICES = 24
 _MAX_ROUNDS = 12
@@ -21,25 +23,25 @@ class Search:
   accuracy.
   """
 
-  def __init__(self, confidence: np.ndarray, correct: np.ndarray, madds: Sequence[float]):
+  def __init__(self, scores: np.ndarray, correct: np.ndarray, madds: Sequence[float]):
     """Starts a search.
 
     Args:
-      confidence: [exit, image], of validation images.
-      correct: [exit, image], whether the class with that confidence is right.
+      scores: [exit, image], of validation images; see `policy.exit_scores`.
+      correct: [exit, image], whether the answer of an exit is right.
       madds: [exit], multiply-adds up to and including each exit.
     """
-    self._confidence, self._madds = confidence, np.asarray(madds, np.float64)
+    self._scores, self._madds = scores, np.asarray(madds, np.float64)
     self._correct = correct.astype(np.float64)
-    self._num_exits, self._num_images = confidence.shape
-    self._order = np.argsort(-confidence, axis=1, kind='stable')
+    self._num_exits, self._num_images = scores.shape
+    self._order = np.argsort(-scores, axis=1, kind='stable')
     self._found = []  # (accuracy, multiply-adds, thresholds), each averaged over images.
 
   def add(self, thresholds: Sequence[float]) -> None:
     """Makes thresholds a candidate."""
-    thresholds = np.array(thresholds, self._confidence.dtype)
+    thresholds = np.array(thresholds, self._scores.dtype)
     thresholds[-1] = -np.inf
-    exits = self._exits(thresholds)
+    exits = choose_exits(self._scores, thresholds)
     images = np.arange(self._num_images)
     self._found.append((self._correct[exits, images].mean(), self._madds[exits].mean(), thresholds))
 
@@ -88,27 +90,22 @@ class Search:
     """Returns the best threshold of an exit if those of the others stay, and its value."""
     others = thresholds.copy()
     others[exit] = np.inf
-    without = self._exits(others)  # Where images leave that do not leave here.
-    confidence = self._confidence[exit]
+    without = choose_exits(self._scores, others)  # Where images leave that do not leave here.
+    scores = self._scores[exit]
     order = self._order[exit]
-    order = order[(without > exit)[order] & ~np.isnan(confidence[order])]
+    order = order[(without > exit)[order] & ~np.isnan(scores[order])]
     images = np.arange(self._num_images)
     accuracy, cost = self._correct[without, images], self._madds[without]
-    # What the most confident images change by leaving here, one after another.
+    # What the images of the highest scores change by leaving here, one after another.
     gains = np.cumsum(self._correct[exit, order] - accuracy[order])
     costs = np.cumsum(self._madds[exit] - cost[order])
     values = value(
       (accuracy.sum() + np.append(0.0, gains)) / self._num_images,
       (cost.sum() + np.append(0.0, costs)) / self._num_images,
     )
-    # Images with the same confidence leave together.
-    sorted_confidence = confidence[order]
-    tied = np.append(False, sorted_confidence == np.append(sorted_confidence[1:], -np.inf))
+    # Images with the same score leave together.
+    sorted_scores = scores[order]
+    tied = np.append(False, sorted_scores == np.append(sorted_scores[1:], -np.inf))
     values[tied[: len(values)]] = -np.inf
     best = int(np.argmax(values))
-    return (np.inf if best == 0 else sorted_confidence[best - 1]), values[best]
-
-  def _exits(self, thresholds):
-    leaves = self._confidence >= thresholds[:, np.newaxis]
-    leaves[-1] = True
-    return leaves.argmax(axis=0)
+    return (np.inf if best == 0 else sorted_scores[best - 1]), values[best]

@@ -204,6 +204,12 @@ def test_the_engine_can_be_left_out(export, classifier, images, tmp_path):
   np.testing.assert_allclose(answers.probabilities, expected.probabilities, rtol=1e-5)
 
 
+def test_an_export_is_not_exported_again(export, exported, tmp_path):
+  with pytest.raises(UsageError, match='is an export already'):
+    export.main([str(exported), str(tmp_path / 'other')])
+  assert not (tmp_path / 'other').exists()
+
+
 def test_a_folder_that_is_not_empty_is_refused(export, classifier, exported):
   with pytest.raises(UsageError, match='not empty'):
     export.write_export(classifier, epath.Path(exported))

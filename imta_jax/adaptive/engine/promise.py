@@ -16,6 +16,8 @@ import dataclasses
 
 import numpy as np
 
+from .rules import choose_exits
+
 # Thresholds from strict to loose, denser towards 1, where most scores lie. They must not depend on
 # the validation images.
 LEVELS = 1 - np.geomspace(1e-6, 1, 121)
@@ -60,9 +62,8 @@ def safe_thresholds(validation: Validation, max_loss: float, confidence: float) 
   num_exits = len(validation.scores)
   chosen = np.inf
   for level in LEVELS.astype(np.float32):
-    leaves = validation.scores >= level
-    leaves[-1] = True
-    correct = np.take_along_axis(validation.correct, leaves.argmax(axis=0)[np.newaxis], axis=0)[0]
+    exits = choose_exits(validation.scores, np.full(num_exits, level))
+    correct = validation.correct[exits, np.arange(len(exits))]
     losses = validation.correct[-1].astype(int) - correct
     if not loses_less(losses, max_loss, confidence):
       break

@@ -7,8 +7,10 @@ the class with the highest p, whatever the rule.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 Array = Any  # NumPy or JAX.
 Rule = Callable[[Array, Array, float], Array]
@@ -58,3 +60,27 @@ RULES: dict[str, Rule] = {
   rule.__name__: rule for rule in (top_probability, margin, entropy, agreement, calibrated)
 }
 DEFAULT_RULE = 'top_probability'
+
+
+def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+  """The exit, counted from 0, at which each image leaves.
+
+  Args:
+    scores: [exit, image], of each image at each exit.
+    thresholds: [exit]; an image leaves if its score is at least this.
+
+  Returns:
+    [image], integers.
+
+  Raises:
+    ValueError: If there is not one threshold for each exit.
+  """
+  # Compared in the precision of the scores: a threshold is the score of an image, which must leave.
+  scores = np.asarray(scores)
+  if np.shape(thresholds) != (len(scores),):
+    raise ValueError(
+      f'thresholds of shape {np.shape(thresholds)} must be [{len(scores)}], one for each exit'
+    )
+  leaves = scores >= np.asarray(thresholds, scores.dtype)[:, np.newaxis]
+  leaves[-1] = True
+  return leaves.argmax(axis=0)
