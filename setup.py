@@ -39,7 +39,7 @@ setup(
   ],
   extras_require={
     'serve': SERVE,
-    'test': ['httpx', 'pytest', 'pytest-xdist', 'ruff', *SERVE],
+    'test': ['httpx', 'hypothesis', 'pytest', 'pytest-xdist', 'ruff', *SERVE],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     'onnx': ['jax2onnx', 'onnxruntime'],
