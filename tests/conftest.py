@@ -1,9 +1,14 @@
 """What several tests need."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, Validation
 from imta_jax.models.initial_values import initialize
 
 # Tests compile much and run little.
@@ -35,3 +40,37 @@ def random_variables():
     )
 
   return draw
+
+
+@pytest.fixture(scope='session')
+def tiny_export(tmp_path_factory):
+  """An export, without engine, of a network of two dense layers, which is quick to load."""
+
+  def first(weights, images):
+    features = images.reshape(images.shape[0], 4) / 255
+    return features, features @ weights['kernel']
+
+  def second(weights, carry):
+    features, logits = carry
+    return (), features @ weights['kernel'] + logits + weights['bias']
+
+  random = np.random.default_rng(0)
+  kernels = random.standard_normal((2, 4, 3)).astype(np.float32)
+  classifier = AdaptiveClassifier(
+    [first, second],
+    [{'kernel': kernels[0]}, {'bias': np.ones(3, np.float32), 'kernel': kernels[1]}],
+    (0.5, -np.inf),
+    jax.ShapeDtypeStruct((2, 2, 1), np.uint8),
+    madds=(12, 24),
+    operating_points=[OperatingPoint((0.5, -np.inf), (0.5, 0.5), 0.9)],
+    validation=Validation(random.random((2, 40), np.float32), random.random((2, 40)) < 0.9),
+    class_names='abc',
+    preprocessing={'crop': 'none'},
+  )
+  path = Path(__file__).parents[1] / 'experiments' / 'export.py'
+  spec = importlib.util.spec_from_file_location('export', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  folder = tmp_path_factory.mktemp('tiny') / 'exported'
+  module.write_export(classifier, epath.Path(folder), without_engine=True)
+  return folder

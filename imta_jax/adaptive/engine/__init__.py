@@ -9,7 +9,8 @@ copy of them and so runs where imta_jax is not installed.
 
 `classifier` is the interface for users. `rules` say which images leave, and `promise` chooses
 thresholds that lose little accuracy. `runner` runs stages, compiled as `programs`, on `batches`
-of images, in the sizes that `plan` chooses. `exported` reads an export.
+of images, in the sizes that `plan` chooses. `exported` reads an export, whose
+files are `untrusted`.
 """
 
 from .batches import Answers

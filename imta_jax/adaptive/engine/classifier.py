@@ -42,7 +42,7 @@ class AdaptiveClassifier:
     operating_points: The operating points that `choose` selects from.
     validation: Scores of validation images, for thresholds with a promise; None if unknown.
     madds: [exit], multiply-adds of an image that leaves there.
-    class_names: One name per class.
+    class_names: One name per class; by default its number.
     num_classes: Number of classes.
     image: Shape (height, width, channels) and type of an image.
     preprocessing: How image files are turned into such images; see imta_jax.predict.
@@ -82,15 +82,11 @@ class AdaptiveClassifier:
       batch_sizes: The batch sizes that may be compiled; 1 must be among them.
 
     Raises:
-      ValueError: If there is no such rule, or not one threshold, temperature and count of
-        multiply-adds per exit.
+      ValueError: If there is no such rule, not one threshold, temperature and count of
+        multiply-adds per exit, or not one name per class.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
-    self.image, self.operating_points, self.class_names = (
-      image,
-      tuple(operating_points),
-      tuple(class_names),
-    )
+    self.image, self.operating_points = image, tuple(operating_points)
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
     self.thresholds = np.asarray(thresholds, np.float32)
     if rule not in RULES:
@@ -115,6 +111,12 @@ class AdaptiveClassifier:
       self.stages, self.weights, scores, image, self.madds, known_exit_fractions, batch_sizes
     )
     self.num_classes = self._runner.num_classes
+    self.class_names = tuple(class_names) or tuple(map(str, range(self.num_classes)))
+    if len(self.class_names) != self.num_classes:
+      raise ValueError(
+        f'{len(self.class_names)} class_names must name the {self.num_classes} classes of the '
+        'network'
+      )
 
   @classmethod
   def from_workdir(
@@ -234,7 +236,7 @@ class AdaptiveClassifier:
       A classifier of uint8 images.
 
     Raises:
-      ValueError: If the folder is not an export, or a file has changed.
+      ValueError: If the folder is not an export, a file has changed, or the files do not match.
     """
     manifest, stages, weights, validation = read_export(folder)
     operating_points = [
