@@ -10,36 +10,33 @@ GET  /health    200 once the network is compiled
 GET  /metrics   for Prometheus
 
 One thread runs the network on all images that arrived while it was busy, whatever their budgets.
-Requests are refused with status 503 while too many images are pending. On SIGTERM, pending requests
-are answered before the server exits.
+Requests are refused with status 503 while too many images are pending. A request of many or large
+images does not hold up others, and clients that keep the server waiting are disconnected. On
+SIGTERM, pending requests are answered before the server exits.
 """
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import dataclasses
+import decimal
 import functools
 import gc
-import io
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
 try:
   import prometheus_client
-  import uvicorn
-  from python_multipart.multipart import parse_options_header
+  import python_multipart  # noqa: F401
+  import uvicorn  # noqa: F401
   from starlette.applications import Starlette
   from starlette.exceptions import HTTPException
   from starlette.requests import Request
   from starlette.responses import JSONResponse, Response
   from starlette.routing import Route
-  from starlette.types import Message, Receive
 except ModuleNotFoundError as missing:
   sys.exit(f"error: {missing.name} is not installed: pip install 'imta_jax[serve]'")
 
@@ -53,15 +50,15 @@ from imta_jax.command_line import (
   positive,
 )
 from imta_jax.compilation_cache import set_up_compilation_cache
-from imta_jax.data.image_files import ImageError, read_image
+from imta_jax.data.image_files import MAX_PIXELS, ImageError, read_image
 from imta_jax.errors import UsageError
+from imta_jax.serving.batcher import Batcher
+from imta_jax.serving.decoder import Decoder
+from imta_jax.serving.receiver import Receiver
+from imta_jax.serving.server import Server
 
 # Number of classes that an answer names, the most probable first.
 _TOP = 5
-# How long pending answers may take once the server is told to stop.
-_SECONDS_TO_STOP = 30
-# The closing boundary of a form and what may follow it.
-_TAIL_BYTES = 4096
 
 _LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -76,6 +73,9 @@ class Limits:
     max_queue: Maximum number of pending images.
     max_body_mb: Maximum size of a request, in megabytes.
     max_megapixels: Maximum size of an image.
+    max_connections: Maximum number of open connections.
+    max_wait: How long the server waits for the header of a request, for its body, and for the
+      client to read its answer, in seconds each.
     overload_budget: Average multiply-adds per image for requests that name no budget, while more
       than half of max_queue is pending. None changes no budget.
   """
@@ -85,6 +85,8 @@ class Limits:
   max_queue: int = 256
   max_body_mb: float = 16.0
   max_megapixels: float = 32.0
+  max_connections: int = 512
+  max_wait: float = 30.0
   overload_budget: float | None = None
 
 
@@ -110,6 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ('max_queue', int, 'maximum number of pending images; more are refused with status 503'),
     ('max_body_mb', float, 'maximum size of a request, in megabytes'),
     ('max_megapixels', float, 'maximum size of an image'),
+    ('max_connections', int, 'maximum number of open connections; further ones are closed'),
+    (
+      'max_wait',
+      float,
+      'how long to wait for the header of a request, for its body, and for the client to read its '
+      'answer, in seconds each',
+    ),
   ):
     default = getattr(Limits, name)
     parser.add_argument(
@@ -129,13 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app = create_app(classifier, limits)
   except ValueError as error:
     raise UsageError(f'--overload_budget: {error}') from error
-  uvicorn.run(
-    app,
-    host=options.host,
-    port=options.port,
-    access_log=False,
-    timeout_graceful_shutdown=_SECONDS_TO_STOP,
-  )
+  Server(app, limits.max_connections, limits.max_wait, host=options.host, port=options.port).run()
 
 
 def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Starlette:
@@ -146,7 +149,7 @@ def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Sta
     limits: See `Limits`.
 
   Raises:
-    ValueError: If nothing lies within the crowded budget.
+    ValueError: If nothing lies within the overload budget.
   """
   service = _Service(classifier, limits)
   return Starlette(
@@ -155,94 +158,9 @@ def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Sta
       Route('/health', service.health),
       Route('/metrics', service.metrics),
     ],
-    exception_handlers={HTTPException: _refusal},
+    exception_handlers={HTTPException: _refusal, Exception: _failure},
     lifespan=service.run,
   )
-
-
-class Batcher:
-  """Collects images into batches, which its own thread classifies."""
-
-  def __init__(
-    self,
-    classifier: AdaptiveClassifier,
-    max_batch: int,
-    max_delay: float,
-    observe: Callable[[int], None],
-  ):
-    """Starts the thread.
-
-    Args:
-      classifier: What classifies the images.
-      max_batch: Maximum number of images per batch.
-      max_delay: Seconds that an image may wait for others.
-      observe: Called with the size of each batch.
-    """
-    self._classifier, self._observe = classifier, observe
-    self._max_batch, self._max_delay = max_batch, max_delay
-    self._waiting: collections.deque = collections.deque()
-    self._closed = False
-    self._changed = threading.Condition()
-    self._thread = threading.Thread(target=self._work, daemon=True)
-    self._thread.start()
-
-  def submit(self, images: Sequence[np.ndarray], thresholds: np.ndarray) -> list[Future]:
-    """Queues images.
-
-    Args:
-      images: Of the classifier's shape and type.
-      thresholds: [exit], for these images.
-
-    Returns:
-      [image], futures of (probabilities [class], exit counted from 0).
-
-    Raises:
-      RuntimeError: After `close`.
-    """
-    futures, now = [Future() for _ in images], time.monotonic()
-    with self._changed:
-      if self._closed:
-        raise RuntimeError('closed')
-      for image, future in zip(images, futures, strict=True):
-        self._waiting.append((image, thresholds, future, now))
-      self._changed.notify()
-    return futures
-
-  def close(self) -> None:
-    """Answers all pending images, then ends the thread."""
-    with self._changed:
-      self._closed = True
-      self._changed.notify()
-    self._thread.join()
-
-  def _work(self):
-    while batch := self._take():
-      # Nobody waits for cancelled requests.
-      batch = [entry for entry in batch if entry[2].set_running_or_notify_cancel()]
-      if not batch:
-        continue
-      images, thresholds, futures, _ = zip(*batch, strict=True)
-      self._observe(len(images))
-      try:
-        for part in self._classifier.predict_as_decided(np.stack(images), np.stack(thresholds)):
-          for index, *answer in zip(part.indices, part.probabilities, part.exits, strict=True):
-            futures[index].set_result(tuple(answer))
-      except Exception as error:
-        for future in futures:
-          if not future.done():
-            future.set_exception(error)
-
-  def _take(self):
-    """The next batch; an empty one at the end."""
-    with self._changed:
-      self._changed.wait_for(lambda: self._waiting or self._closed)
-      if self._waiting:
-        rest = self._waiting[0][-1] + self._max_delay - time.monotonic()
-        self._changed.wait_for(
-          lambda: len(self._waiting) >= self._max_batch or self._closed, timeout=rest
-        )
-      count = min(len(self._waiting), self._max_batch)
-      return [self._waiting.popleft() for _ in range(count)]
 
 
 class _Service:
@@ -251,6 +169,7 @@ class _Service:
   def __init__(self, classifier, limits):
     self._classifier, self._limits = classifier, limits
     self._unanswered = 0  # Images; only the event loop's thread counts them.
+    self._receiver = Receiver(limits.max_queue, limits.max_body_mb, limits.max_wait)
     self._thresholds = functools.lru_cache(maxsize=256)(self._find_thresholds)
     if limits.overload_budget is not None:
       self._thresholds('budget', limits.overload_budget)
@@ -285,7 +204,14 @@ class _Service:
     self._batcher = Batcher(
       self._classifier, limits.max_batch, limits.max_delay_ms / 1000, self._batch_sizes.observe
     )
-    self._readers = ThreadPoolExecutor()
+    max_pixels = min(int(1e6 * limits.max_megapixels), MAX_PIXELS)
+    read = functools.partial(
+      read_image,
+      shape=self._classifier.image.shape,
+      crop=self._classifier.preprocessing.get('crop', 'none'),
+      max_pixels=max_pixels,
+    )
+    self._decoder = Decoder(read, max_pixels)
     # Garbage collection over all that tracing has left would stop the server for 0.2 s each time.
     gc.collect()
     gc.freeze()
@@ -294,7 +220,7 @@ class _Service:
     while self._unanswered:
       await asyncio.sleep(0.01)
     await asyncio.to_thread(self._batcher.close)
-    self._readers.shutdown()
+    self._decoder.close()
 
   async def health(self, request: Request) -> Response:
     """Says that the server is ready: it listens once the network is compiled."""
@@ -324,13 +250,21 @@ class _Service:
   async def _predict(self, request):
     thresholds = self._requested_thresholds(request.query_params)
     self._check_room(1)  # Before a body is read for nothing.
-    is_form, files = await self._receive(request)
+    async with self._receiver.receive(request) as (is_form, files):
+      answers = await self._answer(files, thresholds)
+    if is_form:
+      return JSONResponse({'answers': answers})
+    del answers[0]['file']
+    return JSONResponse(answers[0])
+
+  async def _answer(self, files, thresholds):
+    """Describes the answers for files, pairs (name, content)."""
     self._check_room(len(files))
     if thresholds is None:
       thresholds = self._default_thresholds()
     self._unanswered += len(files)
     try:
-      images = await self._read(files)
+      images = await self._decode(files)
       futures = self._batcher.submit(images, thresholds)
       answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
     finally:
@@ -341,10 +275,16 @@ class _Service:
     ]
     for answer in described:
       self._images.labels(answer['exit']).inc()
-    if is_form:
-      return JSONResponse({'answers': described})
-    del described[0]['file']
-    return JSONResponse(described[0])
+    return described
+
+  async def _decode(self, files):
+    images = await self._decoder.decode([content for _, content in files])
+    for (name, _), image in zip(files, images, strict=True):
+      if isinstance(image, ImageError):
+        raise HTTPException(422, f'{name}: {image}')
+      if isinstance(image, BaseException):
+        raise image
+    return images
 
   def _requested_thresholds(self, query):
     """The thresholds that a request asks for, if it does."""
@@ -364,11 +304,14 @@ class _Service:
       raise HTTPException(422, f'{name}={text}: {error}') from error
 
   def _find_thresholds(self, name, limit):
-    if name == 'budget':
-      return self._classifier.thresholds_within(limit, self._classifier.madds)
     if name == 'max_loss':
       return self._classifier.thresholds_losing(limit)
-    return self._classifier.thresholds_within(limit, 1000 * self._costs)
+    costs = self._classifier.madds if name == 'budget' else 1000 * self._costs
+    points = self._classifier.operating_points
+    least = min((float(np.dot(point.exit_fractions, costs)) for point in points), default=None)
+    if least is not None and not limit >= least:
+      raise ValueError(f'too small: the least is {_round_up(least)}')
+    return self._classifier.thresholds_within(limit, costs)
 
   def _default_thresholds(self):
     overload_budget = self._limits.overload_budget
@@ -385,77 +328,21 @@ class _Service:
         503, f'{self._unanswered} images are pending: try again later', {'Retry-After': '1'}
       )
 
-  async def _receive(self, request):
-    """Whether a request is a form, and its (name, content) pairs."""
-    content_type = request.headers.get('content-type', '')
-    kind = content_type.lower()
-    tail = bytearray()
-    receive = _bounded(request.receive, self._limits.max_body_mb, tail)
-    request = Request(request.scope, receive)
-    if kind.startswith('multipart/form-data'):
-      async with request.form(max_files=self._limits.max_queue, max_fields=0) as form:
-        files = [(file.filename or field, await file.read()) for field, file in form.multi_items()]
-      if b'--' + parse_options_header(content_type)[1][b'boundary'] + b'--' not in tail:
-        # The parser takes what has come by then for the whole form.
-        raise HTTPException(400, 'the form ends before its closing boundary')
-      if not files:
-        raise HTTPException(422, 'the form has no file')
-      return True, files
-    if kind.startswith(('image/', 'application/octet-stream')):
-      return False, [('the image', await request.body())]
-    raise HTTPException(
-      415, f'content type {content_type!r}: send image/png or the like, or multipart/form-data'
-    )
 
-  async def _read(self, files):
-    """Decodes files side by side."""
-    read = functools.partial(
-      read_image,
-      shape=self._classifier.image.shape,
-      crop=self._classifier.preprocessing.get('crop', 'none'),
-      max_pixels=self._limits.max_megapixels * 1e6,
-    )
-    loop = asyncio.get_running_loop()
-    images = await asyncio.gather(
-      *(loop.run_in_executor(self._readers, read, io.BytesIO(content)) for _, content in files),
-      return_exceptions=True,
-    )
-    for (name, _), image in zip(files, images, strict=True):
-      if isinstance(image, ImageError):
-        raise HTTPException(422, f'{name}: {image}')
-      if isinstance(image, BaseException):
-        raise image
-    return images
-
-
-def _bounded(receive: Receive, megabytes: float, tail: bytearray) -> Receive:
-  """Receives a request until its body is too large or its client has disconnected.
-
-  Args:
-    receive: Receives a part of it.
-    megabytes: Maximum size of the body.
-    tail: Is filled with the end of the body.
-  """
-  received = 0
-
-  async def receive_some() -> Message:
-    nonlocal received
-    message = await receive()
-    received += len(message.get('body', b''))
-    tail.extend(message.get('body', b''))
-    del tail[:-_TAIL_BYTES]
-    if received > 1e6 * megabytes:
-      raise HTTPException(413, f'the request is too large: at most {megabytes:g} MB are accepted')
-    if message['type'] == 'http.disconnect':
-      raise HTTPException(400, 'the client has disconnected')
-    return message
-
-  return receive_some
+def _round_up(number: float) -> str:
+  """Writes a number with 4 digits, and without an exponent, whose plus sign a URL cannot hold."""
+  rounding = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
+  return f'{rounding.create_decimal_from_float(number):f}'
 
 
 async def _refusal(request, error):
   del request
   return JSONResponse({'error': error.detail}, error.status_code, error.headers)
+
+
+async def _failure(request, error):
+  del request, error  # uvicorn logs it.
+  return JSONResponse({'error': 'internal server error'}, 500)
 
 
 if __name__ == '__main__':

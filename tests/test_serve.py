@@ -305,7 +305,7 @@ def test_budgets_hold_for_a_request_alone(client_of):
 
 
 REFUSED = {
-  'budget too small': ({'query': '?budget=5'}, 422, 'smallest possible budget is 1e+06'),
+  'budget too small': ({'query': '?budget=5'}, 422, 'too small: the least is 1000000'),
   'latency too small': ({'query': '?latency_ms=1e-9'}, 422, 'too small'),
   'budget no number': ({'query': '?budget=many'}, 422, "'many' is no number"),
   'budget not a number': ({'query': '?budget=nan'}, 422, 'too small'),

@@ -1,0 +1,1 @@
+"""Parts of the HTTP server, imta_jax.serve."""
