@@ -17,6 +17,7 @@ from imta_jax import command_line, evaluate
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS
+from imta_jax.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument(
     '--parameters',
-    type=float,
+    type=command_line.positive(float),
     nargs='+',
     default=BUDGET_PARAMETERS,
     help='budget parameters p; default: the 40 values of the paper, 0.05 to 2.00',
@@ -42,15 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     '--recompute', action='store_true', help='compute logits even if the run has saved them'
   )
   parser.add_argument(
-    '--output', help='folder for tables and figure; default: evaluation/sweep in the first workdir'
+    '--output',
+    type=command_line.output_folder,
+    help='folder for tables and figure; default: evaluation/sweep in the first workdir',
   )
   options = parser.parse_args(arguments)
   workdirs = [epath.Path(workdir) for workdir in options.workdirs]
-  output = (
-    epath.Path(options.output)
-    if options.output
-    else layout.evaluation_folder(workdirs[0]) / 'sweep'
-  )
+  output = options.output or layout.evaluation_folder(workdirs[0]) / 'sweep'
 
   evaluations, labels, seconds = [], [], 0.0
   for workdir in workdirs:
@@ -60,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
       name = name if len(workdirs) == 1 else f'{workdir.name} {name}'
       labels.append(layout.phase_label(name, phases[index]))
       start = time.perf_counter()
-      evaluations.append(evaluate.assess(name, costs, predictions, parameters=options.parameters))
+      try:
+        evaluations.append(evaluate.assess(name, costs, predictions, parameters=options.parameters))
+      except ValueError as error:
+        raise UsageError(f'{workdir}: {error}: evaluate again with --recompute') from error
       seconds += time.perf_counter() - start
   evaluate.write_tables(evaluations, output)
   evaluate.write_figure(evaluations, output / 'budget.png', 'budgeted batch classification', labels)

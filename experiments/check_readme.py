@@ -62,7 +62,7 @@ def run(command: str) -> bool:
 
 def serve(command: str) -> bool:
   """Installs what the comment beside the command says, starts a server, and sends it an image."""
-  if not run("pip install -q -e '.[serve]'"):
+  if not run("pip install -q -c constraints.txt -e '.[serve]'"):
     return False
   port = re.search(r'--port=(\d+)', command)[1]
   image = next((ROOT / 'digits/7').glob('*.png')).read_bytes()

@@ -67,7 +67,9 @@ def run(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
-  parser.add_argument('output', help='folder to write; must be empty or absent')
+  parser.add_argument(
+    'output', type=command_line.output_folder, help='folder to write; must be empty or absent'
+  )
   parser.add_argument(
     '--phase',
     type=command_line.positive(int),
@@ -77,7 +79,7 @@ def run(
   for flag, text in flags.items():
     parser.add_argument(f'--{flag}', action='store_true', help=text)
   options = parser.parse_args(arguments)
-  folder = epath.Path(options.output)
+  folder = options.output
   check_empty(folder)
   if (epath.Path(options.workdir) / engine.MANIFEST).exists():
     raise UsageError(f'{options.workdir} is an export already: name the workdir of a run')
@@ -134,8 +136,8 @@ def write_export(
 
 
 def check_empty(folder: epath.Path) -> None:
-  """Raises UsageError if a folder is not empty."""
-  if folder.exists() and any(folder.iterdir()):
+  """Raises UsageError if a folder is not empty, or not a folder."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UsageError(f'{folder} is not empty: choose another folder')
 
 

@@ -103,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default='geometric',
     help='thresholds to choose from; see docs/thresholds.md; default: %(default)s',
   )
-  parser.add_argument('--output', help='folder; default: evaluation/latency of the workdir')
+  parser.add_argument(
+    '--output',
+    type=command_line.output_folder,
+    help='folder; default: evaluation/latency of the workdir',
+  )
   options = parser.parse_args(arguments)
   workdir = epath.Path(options.workdir)
   output = (

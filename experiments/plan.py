@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     action='store_true',
     help='search for the largest batch that fits, upwards from the largest of --batch_sizes',
   )
-  parser.add_argument('--output', help='JSON file for all records')
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all records')
   options = parser.parse_args(arguments)
   targets.prepare_environment()
   config = config_lib.load_file(options.config)

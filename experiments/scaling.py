@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default=4,
     help='bytes per gradient in the all-reduce; default: 4, float32',
   )
-  parser.add_argument('--output', required=True, help='folder to write')
+  parser.add_argument(
+    '--output', type=command_line.output_folder, required=True, help='folder to write'
+  )
   options = parser.parse_args(arguments)
   records = json.loads(epath.Path(options.plan).read_text())
   steps = [

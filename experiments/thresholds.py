@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('workdir', help='workdir of an evaluated run')
-  parser.add_argument('--output', help='folder; default: evaluation/thresholds of the workdir')
+  parser.add_argument(
+    '--output',
+    type=command_line.output_folder,
+    help='folder; default: evaluation/thresholds of the workdir',
+  )
   options = parser.parse_args(arguments)
   workdir = epath.Path(options.workdir)
   config = layout.load_config(workdir)

@@ -4,9 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from imta_jax.adaptive.engine import DEFAULT_RULE, MANIFEST, RULES, AdaptiveClassifier
 from imta_jax.errors import UsageError
@@ -95,6 +97,21 @@ def list_of(parse_item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
   parse.__name__ = f'list of {parse_item.__name__}'
   return parse
+
+
+def output_folder(text: str) -> epath.Path:
+  """An argparse type: a folder to write, which need not exist."""
+  local = Path(text)  # In buckets there are no folders, and so none that is a file.
+  if any(path.exists() and not path.is_dir() for path in (local, *local.parents)):
+    raise argparse.ArgumentTypeError(f'{text} is a file, or in one: name a folder')
+  return epath.Path(text)
+
+
+def output_file(text: str) -> str:
+  """An argparse type: a file to write, in a folder that exists."""
+  if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or '.'):
+    raise argparse.ArgumentTypeError(f'{text} is not a file in a folder that exists')
+  return text
 
 
 def open_classifier(

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,38 @@ import scipy.special
 from etils import epath
 
 from imta_jax.adaptive.cost import ExitCost
+from imta_jax.adaptive.engine import untrusted
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.workdir import write_csv, write_whole
 
 SPLITS = ('validation', 'test')
+
+# Bytes of a file that is read: those of a million images, 1000 classes and 4 exits.
+_LARGEST = 2**34
+
+_EVALUATE_AGAIN = 'run the training command again, which evaluates again'
+
+# The form of the rows of evaluation.json that are read again.
+_FRACTIONS = [untrusted.is_fraction]
+_ROWS = {
+  'exits': {
+    'madds': untrusted.is_positive,
+    'params': untrusted.is_positive,
+    'test_top1': untrusted.is_fraction,
+  },
+  'budget': {
+    'parameter': untrusted.is_positive,
+    'thresholds': [untrusted.is_threshold],
+    'validation_accuracy': untrusted.is_fraction,
+    'validation_madds': untrusted.is_positive,
+    'validation_exit_fractions': _FRACTIONS,
+    'test_accuracy': untrusted.is_fraction,
+    'test_madds': untrusted.is_positive,
+    'test_exit_fractions': _FRACTIONS,
+  },
+}
 
 # Smallest range of the accuracy axis in figures, in percentage points.
 _SMALLEST_SPAN = 5
@@ -96,9 +123,43 @@ def save_predictions(predictions: Predictions, path: epath.Path) -> None:
 
 
 def load_predictions(path: epath.Path) -> Predictions:
-  """Loads predictions that `save_predictions` wrote."""
-  with path.open('rb') as file, np.load(file) as arrays:
-    return Predictions(arrays['logits'], arrays['labels'])
+  """Loads predictions that `save_predictions` wrote.
+
+  Raises:
+    UsageError: If they are missing or damaged.
+  """
+  content = _read(path)
+  try:
+    # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
+    arrays = untrusted.read_arrays(io.BytesIO(content))
+  except ValueError as error:
+    raise UsageError(f'{path} is damaged ({error}): {_EVALUATE_AGAIN}') from error
+  logits, labels = (arrays.get(name, np.zeros(())) for name in ('logits', 'labels'))
+  kinds = logits.dtype.kind + labels.dtype.kind
+  if logits.ndim != 3 or not logits.size or labels.shape != logits.shape[1:2] or kinds != 'fi':
+    raise UsageError(
+      f'{path} has logits {logits.shape} and labels {labels.shape}, expected [exit, image, class] '
+      f'and [image]: {_EVALUATE_AGAIN}'
+    )
+  if labels.min() < 0 or labels.max() >= logits.shape[2]:
+    raise UsageError(
+      f'{path} has labels from {labels.min()} to {labels.max()}, but {logits.shape[2]} classes: '
+      f'{_EVALUATE_AGAIN}'
+    )
+  return Predictions(logits, labels)
+
+
+def _read(path):
+  # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise UsageError(f'{path} is not a regular file: {_EVALUATE_AGAIN}')
+  try:
+    if (size := path.stat().length) > _LARGEST:
+      raise UsageError(f'{path} is too large ({size:,} bytes): {_EVALUATE_AGAIN}')
+    return path.read_bytes()
+  except OSError as error:
+    reason = error.strerror or error
+    raise UsageError(f'{path} cannot be read ({reason}): {_EVALUATE_AGAIN}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +217,6 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
       exits.append(row)
     for point in evaluation.points:
       budgets.append({'network': evaluation.name, **dataclasses.asdict(point)})
-  folder.mkdir(parents=True, exist_ok=True)
   # JSON has no infinity: thresholds of the last exit, and of exits that no image takes, are null.
   finite = [
     {**row, 'thresholds': [t if np.isfinite(t) else None for t in row['thresholds']]}
@@ -172,12 +232,20 @@ def write_tables(evaluations: Sequence[Evaluation], folder: epath.Path) -> None:
 
 
 def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
-  """Loads the costs of a network from the files that `write_tables` wrote."""
+  """Loads the costs of a network from the files that `write_tables` wrote.
+
+  Raises:
+    UsageError: If the network has none, or they are damaged.
+  """
   return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
 
 
 def load_accuracies(folder: epath.Path, name: str) -> list[float]:
-  """Loads the top-1 accuracies of a network on test images, [exit], as fractions."""
+  """Loads the top-1 accuracies of a network on test images, [exit], as fractions.
+
+  Raises:
+    UsageError: If the network has none, or they are damaged.
+  """
   return [row['test_top1'] for row in _load_rows(folder, 'exits', name)]
 
 
@@ -185,20 +253,27 @@ def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
   """Loads the operating points of a network from the files that `write_tables` wrote.
 
   Raises:
-    UsageError: If the network has none.
+    UsageError: If the network has none, or they are damaged.
   """
   points = []
   for row in _load_rows(folder, 'budget', name):
+    row = {field: row[field] for field in _ROWS['budget']}
     row['thresholds'] = tuple(math.inf if t is None else t for t in row['thresholds'])
-    del row['network']
     points.append(OperatingPoint(**row))
   return points
 
 
 def _load_rows(folder, table, name):
   path = folder / 'evaluation.json'
-  rows = json.loads(path.read_text())[table] if path.exists() else []
-  rows = [row for row in rows if row['network'] == name]
+  content = _read(path) if path.exists() else json.dumps({table: []})
+  try:
+    tables = untrusted.read_json(content)
+  except ValueError as error:
+    raise UsageError(f'{path} is damaged ({error}): {_EVALUATE_AGAIN}') from error
+  form = {table: [{'network': untrusted.is_text, **_ROWS[table]}]}
+  if not untrusted.fits(tables, form):
+    raise UsageError(f'{path} is damaged, its rows {table!r} are not valid: {_EVALUATE_AGAIN}')
+  rows = [row for row in tables[table] if row['network'] == name]
   if not rows:
     raise UsageError(f'{folder} has no evaluation of {name}: let the training command finish')
   return rows
@@ -253,5 +328,4 @@ def write_figure(
   axes.legend(loc='lower right')
   content = io.BytesIO()
   figure.savefig(content, format='png', dpi=150)
-  path.parent.mkdir(parents=True, exist_ok=True)
   write_whole(path, content.getvalue())

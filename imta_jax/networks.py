@@ -168,7 +168,8 @@ def load_classifier(
     A classifier for uint8 images, with the operating points of the run.
 
   Raises:
-    UsageError: If the folder is not a workdir, or the run has not been evaluated.
+    UsageError: If the folder is not a workdir, a file of it is damaged, or the run has not been
+      evaluated.
     ValueError: If there is no such rule or sweep.
   """
   workdir = epath.Path(workdir)
@@ -179,6 +180,14 @@ def load_classifier(
   name, folder = layout.phase_name(index), layout.evaluation_folder(workdir)
   madds = [cost.madds for cost in evaluate.load_costs(folder, name)]
   validation = evaluate.load_predictions(layout.predictions_path(workdir, name, 'validation'))
+  class_names = layout.load_class_names(workdir)
+  described, found = (len(madds), len(class_names)), validation.logits.shape[::2]
+  if described != found:
+    raise UsageError(
+      f'{workdir} describes {described[0]} exits (evaluation.json) and {described[1]} classes '
+      f'(classes.json), but its predictions are of {found[0]} exits and {found[1]} classes: run '
+      'the training command again'
+    )
   probabilities, labels = validation.probabilities(), validation.labels
   how = {'rule': rule, 'temperatures': None}
   if rule == 'calibrated':
@@ -195,7 +204,7 @@ def load_classifier(
   no_early_exits = (math.inf,) * len(madds)
   scores, correct = judge('validation', probabilities, labels, len(madds), **how)
 
-  dataset, class_names = config.dataset, layout.load_class_names(workdir)
+  dataset = config.dataset
   image_shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
   network = restore_network(config, workdir, index, len(class_names), image_shape)
   return AdaptiveClassifier.from_model(

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   action = parser.add_mutually_exclusive_group(required=True)
   action.add_argument('--write', help='file to write the reference to (.npz)')
   action.add_argument('--check', help='reference file to compare with')
-  parser.add_argument('--output', help='JSON file for the errors')
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for the errors')
   options = parser.parse_args(arguments)
   if options.write:
     config = config_lib.load_file(options.config)

@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--kit', default='kit', help='folder with reference.npz and arrays/; default: %(default)s'
   )
-  parser.add_argument('--output', required=True, help='folder to write')
+  parser.add_argument(
+    '--output', type=command_line.output_folder, required=True, help='folder to write'
+  )
   parser.add_argument(
     '--config',
     default='configs/cifar100.py',

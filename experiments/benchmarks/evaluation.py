@@ -36,12 +36,25 @@ def main() -> None:
     required=True,
     help='config file as in training, for example configs/cifar100.py:exits=5',
   )
-  parser.add_argument('--phase', type=int, help='training phase, counted from 1; default: the last')
-  parser.add_argument('--images', type=int, default=10_000, help='images per turn; default: 10,000')
-  parser.add_argument('--batch_size', type=int, help="default: the config's for evaluation")
+  parser.add_argument(
+    '--phase',
+    type=command_line.positive(int),
+    help='training phase, counted from 1; default: the last',
+  )
+  parser.add_argument(
+    '--images',
+    type=command_line.positive(int),
+    default=10_000,
+    help='images per turn; default: 10,000',
+  )
+  parser.add_argument(
+    '--batch_size', type=command_line.positive(int), help="default: the config's for evaluation"
+  )
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
-  parser.add_argument('--repeats', type=int, default=3, help='turns per contestant; default: 3')
-  parser.add_argument('--output', help='JSON file for all timings')
+  parser.add_argument(
+    '--repeats', type=command_line.positive(int), default=3, help='turns per contestant; default: 3'
+  )
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype

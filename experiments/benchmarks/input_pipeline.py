@@ -42,10 +42,19 @@ def main() -> None:
   parser.add_argument(
     '--config', default='configs/imagenet.py', help='config file; default: %(default)s'
   )
-  parser.add_argument('--images', type=int, default=4096, help='images per turn; default: 4,096')
-  parser.add_argument('--batch_size', type=int, default=64, help='default: 64')
-  parser.add_argument('--repeats', type=int, default=3, help='turns per contestant; default: 3')
-  parser.add_argument('--output', help='JSON file for all figures')
+  parser.add_argument(
+    '--images',
+    type=command_line.positive(int),
+    default=4096,
+    help='images per turn; default: 4,096',
+  )
+  parser.add_argument(
+    '--batch_size', type=command_line.positive(int), default=64, help='default: 64'
+  )
+  parser.add_argument(
+    '--repeats', type=command_line.positive(int), default=3, help='turns per contestant; default: 3'
+  )
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all figures')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
   if config.dataset.in_memory:

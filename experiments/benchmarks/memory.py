@@ -47,7 +47,7 @@ def main() -> None:
     action='store_true',
     help='search for the largest batch that fits, starting from the largest of --batch_sizes',
   )
-  parser.add_argument('--output', help='JSON file for all figures')
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all figures')
   options = parser.parse_args()
   remats = options.remat.split(',')
   if not set(remats) <= {'off', 'on'}:

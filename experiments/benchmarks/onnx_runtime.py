@@ -40,7 +40,7 @@ def main() -> None:
   parser.add_argument(
     '--repeats', type=positive(int), default=5, help='turns per contestant; default: 5'
   )
-  parser.add_argument('--output', help='JSON file for all timings')
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   common.set_up()
   classifier = open_classifier(options.network)

@@ -40,9 +40,12 @@ def main() -> None:
     '--overrides', default='', help="flags for training, for example '--config.batch_size=32'"
   )
   parser.add_argument(
-    '--repeats', type=int, default=3, help='number of times the three runs are repeated; default: 3'
+    '--repeats',
+    type=command_line.positive(int),
+    default=3,
+    help='number of times the three runs are repeated; default: 3',
   )
-  parser.add_argument('--output', help='JSON file for all timings')
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   if options.repeats < 1:
     raise UsageError(f'--repeats={options.repeats} must be at least 1')

@@ -40,8 +40,10 @@ def main() -> None:
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
-  parser.add_argument('--repeats', type=int, default=7, help='turns per contestant; default: 7')
-  parser.add_argument('--output', help='JSON file for all timings')
+  parser.add_argument(
+    '--repeats', type=command_line.positive(int), default=7, help='turns per contestant; default: 7'
+  )
+  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
   config.model.dtype = options.dtype or config.model.dtype

@@ -131,7 +131,11 @@ def main(
   parser.add_argument(
     '--runs', help='folder of the workdirs, which tables and figures share; default: runs/paper'
   )
-  parser.add_argument('--output', help=f'folder of the results; default: {name} in that folder')
+  parser.add_argument(
+    '--output',
+    type=command_line.output_folder,
+    help=f'folder of the results; default: {name} in that folder',
+  )
   known, others = parser.parse_known_args()
   folder = epath.Path(known.runs or 'runs/paper').resolve()
   chosen = Runs(folder, known.scale, known.seeds, _overrides(others))
