@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import logging as std_logging
 import os
 import sys
 import zlib
@@ -35,6 +36,8 @@ class Checkpoints:
     folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._folder, self._read_only = folder, read_only
     self._accuracies: dict[int, float | None] = {}
+    self._quiet = contextlib.ExitStack()
+    self._quiet.enter_context(_errors_once())
     # Orbax logs a warning for read-only folders.
     with _silent() if read_only else contextlib.nullcontext():
       self._manager = ocp.CheckpointManager(
@@ -57,17 +60,20 @@ class Checkpoints:
       step: Step of the state. If this step already has a checkpoint, nothing is saved.
       state: A tree of arrays; what is packed is saved as the tree that it stands for.
       validation_accuracy: The accuracy that ranks checkpoints for 'best'; None if not evaluated.
+
+    Raises:
+      UsageError: If an earlier checkpoint could not be saved, or this one cannot.
     """
     if step in self._manager.all_steps():
       return
     # Copies, because the devices may reuse the memory of the state while it is written.
     state = jax.tree.map(lambda leaf: np.array(leaf, order='C'), unpack(jax.device_get(state)))
+    self._load_accuracies()  # The policy of what is kept needs them.
     self._accuracies[step] = validation_accuracy
     record = {'crc32': _checksum(state), 'validation_accuracy': validation_accuracy}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    with self._saving():
+      self._manager.save(step, args=args)
 
   def steps(self, order: str) -> list[int]:
     """Returns the steps of all checkpoints, the preferred one first.
@@ -75,9 +81,16 @@ class Checkpoints:
     Args:
       order: 'last': latest first. 'best': highest validation accuracy first, and earliest first
         if equal; checkpoints without an accuracy come last.
+
+    Raises:
+      UsageError: If an accuracy cannot be read at the moment; where checkpoints are only read, also
+        if it is damaged.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    return steps if order == 'last' else sorted(steps, key=self._preference)
+    if order == 'last':
+      return steps
+    self._load_accuracies()
+    return sorted(self._manager.all_steps(), key=self._preference)
 
   def restore(self, like: Any, order: str = 'last') -> Any | None:
     """Restores the preferred checkpoint.
@@ -101,37 +114,53 @@ class Checkpoints:
     like = unpack(packed)
     for step in self.steps(order):
       try:
-        with _quiet():
-          return pack_like(packed, self._read(step, like))
+        return pack_like(packed, self._read(step, like))
       except UsageError:
         raise
       except Exception as error:
-        path = self._folder / str(step)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-          raise UsageError(f'checkpoint {path} cannot be read ({reason}): try again') from error
-        if self._read_only:
-          raise UsageError(
-            f'checkpoint {path} is damaged ({reason}): run the training command again, which goes '
-            'on from an intact one'
-          ) from error
-        logging.warning('Checkpoint %s is damaged and passed over (%s).', path, reason)
-        self._set_aside(step)
+        self._pass_over(step, error)
     return None
 
   def wait(self) -> None:
-    """Waits until all saves are on disk."""
-    self._manager.wait_until_finished()
+    """Waits until all saves are on disk.
+
+    Raises:
+      UsageError: If one could not be saved.
+    """
+    with self._saving():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits until all saves are on disk, and frees the resources of Orbax."""
-    self._manager.close()
+    """Waits until all saves are on disk, and frees the resources of Orbax.
+
+    Raises:
+      UsageError: If one could not be saved.
+    """
+    with self._saving():
+      self._manager.close()
+    self._quiet.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    # A save that has failed fails again here, where it must not hide the first error.
+    with contextlib.suppress(UsageError) if kind else contextlib.nullcontext():
+      self.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:  # Of the file system, and of TensorStore.
+      self._quiet.pop_all()  # What has failed is reported until the process ends.
+      # TensorStore's messages end with the cause and, in brackets, all that it knows.
+      reason = str(error).partition(' [')[0].rpartition(': ')[-1]
+      reason = error.strerror if isinstance(error, OSError) else reason
+      raise UsageError(
+        f'a checkpoint in {self._folder} could not be saved ({reason}), and earlier ones are kept: '
+        'make room or correct permissions, then run the same command again'
+      ) from error
 
   def _read(self, step: int, like: Any) -> Any:
     stored = _structure(self._manager.item_metadata(step)['state'])
@@ -153,26 +182,43 @@ class Checkpoints:
       raise ValueError('its checksum does not match')
     return read['state']
 
-  def _set_aside(self, step: int) -> None:
-    """Moves a damaged checkpoint to another folder, where it can be inspected."""
+  def _pass_over(self, step: int, error: Exception) -> None:
+    """Moves a checkpoint to another folder, where it can be inspected, if it is damaged.
+
+    Raises:
+      UsageError: If it cannot be read at the moment, or checkpoints are only read.
+    """
+    path = self._folder / str(step)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+      raise UsageError(f'checkpoint {path} cannot be read ({reason}): try again') from error
+    if self._read_only:
+      raise UsageError(
+        f'checkpoint {path} is damaged ({reason}): run the training command again, which goes '
+        'on from an intact one'
+      ) from error
+    logging.warning('Checkpoint %s is damaged and passed over (%s).', path, reason)
     aside = self._folder.parent / f'{self._folder.name}_damaged'
     aside.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
       number = len(list(aside.iterdir()))
-      (self._folder / str(step)).rename(aside / f'{step}_{number}')
+      path.rename(aside / f'{step}_{number}')
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged checkpoint set aside')
     self._manager.reload()
 
-  def _preference(self, step: int) -> tuple[bool, float, int]:
-    """A sort key that puts the best checkpoint first."""
-    if step not in self._accuracies:
+  def _load_accuracies(self) -> None:
+    """Loads the accuracies of checkpoints of earlier runs; passes over damaged ones."""
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    for step in set(self._manager.all_steps()) - set(self._accuracies):
       try:
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        record = self._manager.restore(step, args=args)['record']
-        self._accuracies[step] = record['validation_accuracy']
-      except Exception:  # Damaged; restoring the state will report it.
-        self._accuracies[step] = None
+        accuracy = self._manager.restore(step, args=args)['record']['validation_accuracy']
+        self._accuracies[step] = None if accuracy is None else float(accuracy)
+      except Exception as error:
+        self._pass_over(step, error)
+
+  def _preference(self, step: int) -> tuple[bool, float, int]:
+    """A sort key that puts the best checkpoint first, once the accuracies are loaded."""
     accuracy = self._accuracies[step]
     return (True, 0.0, -step) if accuracy is None else (False, -accuracy, step)
 
@@ -218,11 +264,21 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Suppresses the tracebacks of reads that Orbax abandons after one of them has failed."""
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+def _errors_once() -> Iterator[None]:
+  """Keeps Orbax from printing what it also raises, and what became of operations it abandoned."""
+
+  def is_news(record):
+    return record.levelno < std_logging.ERROR or 'orbax' not in record.pathname
+
+  def report(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      hook(unraisable)
+
+  hook, sys.unraisablehook = sys.unraisablehook, report
+  logging.get_absl_logger().addFilter(is_news)
   try:
     yield
   finally:
     gc.collect()
     sys.unraisablehook = hook
+    logging.get_absl_logger().removeFilter(is_news)

@@ -62,6 +62,9 @@ def default() -> ConfigDict:
       # time of a step for sets in memory; 1 for streamed sets, whose batches the host sends.
       'steps_per_dispatch': config_dict.placeholder(int),
       'checkpoint_every_epochs': 1,  # Epochs between validations and checkpoints.
+      # If set, checkpoints without a validation are also saved after so many minutes, at the next
+      # of log_every_steps; for epochs that take hours.
+      'checkpoint_every_minutes': config_dict.placeholder(float),
       'log_every_steps': 50,
       'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
       'profile_steps': 0,  # Steps of each phase to profile, for TensorBoard's profiler.
@@ -219,8 +222,9 @@ def validate(config: ConfigDict) -> None:
     if phase['momentum'] >= 1:
       raise UsageError(f'{path}.momentum is {phase["momentum"]}: it must be below 1')
   _check_range(fields, _BOUNDS, 'config')
-  if fields['steps_per_dispatch'] is not None:
-    _check_range(fields, {'steps_per_dispatch': (0, True)}, 'config')
+  for field in ('steps_per_dispatch', 'checkpoint_every_minutes'):
+    if fields[field] is not None:
+      _check_range(fields, {field: (0, True)}, 'config')
   dataset = fields['dataset']
   _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
   if dataset['crop'] not in ('none', 'center'):

@@ -66,6 +66,4 @@ def steps_per_dispatch(config: ConfigDict) -> int | None:
 def _choose(seconds_per_step):
   """The same number of steps on all hosts, which have to take the same steps together."""
   num_steps = np.int32(max(1, _SECONDS_PER_DISPATCH / seconds_per_step))
-  return int(
-    multihost_utils.broadcast_one_to_all(num_steps) if jax.process_count() > 1 else num_steps
-  )
+  return int(multihost_utils.broadcast_one_to_all(num_steps))

@@ -7,8 +7,10 @@ Run the same command again to resume; a finished run is only re-evaluated.
 """
 
 import collections
+import logging as std_logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -45,10 +47,25 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--config is missing: pass a config file, as in --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
-  # Checkpoints need absolute paths; those with a scheme, such as gs://, are absolute.
-  workdir = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir))
-  train.train_and_evaluate(_CONFIG.value, workdir)
+  train.train_and_evaluate(
+    _CONFIG.value, open_workdir(_WORKDIR.value or default_workdir(sys.argv[1:]))
+  )
+
+
+def open_workdir(name: str) -> epath.Path:
+  """Returns the path of a workdir; absolute, as checkpoints need it.
+
+  Raises:
+    UsageError: If its scheme is unknown.
+  """
+  if '://' not in name:
+    return epath.Path(os.path.abspath(name))
+  try:
+    return epath.Path(name)
+  except KeyError as error:
+    raise UsageError(
+      f'--workdir={name} has an unknown scheme: give a folder, or a path in a bucket with gs://'
+    ) from error
 
 
 def join_cluster(
@@ -114,6 +131,8 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     if flags.FLAGS['config'].present and not isinstance(_CONFIG.value, ConfigDict):
       raise ValueError('not a config file: its get_config must return a ConfigDict')
     return remaining
+  except SystemExit:  # After --help, for which absl has status 1.
+    raise SystemExit(0) from None
   except flags.Error as error:
     # An error in a config file is the last line of a formatted traceback.
     lines = str(error).strip().splitlines()
@@ -150,10 +169,14 @@ def _first_line(error: Exception) -> str:
 def run() -> None:
   """Runs the program; invalid input exits with a one-line message and status 1."""
   logging.set_verbosity(logging.WARNING)
+  # Reports what became of operations that Orbax abandons after an error.
+  std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:
     app.run(main, flags_parser=parse_flags)
   except UsageError as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

@@ -1,16 +1,18 @@
 """Writes a phase's metrics to metrics.jsonl and optionally for TensorBoard."""
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
-from imta_jax.workdir import write_whole
+from imta_jax.workdir import accessing, write_whole
 
 
 def has_tensorboard() -> bool:
@@ -47,7 +49,11 @@ class Metrics:
         write_whole(path, ''.join(kept).encode())
 
   def write(self, step: int, figures: Mapping[str, Any], prefix: str = '') -> None:
-    """Writes the metrics of a step; arrays [exit] become one metric per exit."""
+    """Writes the metrics of a step; arrays [exit] become one metric per exit.
+
+    Raises:
+      UsageError: If they cannot be written.
+    """
     if jax.process_index() > 0:
       return
     scalars = {}
@@ -57,26 +63,49 @@ class Metrics:
           scalars[f'{prefix}{name}_exit_{number}'] = float(item)
       else:
         scalars[f'{prefix}{name}'] = float(value)
-    with self._path.open('a') as file:
+    with accessing(self._path), self._path.open('a') as file:
       file.write(json.dumps({'step': step, 'phase': self._phase, **scalars}) + '\n')
     if self._tensorboard_folder is not None:
-      self._write_tensorboard(step, scalars)
+      with self._writing_tensorboard():
+        self._tensorboard().write_scalars(step, scalars)
 
-  def _write_tensorboard(self, step, scalars):
+  def _tensorboard(self):
     if self._writer is None:
       import_tensorflow()
       from clu import metric_writers
 
       writer = metric_writers.SummaryWriter(str(self._tensorboard_folder))
       self._writer = metric_writers.AsyncWriter(writer)
-    self._writer.write_scalars(step, scalars)
+    return self._writer
+
+  @contextlib.contextmanager
+  def _writing_tensorboard(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # TensorFlow's, whose classes are not worth their import.
+      reason = str(error).strip().splitlines()[0].rpartition(';')[-1].strip()
+      raise UsageError(
+        f'{self._tensorboard_folder} cannot be written ({reason}): make room or set '
+        'config.tensorboard to False, then run the same command again'
+      ) from error
 
   def __enter__(self) -> 'Metrics':
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    # What could not be written fails again here, where it must not hide the first error.
+    with contextlib.suppress(UsageError) if kind else contextlib.nullcontext():
+      self.close()
+
+  def close(self) -> None:
+    """Waits until everything is on disk.
+
+    Raises:
+      UsageError: If it cannot be written.
+    """
     if self._writer is not None:
-      self._writer.close()
+      with self._writing_tensorboard():
+        self._writer.close()
 
 
 def _is_before(line: str, phase: str, step: int) -> bool:

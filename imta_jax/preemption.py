@@ -1,32 +1,55 @@
 """Stops a run on SIGTERM, Ctrl-C or a preemption notice."""
 
+import os
 import signal
+import threading
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+from rich.console import Console
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-  """Records the first SIGTERM or SIGINT for the training loop; a second one has its usual effect.
+  """Answers SIGTERM and SIGINT with the exit status that shells give the signal.
+
+  While there are steps that no checkpoint has, the first signal waits until the training loop asks
+  for it. Otherwise, and on the second signal, the process ends at once, also in the middle of a
+  compilation, when Python's own handlers would have to wait.
 
   With several hosts, JAX's preemption service is used instead, so that all hosts stop at the same
   step.
+
+  Attributes:
+    has_unsaved_steps: Whether a signal has to wait; to be set by the training loop.
   """
 
   def __init__(self):
+    self.has_unsaved_steps = False
     self._noted, self._signal = False, signal.SIGTERM
     self._num_calls = 0
     self._previous = {}
 
   def __enter__(self) -> 'StopRequest':
     if jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
+      receiver, self._sender = os.pipe()
+      os.set_blocking(self._sender, False)
+      # Python writes the number of each signal there when it comes, whatever the main thread does.
+      self._previous_sender = signal.set_wakeup_fd(self._sender)
+      threading.Thread(target=self._watch, args=(receiver,), daemon=True).start()
+      for number in _SIGNALS:
         self._previous[number] = signal.signal(number, self._note)
     return self
 
   def __exit__(self, *_) -> None:
-    self._restore()
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+    if self._previous:
+      signal.set_wakeup_fd(self._previous_sender)
+      os.close(self._sender)  # Ends the thread.
+    self._previous = {}
 
   def requested(self) -> bool:
     """Whether to stop now; all hosts, which must call this equally often, get the same answer."""
@@ -48,9 +71,16 @@ class StopRequest:
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
     self._noted, self._signal = True, number
-    self._restore()
 
-  def _restore(self) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-    self._previous = {}
+  def _watch(self, receiver: int) -> None:
+    num_received = 0
+    with os.fdopen(receiver, 'rb', buffering=0) as numbers:
+      while number := numbers.read(1):
+        if number[0] not in _SIGNALS:
+          continue
+        num_received += 1
+        if num_received > 1 or not self.has_unsaved_steps:
+          Console().show_cursor()  # A progress bar has hidden it.
+          print('stopped; run the same command again to resume', flush=True)
+          os._exit(128 + number[0])
+        print('stopping: the state is being saved; a second signal stops at once', flush=True)

@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from imta_jax import checkpoint, devices, evaluate, networks, steps, train_state
+from imta_jax import checkpoint, devices, evaluate, networks, steps, train_state, workdir_lock
 from imta_jax import config as config_lib
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import exit_costs
@@ -47,25 +48,33 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     networks.create_model(config, phase, num_classes=1)
   layout.check_owner(config, workdir)
   dataset = open_dataset(config)
-  layout.claim(config, workdir, dataset.class_names)
-  layout.record_environment(workdir)
-  reporter = Reporter()
-  reporter.say(
-    f'{config.dataset.name}: '
-    + ', '.join(f'{count:,} {split}' for split, count in dataset.num_images.items())
-    + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
-    f'{jax.process_count()} host(s) · workdir {workdir}'
-  )
-
-  if config.tensorboard and not has_tensorboard():
-    reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
-
-  trained = []
-  with StopRequest() as stop:
+  with workdir_lock.hold(workdir), StopRequest() as stop:
+    layout.claim(config, workdir, dataset.class_names)
+    layout.record_environment(workdir)
+    reporter = Reporter()
+    reporter.say(
+      f'{config.dataset.name}: '
+      + ', '.join(f'{count:,} {split}' for split, count in dataset.num_images.items())
+      + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
+      f'{jax.process_count()} host(s) · workdir {workdir}'
+    )
+    if config.tensorboard and not has_tensorboard():
+      reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
+    trained = []
     for index in range(len(config.phases)):
       predecessor = (trained[-1].model, trained[-1].weights.variables) if trained else None
       trained.append(_train_phase(config, workdir, index, dataset, predecessor, reporter, stop))
+    return _evaluate(config, workdir, trained, dataset, reporter)
 
+
+def _evaluate(
+  config: ConfigDict,
+  workdir: epath.Path,
+  trained: Sequence[networks.TrainedNetwork],
+  dataset: Dataset,
+  reporter: Reporter,
+) -> list[evaluate.Evaluation]:
+  """Evaluates the network of each phase, and writes and prints the results."""
   evaluations = []
   for network in trained:
     predictions = networks.predict_splits(network, dataset)
@@ -128,11 +137,11 @@ def _train_phase(
     restored = checkpoints.restore(phase.state)
     state = devices.replicate(phase.state if restored is None else restored)
     step = int(state.step)
-    if step:
+    if 0 < step < num_steps:
       reporter.say(f'{name} resumes from step {step:,}.')
     read = dataset.train_reader(step)
     num_epochs = math.ceil(num_steps / dataset.steps_per_epoch)
-    epoch_totals, first_step = None, step
+    epoch_totals, first_step, last_save = None, step, time.monotonic()
     with (
       Metrics(
         layout.metrics_path(workdir), name, step, tensorboard if writes_tensorboard else None
@@ -148,6 +157,7 @@ def _train_phase(
         with progress.waiting_for_data():
           source, count = read(most)
         state = dispatch(state, teacher, source, count)
+        stop.has_unsaved_steps = True
         if step == first_step:
           reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
           progress.start_interval(step + count)
@@ -158,13 +168,17 @@ def _train_phase(
         if ends_epoch or step % config.log_every_steps == 0:
           totals = jax.device_get(state.totals)
           state = state.replace(totals=devices.replicate(empty_totals))
+          _check_finite(totals, step, name, checkpoints)
           means = _means(totals)
-          _check_finite(means, step, name, checkpoints)
           rates = progress.update(step, means['loss'])
           learning_rate = {'learning_rate': float(phase.schedule(step - 1))}
           metrics.write(step, means | learning_rate, 'train/')
           metrics.write(step, rates)
           epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
+
+          if not ends_epoch and _is_due(config.checkpoint_every_minutes, last_save):
+            checkpoints.save(step, state, None)
+            last_save = time.monotonic()
 
         if ends_epoch:
           epoch = math.ceil(step / dataset.steps_per_epoch)
@@ -176,11 +190,13 @@ def _train_phase(
             figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
             metrics.write(step, figures, 'validation/')
             checkpoints.save(step, state, float(accuracy.mean()))
+            last_save = time.monotonic()
           reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
           epoch_totals = None
           progress.start_interval(step)
 
         if stop.requested() and step < num_steps:
+          _check_finite(jax.device_get(state.totals), step, name, checkpoints)
           checkpoints.save(step, state, None)
           checkpoints.wait()
           stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')
@@ -189,6 +205,9 @@ def _train_phase(
   reporter.say(
     f'{name} is finished; its {phase.config.chosen_state} state is from step {int(chosen.step):,}.'
   )
+  stop.has_unsaved_steps = False
+  if stop.requested():
+    stop.leave('run the same command again to go on.')
   return networks.TrainedNetwork(name, phase.model, chosen.weights, predict, costs)
 
 
@@ -202,13 +221,21 @@ def _add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
   return {name: total + other[name] for name, total in one.items()}
 
 
-def _check_finite(means, step, name, checkpoints):
+def _is_due(minutes: float | None, last_save: float) -> bool:
+  """Whether a checkpoint is due by time; the first host decides for all."""
+  if minutes is None:
+    return False
+  is_due = time.monotonic() - last_save >= 60 * minutes
+  return bool(multihost_utils.broadcast_one_to_all(np.bool_(is_due)))
+
+
+def _check_finite(totals, step, name, checkpoints):
   """Stops a run that has diverged, before its state is saved.
 
   Raises:
-    UsageError: If a mean is not finite.
+    UsageError: If a total is not finite.
   """
-  if all(np.isfinite(mean).all() for mean in means.values()):
+  if all(np.isfinite(total).all() for total in totals.values()):
     return
   kept = checkpoints.steps('last')
   raise UsageError(

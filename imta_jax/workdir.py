@@ -9,11 +9,12 @@ tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
 evaluation/                       tables, a figure, and the predictions behind them
 """
 
+import contextlib
 import csv
 import io
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,6 +25,8 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
+
+_TRAIN_AGAIN = 'remove it and run the training command again'
 
 
 def phase_name(index: int) -> str:
@@ -74,24 +77,35 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   """Loads the config of a run.
 
   Raises:
-    UsageError: If the folder is not a workdir.
+    UsageError: If the folder is not a workdir, or its config is damaged.
   """
   path = workdir / 'config.json'
   if not path.exists():
     raise UsageError(f'{workdir} is not a workdir: it has no config.json')
-  return config_lib.from_json(path.read_text())
+  try:
+    return config_lib.from_json(path.read_text())
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UsageError(
+      f'{path} is damaged ({type(error).__name__}: {error}): restore it, or choose another workdir'
+    ) from error
 
 
 def load_class_names(workdir: epath.Path) -> list[str]:
   """Loads the class names of a run's data set.
 
   Raises:
-    UsageError: If the run has not written its class names.
+    UsageError: If the run has not written its class names, or they are damaged.
   """
   path = workdir / 'classes.json'
   if not path.exists():
-    raise UsageError(f'{workdir} has no classes.json: run its training command again')
-  return json.loads(path.read_text())
+    raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
+  try:
+    names = json.loads(path.read_text())
+  except ValueError as error:
+    raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UsageError(f'{path} is damaged: it must be a list of names; {_TRAIN_AGAIN}')
+  return names
 
 
 def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
@@ -101,7 +115,9 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
     UsageError: If the configs differ, where the message names the fields, or if the config is
       missing.
   """
-  if not has_checkpoints(workdir):
+  with accessing(workdir):
+    is_free = not has_checkpoints(workdir)
+  if is_free:
     return
   if not (workdir / 'config.json').exists():
     if metrics_path(workdir).exists():
@@ -172,8 +188,29 @@ def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-  """Writes a file atomically: it is complete or absent."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Writes a file atomically: it is complete or absent.
+
+  Raises:
+    UsageError: If it cannot be written.
+  """
   part = path.with_name(path.name + '.part')
-  part.write_bytes(content)
-  part.replace(path)
+  with accessing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(content)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def accessing(path: epath.Path) -> Iterator[None]:
+  """Says in one line what could not be read or written inside, as on a full disk.
+
+  Raises:
+    UsageError: If the file system fails.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UsageError(
+      f'{path} cannot be read or written ({error.strerror or error}): make room, correct its '
+      'permissions or choose another place, then run the same command again'
+    ) from error

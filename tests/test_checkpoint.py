@@ -1,6 +1,7 @@
 """Checkpoints: restored states equal the saved ones, and damaged checkpoints are skipped."""
 
 import contextlib
+import resource
 import shutil
 
 import jax
@@ -270,6 +271,26 @@ def test_a_damaged_accuracy_does_not_stop_a_run(content, copy):
   checkpoints.close()
 
 
+@pytest.mark.parametrize('content', [b'', b'{"validation_accuracy": "high"}'])
+def test_reading_alone_refuses_to_choose_the_best_without_all_accuracies(content, copy):
+  (copy / '1' / 'record' / 'metadata').write_bytes(content)
+  checkpoints = open_folder(copy, read_only=True)
+  with pytest.raises(UsageError, match=r'checkpoint .*/1 is damaged \(.*run the training command'):
+    checkpoints.restore(LIKE, 'best')
+  assert_same(checkpoints.restore(LIKE), make_state(3))
+  checkpoints.close()
+
+
+def test_a_damaged_accuracy_is_reported_before_another_checkpoint_is_the_best(copy, caplog):
+  (copy / '1' / 'record' / 'metadata').write_bytes(b'')
+  checkpoints = open_folder(copy)
+  checkpoints.save(4, make_state(4), 0.3)
+  (warning,) = warnings_of(caplog)
+  assert str(copy / '1') in warning
+  assert_same(checkpoints.restore(LIKE, 'best'), make_state(2))
+  checkpoints.close()
+
+
 def test_reading_alone_removes_nothing(copy):
   truncate(copy / '3')
   files = sorted(copy.rglob('*'))
@@ -295,6 +316,24 @@ def test_an_error_of_the_moment_moves_nothing_aside(copy, monkeypatch):
   assert_same(checkpoints.restore(LIKE), make_state(3))
   checkpoints.close()
   assert set(files) <= set(copy.rglob('*'))
+
+
+def test_a_save_that_fails_is_told_in_one_line_and_keeps_what_is_there(copy, capfd, caplog):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpoints = open_folder(copy)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # No room for a kernel.
+  try:
+    with pytest.raises(UsageError, match=r'could not be saved \(File too large\), and earlier'):
+      checkpoints.save(4, make_state(4), 0.3)
+      checkpoints.wait()
+    checkpoints.__exit__(UsageError)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert capfd.readouterr().err == '' and caplog.text == ''
+  with open_folder(copy) as again:
+    assert again.steps('last') == [3, 2, 1]
+    again.save(4, make_state(4), 0.3)
+    assert_same(again.restore(LIKE), make_state(4))
 
 
 def test_reading_alone_makes_no_folder(folder):

@@ -1,6 +1,7 @@
 """Metrics: lines that are written, lines that a resumed run keeps, and no TensorFlow import."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from imta_jax.errors import UsageError
 from imta_jax.metrics import Metrics
 
 
@@ -67,3 +69,20 @@ def test_no_tensorflow_is_imported_without_tensorboard(path):
   )
   subprocess.run([sys.executable, '-c', program], check=True, timeout=60)
   assert len(read(path)) == 1
+
+
+def test_a_full_disk_is_told_in_one_line(path):
+  with Metrics(path, 'phase_1', 0, None) as metrics:
+    os.symlink('/dev/full', path)
+    with pytest.raises(UsageError, match=r'metrics.jsonl cannot be .* \(No space left on device\)'):
+      metrics.write(1, {'loss': 1.0})
+
+
+def test_tensorboard_on_a_full_disk_is_told_in_one_line(path, tmp_path):
+  folder = tmp_path / 'tensorboard'
+  folder.write_text('')  # TensorFlow cannot make a folder here.
+  with (
+    pytest.raises(UsageError, match='tensorboard cannot be written .*config.tensorboard'),
+    Metrics(path, 'phase_1', 0, epath.Path(folder)) as metrics,
+  ):
+    metrics.write(1, {'loss': 1.0})

@@ -66,3 +66,26 @@ def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
   workdir.metrics_path(folder).write_text('{}\n')
   with pytest.raises(UsageError, match='has been trained in, but has no config.json'):
     workdir.check_owner(config_lib.default(), folder)
+
+
+@pytest.mark.parametrize('content', ['', '{"seed": ', '[]', '{}', '{"phases": 3, "dataset": {}}'])
+def test_a_damaged_config_is_named(content, tmp_path):
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(UsageError, match='config.json is damaged .*: restore it'):
+    workdir.load_config(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize('content', ['', '{}', '[1, 2]', '"ab"'])
+def test_damaged_class_names_are_named(content, tmp_path):
+  (tmp_path / 'classes.json').write_text(content)
+  with pytest.raises(UsageError, match='classes.json is damaged.*run the training command again'):
+    workdir.load_class_names(epath.Path(tmp_path))
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_what_was_there(tmp_path):
+  path = epath.Path(tmp_path / 'table.csv')
+  path.write_text('before')
+  (tmp_path / 'table.csv.part').symlink_to('/dev/full')
+  with pytest.raises(UsageError, match=r'table.csv cannot be .* \(No space left on device\)'):
+    workdir.write_whole(path, b'after')
+  assert path.read_text() == 'before'
