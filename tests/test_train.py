@@ -17,7 +17,7 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from imta_jax import evaluate
+from imta_jax import evaluate, workdir_lock
 from imta_jax import workdir as layout
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.adaptive.policy import cheapest_as_accurate, choose_exits, exit_scores
@@ -221,9 +221,10 @@ def test_engine_runs_what_was_trained(finished, environment, monkeypatch):
 
 
 def test_interrupted_run_ends_with_identical_parameters(finished, environment, tmp_path):
-  status = interrupt(start(tmp_path, environment), 'phase_1: ', signal.SIGTERM)
-  assert status == 128 + signal.SIGTERM
-  assert [path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()] == ['1']
+  for moment, num_saved in (('phase_1: ', 0), ('phase_1: first step', 1)):
+    status = interrupt(start(tmp_path, environment), moment, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob('checkpoints/phase_1/*'))) == num_saved
 
   for moment in ('phase_1 epoch 1/', 'phase_2 epoch 1/'):
     process = start(tmp_path, environment)
@@ -256,6 +257,45 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(finished, environment, t
   (line,) = errors.splitlines()
   assert 'is damaged and passed over' in line and str(latest) in line
   assert_identical(final_states(tmp_path), final_states(finished[0]))
+
+
+def test_checkpoints_by_time_save_what_an_epoch_has_done(finished, environment, tmp_path):
+  flags = ('--config.checkpoint_every_epochs=3', '--config.checkpoint_every_minutes=1e-6')
+  assert interrupt(start(tmp_path, environment, *flags), 'phase_1 epoch 1/', signal.SIGKILL) < 0
+  saved = {int(path.name) for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
+  assert saved and saved <= {2, 4, 8}  # Not at step 6, the end of an epoch without a validation.
+  run(tmp_path, environment, *flags)
+  last = {'phase_1': 18}
+  assert_identical(final_states(tmp_path, last), final_states(finished[0], last))
+
+
+def test_a_disk_without_room_for_a_checkpoint_stops_with_one_line(finished, environment, tmp_path):
+  interrupt(start(tmp_path, environment), 'phase_1 epoch 1/', signal.SIGTERM)
+  before = {path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
+  result = subprocess.run(
+    ['bash', '-c', 'ulimit -f 500; exec "$@"', 'bash', *COMMAND, f'--workdir={tmp_path}'],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: a checkpoint in ') and '(File too large)' in line
+  after = {path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
+  assert before <= after and all(name in before or '-tmp' in name for name in after)
+  run(tmp_path, environment)
+  assert_identical(final_states(tmp_path), final_states(finished[0]))
+
+
+def test_a_second_run_in_a_workdir_is_refused(finished, environment):
+  workdir, *_ = finished
+  with workdir_lock.hold(epath.Path(workdir)):
+    _, errors = (second := start(workdir, environment)).communicate(timeout=100)
+  assert second.returncode == 1
+  (line,) = errors.splitlines()
+  assert line.startswith(f'error: workdir {workdir} is in use by process {os.getpid()} on ')
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
