@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax.compilation_cache import cache_folder
+from imta_jax.data import tfds_files
 from imta_jax.errors import UsageError
 
 SPLITS = ('train', 'validation', 'test')
@@ -91,14 +92,35 @@ def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
 
   Returns:
     The arrays.
+
+  Raises:
+    UsageError: If the data set is damaged; the message names the file.
   """
+  import tensorflow as tf
   import tensorflow_datasets as tfds
 
   images, labels = {}, {}
   for split, (instruction, _) in splits.items():
-    content = tfds.as_numpy(builder.as_dataset(split=instruction, batch_size=-1))
+    try:
+      content = tfds.as_numpy(builder.as_dataset(split=instruction, batch_size=-1))
+    except tf.errors.InvalidArgumentError as error:
+      tfds_files.refuse_example(builder, *_encoded(builder, instruction), error)
+    except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
+      tfds_files.refuse(builder, tfds_files.find_damage(builder, instruction), error)
     images[split], labels[split] = content['image'], content['label'].astype(np.int32)
   return Arrays(list(builder.info.features['label'].names), images, labels)
+
+
+def _encoded(builder, instruction):
+  """Returns the encoded examples of a split, and what decodes an image."""
+  import tensorflow_datasets as tfds
+
+  examples = builder.as_dataset(
+    split=instruction,
+    decoders={'image': tfds.decode.SkipDecoding()},
+    read_config=tfds.ReadConfig(add_tfds_id=True),
+  )
+  return examples.enumerate(), lambda _, image: builder.info.features['image'].decode_example(image)
 
 
 def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+
+from imta_jax.errors import UsageError
 
 Batch = dict[str, jax.Array]
 
@@ -60,3 +63,22 @@ class Dataset(abc.ABC):
   @abc.abstractmethod
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     """Yields batches with every image of a split exactly once, over all hosts together."""
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+  """Checks that labels are classes.
+
+  Args:
+    labels: Integers of any shape.
+    num_classes: Number of classes.
+    name: What the labels belong to, for the message.
+
+  Raises:
+    UsageError: On the first label that is no class.
+  """
+  wrong = labels[(labels < 0) | (labels >= num_classes)]
+  if wrong.size:
+    raise UsageError(
+      f'{name} has the label {wrong[0]}, but its classes are 0 to {num_classes - 1}: correct the '
+      'labels, or choose a split that has labels'
+    )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
@@ -25,14 +26,13 @@ class FolderReader:
   def __init__(self, folder: ImageFolder, config: ConfigDict):
     self._folder, self._config = folder, config
     self._steps_per_epoch = steps_per_epoch(len(folder.paths['train']), config)
+    self._damaged = set()
     self._pool = ThreadPoolExecutor(os.cpu_count())
 
   def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
     images = self._train_images(first_step, batch_size)
-    for batch in self._decode(images, 'train', batch_size, augments=True):
-      del batch['mask']
-      yield batch
+    return self._decode(images, 'train', batch_size, augments=True)
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.evaluation_batch_size // jax.process_count()
@@ -61,16 +61,18 @@ class FolderReader:
     """Yields batches of decoded images, while threads decode the next ones."""
     paths, labels = self._folder.paths[split], self._folder.labels[split]
     side, flip = self._config.dataset.image_size, self._config.dataset.flip
+    blank = np.zeros((side, side, 3), np.uint8)
 
     def decode(index, seed):
       if index is None:
-        return np.zeros((side, side, 3), np.uint8)
+        return None
       try:
         if augments:
           return read_random_crop(paths[index], side, flip, np.random.default_rng(seed))
         return read_image(paths[index], (side, side, 3), 'center')
       except ImageError as error:
-        raise UsageError(f'{paths[index]}: {error}: mend or remove it') from error
+        self._pass_over(paths[index], error)
+        return None
 
     def start(batch):
       indices = [index for index, _ in batch]
@@ -78,10 +80,11 @@ class FolderReader:
 
     def finish(indices, futures):
       per_device = (jax.local_device_count(), -1)
+      images = [future.result() for future in futures]
       batch = {
-        'image': np.stack([future.result() for future in futures]),
+        'image': np.stack([blank if image is None else image for image in images]),
         'label': np.array([0 if i is None else labels[i] for i in indices], np.int32),
-        'mask': np.array([i is not None for i in indices]),
+        'mask': np.array([image is not None for image in images]),
       }
       return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
 
@@ -92,6 +95,15 @@ class FolderReader:
         yield finish(*pending.popleft())
     for batch in pending:
       yield finish(*batch)
+
+  def _pass_over(self, path, error):
+    """Warns once of a damaged file that is skipped, or refuses it."""
+    is_missing = isinstance(error.__cause__, FileNotFoundError)
+    if is_missing or not self._config.dataset.skip_damaged:
+      raise UsageError(f'{path}: {error}: mend or remove it') from error
+    if path not in self._damaged:
+      self._damaged.add(path)
+      logging.warning('%s: %s: skipped.', path, error)
 
 
 def _batched(items, size):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from imta_jax import devices
 from imta_jax.data import preprocess
 from imta_jax.data.arrays import Arrays
-from imta_jax.data.dataset import Batch, Dataset
+from imta_jax.data.dataset import Batch, Dataset, check_labels
 from imta_jax.errors import UsageError
 
 # The axes over devices of what `draw_batch` reads.
@@ -54,6 +54,8 @@ class InMemoryDataset(Dataset):
     self.arrays, self._config = arrays, config
     self.class_names = arrays.class_names
     self.image_shape = tuple(arrays.images['train'].shape[1:])
+    for split, labels in arrays.labels.items():
+      check_labels(labels, len(arrays.class_names), f'the {split} split of {config.dataset.name}')
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
     self.steps_per_epoch = self.num_images['train'] // config.batch_size
     self._plan_epoch = jax.jit(

@@ -3,17 +3,22 @@
 TensorFlow is imported only if TFDS has to read the data.
 """
 
+import json
 import os
+import re
 import sys
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax.data import image_folder
+from imta_jax.data import image_folder, tfds_files
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
+
+_TFDS_FOLDER = '~/tensorflow_datasets'  # The default of TFDS.
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -52,14 +57,15 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
     stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
     return in_memory.InMemoryDataset(stored, config)
   stored = arrays.load(config.dataset)
-  if stored is None:
-    builder = _prepared_builder(config.dataset)
-    splits = _splits(builder, config.dataset)
-    in_memory.check(builder.info.features['image'].shape, config.dataset)
-    stored = arrays.read(builder, splits)
-    arrays.store(config.dataset, stored, builder.data_path / 'dataset_info.json')
-  in_memory.check(stored.images['train'].shape[1:], config.dataset)
-  return in_memory.InMemoryDataset(stored, config)
+  if stored is not None:
+    in_memory.check(stored.images['train'].shape[1:], config.dataset)
+    return in_memory.InMemoryDataset(stored, config)
+  builder = _prepared_builder(config.dataset)
+  splits = _splits(builder, config.dataset)
+  in_memory.check(builder.info.features['image'].shape, config.dataset)
+  dataset = in_memory.InMemoryDataset(arrays.read(builder, splits), config)
+  arrays.store(config.dataset, dataset.arrays, builder.data_path / 'dataset_info.json')
+  return dataset
 
 
 def _open_streamed(config: ConfigDict) -> Dataset:
@@ -91,7 +97,13 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
   data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
   try:
     builder = tfds.builder(dataset.name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
+  except Exception as error:  # Damaged metadata raises all kinds of exceptions.
+    folder = epath.Path(data_dir or _TFDS_FOLDER).expanduser() / re.split('[/:]', dataset.name)[0]
+    is_unknown = isinstance(error, tfds.core.DatasetNotFoundError | ValueError | AssertionError)
+    damaged = _damaged_metadata(folder) or (None if is_unknown else f'the metadata in {folder}')
+    if damaged:
+      reason = [*str(error).splitlines(), ''][0]
+      raise UsageError(f'{damaged} cannot be read ({reason}): {tfds_files.MEND}') from error
     raise UsageError(
       f'config.dataset.name is {dataset.name!r}, which was found neither in TFDS nor in '
       f'{data_dir or "its default folder"}: see tensorflow.org/datasets/catalog for the names'
@@ -120,7 +132,23 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
 
       multihost_utils.sync_global_devices('data set prepared')
       builder = tfds.builder(dataset.name, data_dir=data_dir)
+  if not builder.info.splits:  # TFDS prepares nothing where there is a folder.
+    raise UsageError(
+      f'{builder.data_path} has no dataset_info.json that names splits: delete this folder, and '
+      'the data set is prepared again'
+    )
   return builder
+
+
+def _damaged_metadata(folder):
+  """Returns the first file with metadata below a folder that is not JSON, if there is one."""
+  for name in ('dataset_info.json', 'features.json'):
+    for path in sorted(folder.rglob(name)):
+      try:
+        json.loads(path.read_text())
+      except (OSError, ValueError, RecursionError):
+        return path
+  return None
 
 
 def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import devices
 from imta_jax.data import preprocess
-from imta_jax.data.dataset import Batch, Dataset
+from imta_jax.data.dataset import Batch, Dataset, check_labels
 from imta_jax.errors import UsageError
 
 # Number of batches that are sent to the devices before they are needed.
@@ -23,8 +24,8 @@ SOURCE_AXES = {'image': 0, 'label': 0, 'start': None}
 class Reader(Protocol):
   """What decodes the images of a set, for this host's part of every batch.
 
-  Batches are {'image': uint8 [local devices, batch per device, height, width, 3], 'label': int32};
-  those for evaluation also have 'mask', which is False for padding.
+  Batches are {'image': uint8 [local devices, batch per device, height, width, 3], 'label': int32,
+  'mask': bool}; the mask is False for padding and for damaged images that are skipped.
   """
 
   def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -77,13 +78,20 @@ class StreamedDataset(Dataset):
     return draw_batch(self._config, source, index, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
-    return map(self._normalize, self._send_ahead(self._reader.evaluation_batches(split)))
+    batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
+    return map(self._normalize, self._send_ahead(batches))
 
   def _train_stacks(self, first_step):
     """Yields batches from a step on without end, stacked [local devices, step, image, …]."""
-    batches = self._reader.train_batches(first_step)
+    batches = map(partial(self._checked, 'train'), self._reader.train_batches(first_step))
+    batches = map(fill_gaps, batches)
     while stack := list(itertools.islice(batches, self._steps_per_stack)):
       yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
+
+  def _checked(self, split, batch):
+    name = f'the {split} split of {self._config.dataset.name}'
+    check_labels(batch['label'], len(self.class_names), name)
+    return batch
 
   def _send_ahead(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
     """Yields batches on the devices, and sends the next ones ahead of time."""
@@ -101,6 +109,34 @@ class StreamedDataset(Dataset):
 def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
   """Returns the training batches per epoch: every host must be able to fill its part of each."""
   return (num_train // jax.process_count()) // (config.batch_size // jax.process_count())
+
+
+def fill_gaps(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Puts intact images of a batch into the places of damaged ones.
+
+  All other images keep their places, so that a batch does not depend on those before it.
+
+  Args:
+    batch: A training batch of a `Reader`.
+
+  Returns:
+    The batch without 'mask'.
+
+  Raises:
+    UsageError: If no image is intact.
+  """
+  mask = batch['mask'].reshape(-1)
+  batch = {name: array for name, array in batch.items() if name != 'mask'}
+  if mask.all():
+    return batch
+  if not mask.any():
+    raise UsageError(f'all {mask.size} images of a training batch are damaged: restore the data')
+  source = np.arange(mask.size)
+  source[~mask] = np.resize(np.flatnonzero(mask), np.count_nonzero(~mask))
+  return {
+    name: array.reshape(-1, *array.shape[2:])[source].reshape(array.shape)
+    for name, array in batch.items()
+  }
 
 
 def draw_batch(

@@ -1,13 +1,15 @@
 """Reads encoded images through TFDS, for data sets that are streamed."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from imta_jax.data import preprocess
+from imta_jax.data import preprocess, tfds_files
 from imta_jax.data.streamed import steps_per_epoch
 
 # Number of images in the shuffle buffer of a host, which also shuffles the files.
@@ -15,7 +17,11 @@ _SHUFFLE_BUFFER = 16_384
 
 
 class TfdsReader:
-  """Reads this host's part of a prepared data set; see `streamed.Reader`."""
+  """Reads this host's part of a prepared data set; see `streamed.Reader`.
+
+  Damaged files are read up to their first damaged record. The images before it come in the same
+  order whether or not the damage is known, so that a stream can go on with its next batch.
+  """
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
     """Opens the data set.
@@ -27,87 +33,165 @@ class TfdsReader:
     """
     self._builder, self._splits, self._config = builder, splits, config
     self._steps_per_epoch = steps_per_epoch(splits['train'][1], config)
+    self._num_intact = {}  # {damaged file: number of images before the damage}
+    self._undecodable = set()
 
   def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    batch_size = self._config.batch_size // jax.process_count()
     epoch, position = divmod(first_step, self._steps_per_epoch)
     while True:
-      yield from self._epoch(epoch, position).as_numpy_iterator()
+      open_epoch = partial(self._epoch, epoch)
+      yield from self._batches('train', open_epoch, batch_size, self._steps_per_epoch, position)
       epoch, position = epoch + 1, 0
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-    import tensorflow as tf
-
-    dataset, batch_size = self._config.dataset, self._config.evaluation_batch_size
-    batch_size //= jax.process_count()
-    augments = split == 'validation' and dataset.augment_validation
-
-    def decode(index, example):
-      if augments:
-        image_seed = self._image_seed(self._config.seed, index)
-        image = preprocess.decode_random_crop(
-          example['image'], dataset.image_size, dataset.flip, image_seed
-        )
-      else:
-        image = preprocess.decode_center_crop(example['image'], dataset.image_size)
-      return {'image': image, 'label': tf.cast(example['label'], tf.int32), 'mask': True}
-
+    batch_size = self._config.evaluation_batch_size // jax.process_count()
     # All hosts send the same number of batches; hosts with fewer images pad the last ones.
     largest_part = -(-self._splits[split][1] // jax.process_count())
     num_batches = -(-largest_part // batch_size)
-    examples = self._read(split).enumerate().map(decode, tf.data.AUTOTUNE)
-    filler = jax.tree.map(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
-    filled = examples.concatenate(tf.data.Dataset.from_tensors(filler).repeat())
-    return self._batch(filled.take(num_batches * batch_size), batch_size).as_numpy_iterator()
+    return self._batches(split, partial(self._evaluation, split), batch_size, num_batches)
 
-  def _epoch(self, epoch, position):
-    """Returns this host's batches of an epoch from a position on, as a function of the seed."""
+  def _epoch(self, epoch):
+    """Returns this host's images of an epoch and how to decode them, as functions of the seed."""
+    seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
+    examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
+    if self._num_intact:  # The images that are left have to fill all batches.
+      examples = examples.repeat()
+    return examples, self._random_crop(seed)
+
+  def _evaluation(self, split):
+    """Returns this host's images of a split and how to decode them."""
+    dataset = self._config.dataset
+    if split == 'validation' and dataset.augment_validation:
+      return self._read(split), self._random_crop(self._config.seed)
+
+    def decode(index, encoded):
+      del index
+      return preprocess.decode_center_crop(encoded, dataset.image_size)
+
+    return self._read(split), decode
+
+  def _batches(self, split, open_examples, batch_size, num_batches, position=0):
+    """Yields batches [local devices, batch per device, …], and says what is damaged."""
     import tensorflow as tf
 
-    seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
-    batch_size = self._config.batch_size // jax.process_count()
-    examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
-    examples = examples.take(self._steps_per_epoch * batch_size)
-    # Skipped images are not decoded.
-    examples = examples.enumerate().skip(position * batch_size)
+    tf.get_logger().setLevel('ERROR')  # TFDS numbers examples with a function that is deprecated.
+    while position < num_batches:
+      try:
+        decoded = self._decode(*_skip(position * batch_size, *open_examples()))
+        batches = _batch(decoded, batch_size).take(num_batches - position)
+        for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+          yield batch
+          position += 1
+      except tf.errors.InvalidArgumentError as error:
+        # Opened again, because a data set is shuffled anew whenever it is read.
+        examples, decode = _skip(position * batch_size, *open_examples())
+        tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
+      except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
+        self._pass_over_damage(split, error)
 
-    def decode(index, example):
-      image_seed = self._image_seed(seed, index)
-      dataset = self._config.dataset
-      image = preprocess.decode_random_crop(
-        example['image'], dataset.image_size, dataset.flip, image_seed
-      )
-      return {'image': image, 'label': tf.cast(example['label'], tf.int32)}
+  def _decode(self, examples, decode):
+    """Decodes images; 'mask' is False for those that are damaged and skipped."""
+    import tensorflow as tf
 
-    return self._batch(examples.map(decode, tf.data.AUTOTUNE), batch_size)
+    side, skips = self._config.dataset.image_size, self._config.dataset.skip_damaged
+    decode_graph = tf.function(decode)
+
+    def attempt(index, encoded, tfds_id):
+      try:
+        return decode_graph(index, encoded), True
+      except tf.errors.InvalidArgumentError:
+        self._warn_of_example(tfds_id.numpy())
+        return tf.zeros((side, side, 3), tf.uint8), False
+
+    def decode_example(index, example):
+      if skips:
+        arguments = (index, example['image'], example['tfds_id'])
+        image, mask = tf.py_function(attempt, arguments, (tf.uint8, tf.bool))
+      else:
+        image, mask = decode(index, example['image']), True
+      return {
+        'image': tf.ensure_shape(image, (side, side, 3)),
+        'label': tf.cast(example['label'], tf.int32),
+        'mask': tf.ensure_shape(mask, ()),
+      }
+
+    return examples.map(decode_example, tf.data.AUTOTUNE)
+
+  def _warn_of_example(self, tfds_id):
+    if tfds_id not in self._undecodable:
+      self._undecodable.add(tfds_id)
+      name = tfds_files.example_name(self._builder, tfds_id)
+      logging.warning('%s: its image is damaged and skipped.', name)
+
+  def _pass_over_damage(self, split, error):
+    """Shortens what is read of damaged files, or refuses them."""
+    damages = tfds_files.find_damage(self._builder, self._part(split))
+    damages = [damage for damage in damages if damage.path not in self._num_intact]
+    if not (damages and self._config.dataset.skip_damaged):
+      tfds_files.refuse(self._builder, damages, error)
+    for damage in damages:
+      self._num_intact[damage.path] = damage.num_intact
+      logging.warning('%s; the others are skipped.', damage)
+
+  def _part(self, split):
+    """Returns the TFDS instruction for this host's part of a split."""
+    import tensorflow_datasets as tfds
+
+    return tfds.even_splits(self._splits[split][0], jax.process_count())[jax.process_index()]
 
   def _read(self, split, shuffle_seed=None):
     """Returns this host's encoded examples of a split; their order depends only on the seed."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    part = tfds.even_splits(self._splits[split][0], jax.process_count())[jax.process_index()]
     examples = self._builder.as_dataset(
-      split=part,
+      split=self._part(split),
       decoders={'image': tfds.decode.SkipDecoding()},
       shuffle_files=shuffle_seed is not None,
-      read_config=tfds.ReadConfig(shuffle_seed=shuffle_seed, try_autocache=False),
+      read_config=tfds.ReadConfig(
+        shuffle_seed=shuffle_seed,
+        try_autocache=False,
+        add_tfds_id=True,
+        experimental_interleave_sort_fn=self._shorten,
+      ),
     )
     options = tf.data.Options()
     options.deterministic = True
     return examples.with_options(options)
 
-  def _image_seed(self, seed, index):
-    """Returns a seed that is unique to an image across all hosts."""
+  def _shorten(self, instructions):
+    """Leaves out what is damaged; a file of which nothing is left keeps its place in the order."""
+    for index, file in enumerate(instructions):
+      if file.filename in self._num_intact:
+        left = max(0, self._num_intact[file.filename] - file.skip)
+        instructions[index] = file.replace(take=min(file.take, left))
+    return instructions
+
+  def _random_crop(self, seed):
+    """Returns a function that decodes an image, with a seed that no other image of any host has."""
     import tensorflow as tf
 
-    return tf.stack(
-      [tf.constant(seed, tf.int64), index * jax.process_count() + jax.process_index()]
-    )
+    dataset = self._config.dataset
 
-  def _batch(self, examples, batch_size):
-    """Groups examples into batches [local devices, batch per device, …]."""
-    import tensorflow as tf
+    def decode(index, encoded):
+      number = index * jax.process_count() + jax.process_index()
+      image_seed = tf.stack([tf.constant(seed, tf.int64), number])
+      return preprocess.decode_random_crop(encoded, dataset.image_size, dataset.flip, image_seed)
 
-    local = jax.local_device_count()
-    batches = examples.batch(batch_size // local, drop_remainder=True)
-    return batches.batch(local, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return decode
+
+
+def _skip(count, examples, decode):
+  """Numbers examples and leaves out the first ones, which are not decoded."""
+  return examples.enumerate().skip(count), decode
+
+
+def _batch(examples, size):
+  """Groups examples into batches [local devices, batch per device, …]; padding goes on for ever."""
+  import tensorflow as tf
+
+  filler = jax.tree.map(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
+  filled = examples.concatenate(tf.data.Dataset.from_tensors(filler).repeat())
+  local = jax.local_device_count()
+  return filled.batch(size // local, drop_remainder=True).batch(local, drop_remainder=True)

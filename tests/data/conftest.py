@@ -1,5 +1,8 @@
 """Small data sets for tests, prepared once."""
 
+import contextlib
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -39,9 +42,17 @@ def make_mnist5k_config(data_dir):
 
 
 @pytest.fixture(scope='session')
-def mnist5k_builder(tfds, data_dir):
+def mnist5k_messages(data_dir):
+  """What opening the data set prints in a first run, which prepares it."""
+  with contextlib.redirect_stdout(io.StringIO()) as messages:
+    open_dataset(make_mnist5k_config(data_dir))
+  return messages.getvalue()
+
+
+@pytest.fixture(scope='session')
+def mnist5k_builder(tfds, data_dir, mnist5k_messages):
   """The builder, prepared by opening the data set as in a first run."""
-  open_dataset(make_mnist5k_config(data_dir))
+  del mnist5k_messages
   builder = tfds.builder('mnist5k', data_dir=data_dir)
   assert builder.info.splits
   return builder

