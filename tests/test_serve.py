@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, OperatingPoint
+from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, OperatingPoint, runner
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
-uvicorn = pytest.importorskip('uvicorn')
+pytest.importorskip('uvicorn')
+
+from live_server import listening  # noqa: E402
 
 from imta_jax import serve  # noqa: E402
 
@@ -29,6 +31,12 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (40, *SHAPE), np.uint8)
 # Every image leaves at the first exit, or at the last.
 CHEAP, DEAR = 1e6, 3e6
 PNG = {'Content-Type': 'image/png'}
+URL = 'http://127.0.0.1:{}'
+
+
+@pytest.fixture(autouse=True)
+def programs_are_timed_once(monkeypatch):
+  monkeypatch.setattr(runner, '_SECONDS_A_TURN', 1e-9)
 
 
 @pytest.fixture(scope='module')
@@ -319,7 +327,11 @@ REFUSED = {
   'damaged': ({'content': PNGS[0][:50]}, 422, 'the image: cannot be read'),
   'no image': ({'content': b'hello'}, 422, 'the image: not an image'),
   'empty': ({'content': b''}, 422, 'the image: not an image'),
-  'many pixels': ({'content': png(np.zeros((50, 41, 1), np.uint8))}, 422, '41 x 50 exceeds 2,000'),
+  'many pixels': (
+    {'content': png(np.zeros((50, 41, 1), np.uint8))},
+    422,
+    '41 x 50 exceeds 2,000 pixels',
+  ),
   'many bytes': ({'content': bytes(5001)}, 413, 'at most 0.005 MB'),
   'another type': ({'headers': {'Content-Type': 'text/plain'}}, 415, "'text/plain'"),
   'many images': (
@@ -523,34 +535,17 @@ def test_metrics_count(client_of):
   asyncio.run(scenario())
 
 
-@contextlib.contextmanager
-def listening(app):
-  """A real server at a port of this machine."""
-  server = uvicorn.Server(uvicorn.Config(app, log_level='critical'))
-  with socket.create_server(('127.0.0.1', 0)) as listener:
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-      url = f'http://127.0.0.1:{listener.getsockname()[1]}'
-      httpx.get(f'{url}/health', timeout=30).raise_for_status()
-      yield url, server
-    finally:
-      server.should_exit = True
-      thread.join(30)
-  assert not thread.is_alive()
-
-
 def test_connections_that_break_do_no_harm(network, gate):
   expected = network.predict(IMAGES)
   app = serve.create_app(network, serve.Limits(max_batch=4))
   head = (
     'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n'
   )
-  with listening(app) as (url, _), httpx.Client(base_url=url, timeout=30) as client:
+  with listening(app) as (port, _), httpx.Client(base_url=URL.format(port), timeout=30) as client:
     gate.shut()
     gate.reached.clear()
     for content, sent in ((PNGS[0], PNGS[0]), (PNGS[1], PNGS[1][:40]), (PNGS[2], b'')):
-      with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+      with socket.create_connection(('127.0.0.1', port)) as connection:
         connection.sendall(head.format(len(content)).encode() + sent)
         if sent == content:
           assert gate.reached.wait(30)
@@ -562,11 +557,11 @@ def test_connections_that_break_do_no_harm(network, gate):
 def test_a_server_that_is_told_to_stop_answers_first(network, gate):
   expected = network.predict(IMAGES)
   app = serve.create_app(network, serve.Limits(max_batch=4))
-  with listening(app) as (url, server):
+  with listening(app) as (port, server):
     gate.shut()
 
     async def scenario():
-      async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+      async with httpx.AsyncClient(base_url=URL.format(port), timeout=30) as client:
         waiting = [asyncio.create_task(post(client, number)) for number in range(6)]
         await until_unanswered(client, 6)
         server.should_exit = True

@@ -10,7 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from imta_jax.data.image_files import image_size_and_channels
+from imta_jax.data.image_files import ImageError, image_size_and_channels
+
+# Each scan of a JPEG takes a few bytes and a pass over the whole image. libtiff has the same limit.
+_MAX_SCANS = 100
 
 
 class Decoder:
@@ -43,7 +46,7 @@ class Decoder:
       contents: The files.
 
     Returns:
-      [image], what `read` has returned or raised.
+      [image], what `read` has returned or raised; an ImageError for a JPEG of too many scans.
     """
     room = _Room(self._units)
     return await asyncio.gather(
@@ -65,9 +68,16 @@ class Decoder:
 
   def _read_if_small(self, content):
     """How many units an image takes, and the image if that is a single one."""
+    _check_scans(content)
     (width, height), _ = image_size_and_channels(io.BytesIO(content))
     units = min(self._units, 1 + int(width * height / self._pixels_per_unit))
     return units, self._read(io.BytesIO(content)) if units == 1 else None
+
+
+def _check_scans(content):
+  # Within a scan, a byte of zeros follows each 0xff.
+  if content.startswith(b'\xff\xd8') and (count := content.count(b'\xff\xda')) > _MAX_SCANS:
+    raise ImageError(f'{count} scans: at most {_MAX_SCANS} are decoded')
 
 
 class _Room:

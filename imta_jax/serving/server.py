@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
     """Answers what is pending and closes all connections."""
     state = self.server_state
     state.default_headers = [*state.default_headers, _CLOSE]
+    await asyncio.sleep(0.001)  # The event loop accepts the connections that clients have made.
     await super().shutdown(sockets)
 
 
