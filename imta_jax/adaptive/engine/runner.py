@@ -1,6 +1,7 @@
 """Runs each stage for the images that need it."""
 
 import collections
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from .batches import (
 )
 from .plan import BatchPlan, expected_costs
 from .programs import Score, Stage, Tree, all_stages_program, stage_program
+from .read_ahead import ReadAhead
 
 # The batch sizes that are compiled. Remaining images use smaller batches.
 BATCH_SIZES = (1, 4, 16, 64, 256)
@@ -103,7 +105,8 @@ class Runner:
 
     A stage runs as soon as it has a full batch, the last such stage first, so that queues stay
     short. When the source is exhausted, queues are emptied from the first stage to the last. The
-    device works on a batch while the host sorts the images of the previous one.
+    device works on a batch while the host sorts the images of the previous one. Answers do not wait
+    for the source, of which all but the first pair are read in another thread.
 
     Args:
       source: Pairs of images [image, height, width, channels] and thresholds [image, exit].
@@ -112,6 +115,11 @@ class Runner:
     Yields:
       Answers as they are decided; indices count all images of the source.
     """
+    with contextlib.closing(ReadAhead(source)) as ahead:
+      yield from self._run(ahead, total)
+
+  def _run(self, source, total):
+    """See `run`; the source is a `ReadAhead`."""
     queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
     first_index, open_source, started = 0, True, collections.deque()
     while True:
@@ -119,14 +127,16 @@ class Runner:
       full = [index for index in waiting if queues[index].count >= self.plan.full_batch]
       if full:
         started.append(self._start(full[-1], queues, total))
-      elif open_source:
-        images, thresholds = next(source, (None, None))
-        if images is None:
-          open_source = False
-        else:
+      elif open_source and (source.is_ready() or not started):
+        item = source.take()
+        if item is not None:
+          images, thresholds = item
           indices = np.arange(first_index, first_index + len(images))
           queues[0].put(Batch(images, np.arange(len(images)), indices, thresholds))
           first_index += len(images)
+        open_source = item is not None and first_index < total
+        if open_source:
+          source.fetch()
         continue
       elif waiting and not started:
         started.append(self._start(waiting[0], queues, total))
