@@ -163,7 +163,9 @@ class Checkpoints:
       ) from error
 
   def _read(self, step: int, like: Any) -> Any:
-    stored = _structure(self._manager.item_metadata(step)['state'])
+    # The manager would take what it saved to a bucket for unfinished, on all hosts but the first.
+    handler = ocp.StandardCheckpointHandler()
+    stored = _structure(handler.metadata(self._folder / str(step) / 'state'))
     expected = _structure(like)
     if not stored:
       raise ValueError('its metadata cannot be read')
