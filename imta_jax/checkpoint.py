@@ -144,6 +144,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+      return  # Another host may have ended, for which Orbax would wait.
     # A save that has failed fails again here, where it must not hide the first error.
     with contextlib.suppress(UsageError) if kind else contextlib.nullcontext():
       self.close()

@@ -1,9 +1,11 @@
 """What several command lines share: types of arguments, the network to run, errors in one line."""
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,30 @@ from imta_jax.errors import UsageError
 def run(main: Callable[[], int | None]) -> None:
   """Runs a program and exits with its status; bad input exits with one line and status 2."""
   try:
-    sys.exit(main())
+    with checked_output():
+      status = main()
+    sys.exit(status)
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+  """Says in one line that standard output goes to a full disk.
+
+  Raises:
+    UsageError: If it does.
+  """
+  try:
+    yield
+    sys.stdout.flush()
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+      raise
+    # Python would fail again when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise UsageError(f'the output cannot be written ({error.strerror}): make room') from error
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

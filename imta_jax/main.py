@@ -19,8 +19,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from imta_jax import command_line, train
 from imta_jax import config as config_lib
-from imta_jax import train
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
 
@@ -172,9 +172,20 @@ def run() -> None:
   # Reports what became of operations that Orbax abandons after an error.
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:
-    app.run(main, flags_parser=parse_flags)
+    with command_line.checked_output():
+      app.run(main, flags_parser=parse_flags)
   except UsageError as error:
     sys.exit(f'error: {error}')
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      f'error: a step failed ({_first_line(error)}), probably because another host has ended: look '
+      'at its output, then run the same command on all hosts again',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)  # Leaving the cluster in order would wait for the other host.
   except KeyboardInterrupt:
     sys.exit(128 + signal.SIGINT)
 

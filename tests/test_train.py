@@ -262,7 +262,8 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(finished, environment, t
 def test_checkpoints_by_time_save_what_an_epoch_has_done(finished, environment, tmp_path):
   flags = ('--config.checkpoint_every_epochs=3', '--config.checkpoint_every_minutes=1e-6')
   assert interrupt(start(tmp_path, environment, *flags), 'phase_1 epoch 1/', signal.SIGKILL) < 0
-  saved = {int(path.name) for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
+  saved = {path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
+  saved = {int(name) for name in saved if name.isdigit()}
   assert saved and saved <= {2, 4, 8}  # Not at step 6, the end of an epoch without a validation.
   run(tmp_path, environment, *flags)
   last = {'phase_1': 18}
