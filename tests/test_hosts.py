@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,12 +51,11 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def train(images, tmp_path_factory):
-  """A function that trains on (processes, devices per process) and returns the workdir."""
+def start(images, tmp_path_factory):
+  """A function that starts to train on (processes, devices per process), and returns the hosts."""
   cache = tmp_path_factory.mktemp('cache')
 
-  def run(num_processes, num_devices, in_memory):
-    workdir = tmp_path_factory.mktemp('run')
+  def run(num_processes, num_devices, in_memory, workdir):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
@@ -71,8 +71,9 @@ def train(images, tmp_path_factory):
       'XDG_CACHE_HOME': str(cache),
       'JAX_PLATFORMS': 'cpu',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+      'PYTHONUNBUFFERED': '1',
     }
-    hosts = [
+    return [
       subprocess.Popen(
         [*command, *([f'--process_id={number}'] if num_processes > 1 else [])],
         cwd=ROOT,
@@ -83,11 +84,27 @@ def train(images, tmp_path_factory):
       )
       for number in range(num_processes)
     ]
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def train(start, tmp_path_factory):
+  """A function that trains on (processes, devices per process) and returns the workdir."""
+
+  def run(num_processes, num_devices, in_memory, workdir=None):
+    workdir = workdir or tmp_path_factory.mktemp('run')
+    hosts = start(num_processes, num_devices, in_memory, workdir)
     outputs = [host.communicate(timeout=400)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0] * num_processes, outputs
     return workdir, outputs
 
   return run
+
+
+def read_until(host, line_start):
+  """Reads the output of a host until a line begins so."""
+  assert any(line.startswith(line_start) for line in host.stdout), f'no line {line_start!r}'
 
 
 @pytest.fixture(scope='module', params=[True, False], ids=['in memory', 'streamed'])
@@ -107,6 +124,27 @@ def test_hosts_train_as_one_does(alone, train, shape):
   assert f'{shape[0]} host(s)' in outputs[0] and '4 × cpu' in outputs[0]
   # The first host alone writes and prints.
   assert not any('phase_1' in output for output in outputs[1:])
+  assert_trained_alike(workdir, other)
+
+
+@pytest.mark.parametrize('alone', [True], indirect=True)
+def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
+  alone, start, train, tmp_path
+):
+  in_memory, workdir = alone
+  hosts = start(2, 2, in_memory, tmp_path)
+  read_until(hosts[0], 'phase_1: cross_entropy')
+  hosts[1].send_signal(signal.SIGTERM)
+  outputs = [host.communicate(timeout=200)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [128 + signal.SIGTERM] * 2, outputs
+  (saved,) = (int(path.name) for path in tmp_path.glob('checkpoints/*/*'))
+  assert f'phase_1 was saved at step {saved};' in outputs[0]
+  output = train(1, 4, in_memory, tmp_path)[1][0]
+  assert f'phase_1 resumes from step {saved}.' in output
+  assert_trained_alike(workdir, tmp_path)
+
+
+def assert_trained_alike(workdir, other):
   ours, theirs = (
     [(r['phase'], r['step'], r['train/loss']) for r in records(folder) if 'train/loss' in r]
     for folder in (workdir, other)
