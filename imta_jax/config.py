@@ -2,8 +2,8 @@
 
 import difflib
 import importlib.util
+import itertools
 import json
-import math
 import os
 import re
 from typing import Any
@@ -191,17 +191,15 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UsageError: On the first field that does not exist or has an invalid value.
   """
-  fields, reference = to_dict(config), to_dict(default())
-  fields.pop('model', None)
-  model = reference.pop('model')
-  if not isinstance(config.get('model'), ConfigDict) or 'name' not in config.model:
-    raise UsageError(f'config.model must name a model, as in {model}')
-  if not config.get('phases'):
-    raise UsageError('config.phases is empty: add at least one phase')
-  phases, (reference_phase, _) = fields.pop('phases'), reference.pop('phases')
-  _check_fields(fields, reference, 'config')
+  fields = to_dict(config)
+  model, phases = fields.pop('model', None), fields.pop('phases', None)
+  if not isinstance(model, dict) or not isinstance(model.get('name'), str):
+    raise UsageError(f'config.model must name a model, as in {to_dict(default().model)}')
+  if not phases or not isinstance(phases, list) or not all(isinstance(p, dict) for p in phases):
+    raise UsageError('config.phases is empty or no list of phases: add at least one phase')
+  _check_fields(fields, default(), 'config')
   for index, phase in enumerate(phases):
-    _check_fields(phase, reference_phase, f'config.phases[{index}]')
+    _check_fields(phase, phase_one(), f'config.phases[{index}]')
     for field, choices in _CHOICES.items():
       if phase[field] not in choices:
         raise UsageError(
@@ -221,6 +219,11 @@ def validate(config: ConfigDict) -> None:
         raise UsageError(f'{path}.{field} is {phase[field]}: it must be from 0 to 1')
     if phase['momentum'] >= 1:
       raise UsageError(f'{path}.momentum is {phase["momentum"]}: it must be below 1')
+    bounds = [0, *phase['milestones'], 1]
+    if not all(before < after for before, after in itertools.pairwise(bounds)):
+      raise UsageError(
+        f'{path}.milestones is {phase["milestones"]}: they must increase from above 0 to below 1'
+      )
   _check_range(fields, _BOUNDS, 'config')
   for field in ('steps_per_dispatch', 'checkpoint_every_minutes'):
     if fields[field] is not None:
@@ -229,9 +232,10 @@ def validate(config: ConfigDict) -> None:
   _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
   if dataset['crop'] not in ('none', 'center'):
     raise UsageError(f'config.dataset.crop is {dataset["crop"]!r}: choose one of none, center')
-  if not dataset['std'] or not all(value > 0 for value in dataset['std']):
+  mean, std = dataset['mean'], dataset['std']
+  if not std or len(mean) != len(std) or not all(value > 0 for value in std):
     raise UsageError(
-      f'config.dataset.std is {dataset["std"]}: it must have one number above 0 per channel'
+      f'config.dataset.std is {std}: it must have one number above 0 per channel, as mean {mean}'
     )
   if dataset['train_split'] == dataset['test_split']:
     raise UsageError(
@@ -240,30 +244,46 @@ def validate(config: ConfigDict) -> None:
     )
 
 
+# What a field may hold whose default has a type.
+_TYPES = {
+  bool: (lambda value: isinstance(value, bool), 'True or False'),
+  int: (lambda value: _is_number(value) and isinstance(value, int), 'an integer below 2^31'),
+  float: (lambda value: _is_number(value), 'a finite number below 2^31'),
+  str: (lambda value: isinstance(value, str), 'a string'),
+  tuple: (
+    lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    'a list of finite numbers',
+  ),
+  ConfigDict: (lambda value: isinstance(value, dict), 'a group of fields'),
+}
+
+
+def _is_number(value):
+  """Whether a value is a number of less than 2^31, in which devices count."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and -(2**31) < value < 2**31
+
+
 def _check_fields(fields, reference, path):
   for name in fields:
     if name not in reference:
       raise UsageError(f'{path}.{name} is not a field: {suggest(name, reference)}')
-  for name, value in reference.items():
+  for name in sorted({*reference} - {'model', 'phases'}):  # Those are checked apart.
     if name not in fields:
       raise UsageError(f'{path}.{name} is missing: start the config from imta_jax.config.default()')
-    if isinstance(value, dict):
-      if not isinstance(fields[name], dict):
-        raise UsageError(f'{path}.{name} is {fields[name]!r}: it must be a group of fields')
-      _check_fields(fields[name], value, f'{path}.{name}')
+    value, kind = fields[name], reference.get_type(name)
+    is_valid, expected = _TYPES[kind]
+    if not is_valid(value) and not (value is None and reference[name] is None):
+      raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
+    if kind is ConfigDict:
+      _check_fields(value, reference[name], f'{path}.{name}')
 
 
 def _check_range(fields, bounds, path):
-  """Checks that numbers are finite, and above their bound or equal to it if it is not excluded."""
+  """Checks that numbers are above their bound, or equal to it if it is not excluded."""
   for name, (bound, exclusive) in bounds.items():
     value = fields[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-      not is_number
-      or not math.isfinite(value)
-      or not (value > bound if exclusive else value >= bound)
-    ):
-      expected = f'finite and above {bound}' if exclusive else f'finite and {bound} or more'
+    if not (value > bound if exclusive else value >= bound):
+      expected = f'above {bound}' if exclusive else f'{bound} or more'
       raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
 
 
@@ -276,7 +296,7 @@ def check_path(config: ConfigDict, path: str) -> None:
   node, walked = to_dict(config), 'config'
   for name in re.findall(r'[^.\[\]]+', path):
     if isinstance(node, list):
-      if not name.isdigit() or int(name) >= len(node):
+      if name not in map(str, range(len(node))):
         raise UsageError(f'{walked}[{name}] does not exist: the indices are 0 to {len(node) - 1}')
       node, walked = node[int(name)], f'{walked}[{name}]'
     elif not isinstance(node, dict) or name not in node:

@@ -18,7 +18,16 @@ def fit_temperatures(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarra
 
   Returns:
     [exit], between 1/20 and 20; 1 changes nothing, and above 1 the network is less sure.
+
+  Raises:
+    ValueError: If probabilities are not finite, or labels are no classes of theirs.
   """
+  probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+  if not np.isfinite(probabilities).all():
+    raise ValueError('probabilities are not finite: temperatures cannot be fitted to them')
+  num_classes = probabilities.shape[-1]
+  if not labels.size or labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(f'labels must be from 0 to {num_classes - 1}, one for each image')
   smallest = np.finfo(np.float32).tiny  # Probabilities can be 0, their logarithms cannot.
   return np.array([_fit(np.log(np.maximum(p, smallest)), labels) for p in probabilities])
 

@@ -54,11 +54,15 @@ def geometric_shares(p: float, num_exits: int) -> np.ndarray:
     [num_exits], summing to 1.
 
   Raises:
-    ValueError: If p is not above 0 and finite.
+    ValueError: If p is not above 0 and finite, or there is no exit.
   """
   if not 0 < p < np.inf:
     raise ValueError(f'budget parameter {p} is out of range: it must be above 0 and finite')
-  shares = p ** np.arange(1, num_exits + 1, dtype=np.float64)
+  if num_exits < 1:
+    raise ValueError(f'{num_exits} exits cannot share images: there must be 1 or more')
+  # The highest power is 1, so that it neither overflows nor vanishes.
+  powers = np.arange(num_exits, dtype=np.float64) - (num_exits - 1 if p > 1 else 0)
+  shares = p**powers
   return shares / shares.sum()
 
 
@@ -78,13 +82,15 @@ def exit_scores(
     [exit, image].
 
   Raises:
-    ValueError: If there is no such rule, or not one temperature per exit.
+    ValueError: If there is no such rule, or not one temperature above 0 per exit.
   """
   if rule not in RULES:
     raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
   probabilities = np.asarray(probabilities)
   before = [probabilities[0], *probabilities[:-1]]
   temperatures = [1.0] * len(before) if temperatures is None else temperatures
+  if np.shape(temperatures) != (len(before),) or not all(0 < t < np.inf for t in temperatures):
+    raise ValueError(f'temperatures {temperatures} must be above 0, one for each exit')
   return np.stack(
     [
       # A Python number leaves the precision as it is.
@@ -114,8 +120,13 @@ def find_thresholds(
 
   Returns:
     [exit]; infinity if no image leaves there, minus infinity at the last exit.
+
+  Raises:
+    ValueError: If there is not one share from 0 to 1 per exit, or the rule is wrong.
   """
   scores = exit_scores(probabilities, rule, temperatures)
+  if np.shape(shares) != (len(scores),) or not all(0 <= share <= 1 for share in shares):
+    raise ValueError(f'shares {shares} must be from 0 to 1, one for each of {len(scores)} exits')
   return _thresholds(scores, np.argsort(-scores, axis=1, kind='stable'), shares)
 
 
@@ -145,9 +156,9 @@ def budget_sweep(
     One operating point per parameter, in their order.
 
   Raises:
-    ValueError: If the shapes of the arrays do not match.
+    ValueError: If the shapes of the arrays do not match, or a number is out of range.
   """
-  madds = np.asarray(madds, np.float64)
+  madds = _costs(madds)
   how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
   validation = judge('validation', validation_probabilities, validation_labels, **how)
   test = judge('test', test_probabilities, test_labels, **how)
@@ -189,10 +200,10 @@ def optimal_sweep(
     One operating point per budget, in their order; its parameter is the budget.
 
   Raises:
-    ValueError: If the shapes of the arrays do not match, or a budget is less than the first exit
-      takes.
+    ValueError: If the shapes of the arrays do not match, or a number is out of range, as a budget
+      that is less than the first exit takes.
   """
-  madds = np.asarray(madds, np.float64)
+  madds = _costs(madds)
   how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
   validation = judge('validation', validation_probabilities, validation_labels, **how)
   test = judge('test', test_probabilities, test_labels, **how)
@@ -257,6 +268,8 @@ def judge(
     ValueError: If the shapes of the arrays do not match, or the rule is wrong.
   """
   probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+  if not labels.size:
+    raise ValueError(f'there are no {split} images')
   if probabilities.ndim != 3 or probabilities.shape[:2] != (num_exits, labels.size):
     raise ValueError(
       f'{split} probabilities of shape {probabilities.shape} must be [exit, image, class] for the '
@@ -265,6 +278,16 @@ def judge(
   scores = exit_scores(probabilities, rule, temperatures)
   # An image with NaN probabilities counts as wrong.
   return scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores)
+
+
+def _costs(madds):
+  """Multiply-adds as an array, if they can be: an exit includes the ones before."""
+  madds = np.asarray(madds, np.float64)
+  if madds.ndim != 1 or not madds.size or not np.isfinite(madds).all():
+    raise ValueError(f'madds {madds.tolist()} must be finite, one for each exit')
+  if madds[0] <= 0 or (np.diff(madds) < 0).any():
+    raise ValueError(f'madds {madds.tolist()} must be above 0 and increase from exit to exit')
+  return madds
 
 
 def _thresholds(scores, order, shares):

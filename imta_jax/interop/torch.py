@@ -7,6 +7,7 @@ work on NumPy arrays; only `load_checkpoint` needs torch.
 
 import dataclasses
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from imta_jax.adaptive.engine import untrusted
 from imta_jax.errors import UsageError
 from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -43,9 +45,13 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If the checkpoint does not match the network.
+    UsageError: If the checkpoint does not match the network, or has values that are no finite
+      floating-point numbers.
   """
-  state = {name.removeprefix(_PREFIX): value for name, value in state.items()}
+  names = [name.removeprefix(_PREFIX) for name in state]
+  if len(set(names)) < len(names):
+    raise UsageError(f'the checkpoint has names with and without {_PREFIX!r}: keep one of both')
+  state = dict(zip(names, state.values(), strict=True))
   pairs = _pairs(model)
   shapes = flatten_dict(_shapes(model), sep='/')
   expected = {pair.theirs for pair in pairs} | _ignored(model)
@@ -56,11 +62,24 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
     raise UsageError(f"the checkpoint does not match the network: {wrong}; fix the model's fields")
   variables = {}
   for pair in pairs:
-    value = _from_torch(np.asarray(state[pair.theirs], np.float32))
+    value = _from_torch(np.asarray(state[pair.theirs]))
     if value.shape != shapes[pair.ours].shape:
       raise UsageError(
         f'the checkpoint does not match the network: {pair.theirs!r} has shape {value.shape}, '
         f"expected {shapes[pair.ours].shape}; fix the model's fields"
+      )
+    # Complex numbers, for example, would be cut to their real parts.
+    if not jnp.issubdtype(value.dtype, np.floating):
+      raise UsageError(
+        f'the checkpoint has {pair.theirs!r} of type {value.dtype}, expected floating-point '
+        'numbers: save it as float32'
+      )
+    with np.errstate(over='ignore'):
+      value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+      raise UsageError(
+        f'the checkpoint has NaN or infinite values in {pair.theirs!r}: use one from before its '
+        'training diverged'
       )
     variables[pair.ours] = value
   return unflatten_dict(variables, sep='/')
@@ -100,27 +119,50 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If torch is not installed, or the file is not a checkpoint of this network.
+    UsageError: If torch is not installed, the file is not a checkpoint of this network, or it would
+      fill memory.
   """
   try:
     import torch
   except ImportError:
     raise UsageError(f'reading {os.fspath(path)} requires PyTorch: pip install torch') from None
+  if not os.path.exists(path):
+    raise UsageError(f'checkpoint {os.fspath(path)} does not exist')
+  if not os.path.isfile(path):  # Reading a pipe would wait, and of a device never end.
+    raise UsageError(f'{os.fspath(path)} is not a regular file: give a checkpoint')
   try:
+    if zipfile.is_zipfile(path):
+      with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+        untrusted.check_growth(archive, file)
     content = torch.load(path, map_location='cpu', weights_only=True)
-  except FileNotFoundError:
-    raise UsageError(f'checkpoint {os.fspath(path)} does not exist') from None
   except Exception as error:
     raise UsageError(
       f'{os.fspath(path)} is not a checkpoint that can be read without running code from it '
       f'({type(error).__name__}): save only the state_dict'
     ) from error
   state = content.get('state_dict', content) if isinstance(content, dict) else {}
-  tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+  tensors = {
+    name: value
+    for name, value in (state.items() if isinstance(state, dict) else ())
+    if isinstance(name, str) and isinstance(value, torch.Tensor)
+  }
   if not tensors:
     raise UsageError(f'{os.fspath(path)} contains no state_dict: give the checkpoint of a network')
-  arrays = {name: value.detach().float().numpy() for name, value in tensors.items()}
-  return from_state_dict(arrays, model)
+  return from_state_dict({name: _to_numpy(name, t) for name, t in tensors.items()}, model)
+
+
+def _to_numpy(name, tensor):
+  tensor = tensor.detach()
+  try:
+    # A tensor that repeats its values can be of any size; a copy of it would fill memory.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+      raise ValueError
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+  except (ValueError, TypeError, RuntimeError) as error:
+    raise UsageError(
+      f'the checkpoint has {name!r}, which is not a plain tensor ({tensor.layout}, {tensor.dtype}, '
+      f'{tensor.device}): save dense tensors'
+    ) from error
 
 
 def _shapes(model):

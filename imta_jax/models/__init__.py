@@ -65,6 +65,10 @@ def create(
   ):
     if value not in choices:
       raise ValueError(f'{field} {value!r} is unknown: choose one of {", ".join(choices)}')
+  if type(num_classes) is not int or num_classes < 1:
+    raise ValueError(f'num_classes {num_classes!r} must be an integer above 0')
+  if not 0 <= shared_channels <= 1:
+    raise ValueError(f'shared_channels {shared_channels!r} must be from 0 to 1')
   known = [
     field
     for function in (ARCHITECTURES[name], create)

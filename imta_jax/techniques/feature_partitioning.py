@@ -25,6 +25,11 @@ def partition(x: jax.Array, shared_channels: float) -> jax.Array:
 
   Returns:
     `x` itself.
+
+  Raises:
+    ValueError: If the share is out of range.
   """
+  if not 0 <= shared_channels <= 1:
+    raise ValueError(f'shared_channels {shared_channels} is out of range: it must be from 0 to 1')
   shared, own = jnp.split(x, [round(shared_channels * x.shape[-1])], axis=-1)
   return jnp.concatenate([shared, jax.lax.stop_gradient(own)], axis=-1)

@@ -30,10 +30,12 @@ def one_for_all_loss(
 
   Args:
     logits: [num_exits, batch, num_classes].
-    labels: [batch], class indices.
-    teacher_logits: [batch, num_classes]; treated as constants in the backward pass.
+    labels: [batch], class indices; if one is none, the loss is NaN, since values inside a compiled
+      function cannot be refused.
+    teacher_logits: [batch, num_classes]; treated as constants in the backward pass. Some may be
+      minus infinity: then the probability of the class is 0.
     alpha: Weight of the labels, from 0 to 1; the weight of the teacher is 1 - alpha.
-    temperature: The temperature T, above 0.
+    temperature: The temperature T, above 0 and finite.
     class_reduction: 'sum' for the divergence; 'mean' divides it by the number of classes, as the
       published code does.
 
@@ -45,8 +47,8 @@ def one_for_all_loss(
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f'alpha {alpha} is out of range: it must be between 0 and 1')
-  if not temperature > 0:
-    raise ValueError(f'temperature {temperature} is out of range: it must be above 0')
+  if not 0 < temperature < float('inf'):
+    raise ValueError(f'temperature {temperature} is out of range: it must be above 0 and finite')
   if class_reduction not in CLASS_REDUCTIONS:
     raise ValueError(
       f'class_reduction {class_reduction!r} is unknown: choose one of {", ".join(CLASS_REDUCTIONS)}'
@@ -58,14 +60,32 @@ def one_for_all_loss(
     )
   logits = logits.astype(jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
-  cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
-    logits, jnp.broadcast_to(labels, logits.shape[:-1])
-  ).mean(axis=-1)
+  label_loss = cross_entropy(logits, labels)
+  log_targets = jax.nn.log_softmax(teacher_logits / temperature)
   divergence = optax.losses.kl_divergence_with_log_targets(
     jax.nn.log_softmax(logits[:-1] / temperature),
-    jax.nn.log_softmax(teacher_logits / temperature),
+    log_targets,
+    where=log_targets != -jnp.inf,  # In the limit p log p is 0; computed it would be NaN.
   ).mean(axis=-1)
   if class_reduction == 'mean':
     divergence /= logits.shape[-1]
-  distilled = alpha * cross_entropy[:-1] + (1 - alpha) * temperature**2 * divergence
-  return distilled.sum() + cross_entropy[-1]
+  distilled = alpha * label_loss[:-1] + (1 - alpha) * temperature**2 * divergence
+  return distilled.sum() + label_loss[-1]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Computes the cross-entropy of each exit, averaged over images.
+
+  Args:
+    logits: [num_exits, batch, num_classes].
+    labels: [batch], class indices; if one is none, the result is NaN.
+
+  Returns:
+    [num_exits], in the type of the logits.
+  """
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits, jnp.broadcast_to(labels, logits.shape[:-1])
+  )
+  # As an index, -1 would be the last class.
+  are_classes = (labels >= 0) & (labels < logits.shape[-1])
+  return jnp.where(are_classes, losses, jnp.nan).mean(axis=-1)

@@ -10,8 +10,10 @@ from imta_jax.adaptive.policy import (
   BUDGET_PARAMETERS,
   budget_sweep,
   choose_exits,
+  exit_scores,
   find_thresholds,
   geometric_shares,
+  optimal_sweep,
 )
 
 
@@ -214,3 +216,39 @@ def test_thresholds_are_one_for_each_exit():
   for thresholds in ([0.5], [0.5, 0.5], [[0.5, 0.5, 0.5]], 0.5):
     with pytest.raises(ValueError, match='must be .3., one for each exit'):
       choose_exits(confidence, thresholds)
+
+
+def test_extreme_parameters_give_the_limits():
+  np.testing.assert_allclose(geometric_shares(1e-300, 3), [1, 0, 0], atol=1e-9)
+  np.testing.assert_allclose(geometric_shares(1e300, 3), [0, 0, 1], atol=1e-9)
+  with pytest.raises(ValueError, match='0 exits cannot share images'):
+    geometric_shares(1.0, 0)
+
+
+PROBABILITIES = np.random.default_rng(0).dirichlet(np.ones(3), (2, 9))
+
+
+@pytest.mark.parametrize('shares', [(0.5, -0.5), (np.nan, 0.5), (np.inf, 0), (0.5,), (1, 0, 0)])
+def test_shares_that_are_none_are_refused(shares):
+  with pytest.raises(ValueError, match='must be from 0 to 1, one for each of 2 exits'):
+    find_thresholds(PROBABILITIES, shares)
+
+
+@pytest.mark.parametrize('temperatures', [(1, 0), (1, -1), (1, np.nan), (1, np.inf), (1,), 1])
+def test_temperatures_that_are_none_are_refused(temperatures):
+  with pytest.raises(ValueError, match='must be above 0, one for each exit'):
+    exit_scores(PROBABILITIES, 'calibrated', temperatures)
+
+
+@pytest.mark.parametrize('madds', [(1, np.nan), (1, np.inf), (0, 1), (-1, 1), (2, 1), ()])
+def test_costs_that_are_none_are_refused(madds):
+  labels = np.zeros(9, int)
+  for sweep in (budget_sweep, optimal_sweep):
+    with pytest.raises(ValueError, match='^madds .* must be '):
+      sweep(PROBABILITIES, labels, PROBABILITIES, labels, madds, [1.0])
+
+
+def test_no_images_are_refused():
+  labels, none = np.zeros(9, int), np.zeros(0, int)
+  with pytest.raises(ValueError, match='there are no test images'):
+    budget_sweep(PROBABILITIES, labels, PROBABILITIES[:, :0], none, (1, 2))

@@ -1,6 +1,9 @@
 """Checkpoints of the paper's published code: equal results, and round trips."""
 
+import os
+import re
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -314,6 +317,52 @@ def test_a_network_that_the_published_code_lacks_is_refused(model, message):
     from_state_dict({}, model)
 
 
+NAME = 'classifier.1.linear.weight'
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda value: value.astype(complex), 'of type complex128, expected floating-point numbers'),
+    (lambda value: value.astype(int), 'of type int64, expected floating-point numbers'),
+    (lambda value: value > 0, 'of type bool, expected floating-point numbers'),
+    (lambda value: value.astype(str), 'of type <U.*, expected floating-point numbers'),
+    (lambda value: value.astype(object), 'of type object, expected floating-point numbers'),
+    (lambda value: np.where(value == value.max(), np.nan, value), 'NaN or infinite values'),
+    (lambda value: np.where(value == value.max(), -np.inf, value), 'NaN or infinite values'),
+    (lambda value: value * 1e300, 'NaN or infinite values'),
+    (lambda value: value[..., np.newaxis], 'has shape'),
+    (lambda value: value[0], 'has shape'),
+    (lambda value: value.T, 'has shape'),
+    (lambda value: np.float32(1), 'has shape'),
+    (lambda value: np.broadcast_to(np.float64(1), (10**7, 10**7)), 'has shape'),
+  ],
+)
+def test_arrays_that_are_no_weights_are_refused_by_name(phase_one, change, message):
+  state = without_prefix(phase_one[0])
+  state[NAME] = change(state[NAME].astype(np.float64))
+  with pytest.raises(UsageError, match=f"'{NAME}'|{message}") as caught:
+    from_state_dict(state, create())
+  assert re.search(message, str(caught.value)) and NAME in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_other_floating_point_numbers_become_float32(phase_one):
+  state = without_prefix(phase_one[0])
+  expected = from_state_dict(state, create())
+  for dtype in (np.float64, np.float16, jnp.bfloat16):
+    converted = from_state_dict({name: v.astype(dtype) for name, v in state.items()}, create())
+    for actual, value in zip(jax.tree.leaves(converted), jax.tree.leaves(expected), strict=True):
+      assert actual.dtype == np.float32
+      np.testing.assert_array_equal(actual, value.astype(dtype).astype(np.float32))
+
+
+def test_a_name_with_and_without_prefix_is_refused(phase_one):
+  state = phase_one[0]
+  with pytest.raises(UsageError, match="names with and without 'module.': keep one of both"):
+    from_state_dict({**state, NAME: state[f'module.{NAME}'] + 1}, create())
+
+
 @pytest.fixture
 def torch():
   return pytest.importorskip('torch')
@@ -377,6 +426,68 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(torch, tmp_path):
   with pytest.raises(UsageError, match='notes.txt is not a checkpoint') as caught:
     load_checkpoint(path, create())
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda torch, value: torch.complex(value, value),
+    lambda torch, value: value.to_sparse(),
+    lambda torch, value: value.to_sparse_csr(),
+    lambda torch, value: value.to('meta'),
+    lambda torch, value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    lambda torch, value: value[:1, :1].expand(10**7, 10**7),
+    lambda torch, value: value[:1, :1].to(torch.bfloat16).expand(10**7, 10**7),
+    lambda torch, value: value / 0,
+  ],
+  ids=range(8),
+)
+@pytest.mark.filterwarnings('ignore')
+def test_tensors_that_are_no_weights_are_refused_by_name(torch, tmp_path, phase_one, make):
+  state = {name: torch.from_numpy(v) for name, v in without_prefix(phase_one[0]).items()}
+  state[NAME] = make(torch, state[NAME])
+  path = tmp_path / 'state.pth'
+  torch.save(state, path)
+  with pytest.raises(UsageError, match=f"the checkpoint .*'{NAME}'") as caught:
+    load_checkpoint(path, create())
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [3, [], {}, {'state_dict': 3}, {'state_dict': [1]}, {1: None}])
+def test_a_file_without_tensors_is_refused(torch, tmp_path, content):
+  path = tmp_path / 'state.pth'
+  torch.save(content, path)
+  with pytest.raises(UsageError, match='state.pth contains no state_dict'):
+    load_checkpoint(path, create())
+
+
+def test_entries_that_are_no_tensors_are_passed_over(torch, tmp_path, phase_one):
+  state = {name: torch.from_numpy(value) for name, value in phase_one[0].items()}
+  path = tmp_path / 'state.pth'
+  torch.save({**state, 'epoch': 3, 4: torch.ones(2), 'names': ['a']}, path)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    load_checkpoint(path, create()),
+    from_state_dict(phase_one[0], create()),
+  )
+
+
+def test_a_file_that_would_fill_memory_is_refused_before_it_is_read(torch, tmp_path):
+  path = tmp_path / 'state.pth'
+  torch.save({'x': torch.ones(3)}, path)
+  archive = zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED)
+  with archive, archive.open('state/data/1', 'w') as entry:
+    for _ in range(17):
+      entry.write(bytes(2**26))
+  with pytest.raises(UsageError, match='state.pth is not a checkpoint') as caught:
+    load_checkpoint(path, create())
+  assert 'would grow to 1,140,' in str(caught.value.__cause__)
+
+
+def test_a_pipe_is_refused_at_once(torch, tmp_path):
+  os.mkfifo(tmp_path / 'pipe.pth')
+  with pytest.raises(UsageError, match='pipe.pth is not a regular file'):
+    load_checkpoint(tmp_path / 'pipe.pth', create())
 
 
 def test_a_file_that_does_not_exist_is_named(torch, tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imta_jax.techniques.one_for_all import one_for_all_loss
+from imta_jax.techniques.one_for_all import cross_entropy, one_for_all_loss
 
 NUM_EXITS, BATCH, NUM_CLASSES = 3, 5, 4
 OPTIONS = [(0.1, 3.0), (0.9, 1.0), (0.5, 0.7), (0.0, 2.0), (1.0, 4.0)]
@@ -116,9 +116,10 @@ def test_it_computes_in_float32_whatever_the_logits_are(arrays):
     ('alpha', -0.1, 'between 0 and 1'),
     ('alpha', 1.5, 'between 0 and 1'),
     ('alpha', float('nan'), 'between 0 and 1'),
-    ('temperature', 0.0, 'above 0'),
-    ('temperature', -3.0, 'above 0'),
-    ('temperature', float('nan'), 'above 0'),
+    ('temperature', 0.0, 'above 0 and finite'),
+    ('temperature', -3.0, 'above 0 and finite'),
+    ('temperature', float('nan'), 'above 0 and finite'),
+    ('temperature', float('inf'), 'above 0 and finite'),
     ('class_reduction', 'max', 'sum, mean'),
   ],
 )
@@ -142,3 +143,49 @@ def test_shapes_that_would_broadcast_are_refused(arrays, change):
     labels = labels[:1]
   with pytest.raises(ValueError, match='do not match logits'):
     one_for_all_loss(logits, labels, teacher, alpha=0.1, temperature=3.0)
+
+
+@pytest.mark.parametrize('label', [-1, -NUM_CLASSES, NUM_CLASSES, 2**31 - 1])
+@pytest.mark.parametrize('alpha', [0.0, 0.1])
+def test_a_label_that_is_no_class_makes_the_loss_nan(arrays, label, alpha):
+  logits, labels, teacher = arrays
+  labels = np.array([label, *labels[1:]], np.int32)
+  run = jax.jit(lambda *args: one_for_all_loss(*args, alpha=alpha, temperature=3.0))
+  assert np.isnan(run(logits, labels, teacher))
+  assert np.isnan(cross_entropy(logits, labels)).all()
+
+
+def test_a_class_that_the_teacher_excludes_counts_as_in_the_limit(arrays):
+  logits, labels, teacher = arrays
+  excluded, nearly = teacher.copy(), teacher.copy()
+  excluded[:, 0], nearly[:, 0] = -np.inf, -1e4
+  run = jax.value_and_grad(
+    lambda logits, teacher: one_for_all_loss(
+      logits, labels, teacher, alpha=0.1, temperature=3.0, class_reduction='mean'
+    )
+  )
+  for actual, expected in zip(run(logits, excluded), run(logits, nearly), strict=True):
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_a_student_may_exclude_what_its_teacher_excludes(arrays):
+  logits, _, teacher = (array.copy() for array in arrays)
+  labels = np.full(BATCH, 1)
+  logits[:, :, 0], teacher[:, 0] = -np.inf, -np.inf
+
+  def run(logits, labels, teacher):
+    return jax.value_and_grad(one_for_all_loss)(logits, labels, teacher, alpha=0.1, temperature=3.0)
+
+  loss, gradient = run(logits, labels, teacher)
+  expected_loss, expected_gradient = run(logits[..., 1:], labels - 1, teacher[:, 1:])
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+  np.testing.assert_allclose(gradient[..., 1:], expected_gradient, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(gradient[..., 0], 0)
+
+
+def test_a_teacher_without_a_class_makes_the_loss_nan(arrays):
+  logits, labels, teacher = arrays
+  for value in (-np.inf, np.nan):
+    wrong = np.where(np.arange(BATCH)[:, np.newaxis] == 0, np.float32(value), teacher)
+    assert np.isnan(one_for_all_loss(logits, labels, wrong, alpha=0.1, temperature=3.0))

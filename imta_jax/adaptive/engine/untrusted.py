@@ -83,20 +83,28 @@ def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
     ValueError: If the file is damaged, contains anything else, or is small but would fill memory.
   """
   try:
-    packed = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
-      entries = archive.infolist()
-      unpacked = sum(entry.file_size for entry in entries)
-      if unpacked > max(_HARMLESS, _LARGEST_GROWTH * packed):
-        raise ValueError(f'{packed:,} bytes would grow to {unpacked:,}')
+      check_growth(archive, file)
       arrays = {}
-      for entry in entries:
+      for entry in archive.infolist():
         with archive.open(entry) as content:
           arrays[entry.filename.removesuffix('.npy')] = _read_array(content)
     return arrays
   except Exception as error:  # Damaged files make their readers raise all kinds of exceptions.
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ValueError(reason[:200]) from error
+
+
+def check_growth(archive: zipfile.ZipFile, file: BinaryIO) -> None:
+  """Checks what an archive would take in memory.
+
+  Raises:
+    ValueError: If its file is small, but would fill memory.
+  """
+  packed = file.seek(0, 2)
+  unpacked = sum(entry.file_size for entry in archive.infolist())
+  if unpacked > max(_HARMLESS, _LARGEST_GROWTH * packed):
+    raise ValueError(f'{packed:,} bytes would grow to {unpacked:,}')
 
 
 def _read_array(file):
