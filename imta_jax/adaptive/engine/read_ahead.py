@@ -17,7 +17,9 @@ class ReadAhead:
     self._next: Future | None = None
 
   def fetch(self) -> None:
-    """Starts to read the next item, without waiting for it."""
+    """Starts to read the next item, unless that has started already, and does not wait for it."""
+    if self._next is not None:
+      return
     if self._requests is None:
       self._requests = queue.SimpleQueue()
       # A source that waits for ever must not keep the program from its end.

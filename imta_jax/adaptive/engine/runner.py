@@ -105,8 +105,8 @@ class Runner:
 
     A stage runs as soon as it has a full batch, the last such stage first, so that queues stay
     short. When the source is exhausted, queues are emptied from the first stage to the last. The
-    device works on a batch while the host sorts the images of the previous one. Answers do not wait
-    for the source, of which all but the first pair are read in another thread.
+    device works on a batch while the host sorts the images of the previous one. Another thread asks
+    the source for more meanwhile, so that answers do not wait for it.
 
     Args:
       source: Pairs of images [image, height, width, channels] and thresholds [image, exit].
@@ -126,6 +126,8 @@ class Runner:
       waiting = [index for index, queue in enumerate(queues) if queue.count]
       full = [index for index in waiting if queues[index].count >= self.plan.full_batch]
       if full:
+        if open_source:
+          source.fetch()
         started.append(self._start(full[-1], queues, total))
       elif open_source and (source.is_ready() or not started):
         item = source.take()
@@ -135,8 +137,6 @@ class Runner:
           queues[0].put(Batch(images, np.arange(len(images)), indices, thresholds))
           first_index += len(images)
         open_source = item is not None and first_index < total
-        if open_source:
-          source.fetch()
         continue
       elif waiting and not started:
         started.append(self._start(waiting[0], queues, total))
