@@ -47,7 +47,7 @@ class Search:
 
   def explore(self) -> None:
     """Searches thresholds for prices from those that keep all images to those that keep none."""
-    span = self._madds[-1] - self._madds[0]
+    span = self._madds[-1] - self._madds[0] or 1.0  # Any price will do if all exits cost the same.
     for price in np.geomspace(1e-3, 10, _NUM_PRICES) / span:
       self.add(self._ascend(self.best(np.inf), lambda accuracy, cost, p=price: accuracy - p * cost))
 

@@ -1,7 +1,9 @@
 """Reads exports of experiments/export.py.
 
-An export may come from a stranger, whose checksums prove nothing. Nothing is assumed about its
-files but that they do not change while they are read.
+Checksums find damage, but prove nothing about an export from a stranger. Its manifest and arrays
+are therefore checked in form and size, and no file outside of it is read. Its programs are as
+trustworthy as their author: XLA, which reads and runs them, is not made to withstand attacks, and
+may crash on bytes that were chosen for it, or never return.
 """
 
 import hashlib
