@@ -1,5 +1,6 @@
 """The training loop: phases, steps, validation and checkpoints; then the final evaluation."""
 
+import faulthandler
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ from imta_jax.packing import pack
 from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 from imta_jax.profiling import Profile
+
+# The longest time between steps of several hosts, validations and checkpoints included.
+_SECONDS_TO_HANG = 1800
 
 
 def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
@@ -158,6 +162,8 @@ def _train_phase(
           source, count = read(most)
         state = dispatch(state, teacher, source, count)
         stop.has_unsaved_steps = True
+        if jax.process_count() > 1:  # A host that hangs would keep all others waiting without end.
+          faulthandler.dump_traceback_later(_SECONDS_TO_HANG, exit=True)
         if step == first_step:
           reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
           progress.start_interval(step + count)
@@ -201,6 +207,7 @@ def _train_phase(
           checkpoints.wait()
           stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')
 
+    faulthandler.cancel_dump_traceback_later()
     chosen = networks.chosen_state(checkpoints, state, phase.config, name, workdir)
   reporter.say(
     f'{name} is finished; its {phase.config.chosen_state} state is from step {int(chosen.step):,}.'

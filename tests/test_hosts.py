@@ -55,13 +55,13 @@ def start(images, tmp_path_factory):
   """A function that starts to train on (processes, devices per process), and returns the hosts."""
   cache = tmp_path_factory.mktemp('cache')
 
-  def run(num_processes, num_devices, in_memory, workdir):
+  def run(num_processes, num_devices, in_memory, workdir, *flags, program=('-m', 'imta_jax.main')):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
     command = [
-      *(sys.executable, '-m', 'imta_jax.main', f'--config=configs/image_folder.py:{images}'),
-      *(f'--workdir={workdir}', f'--config.dataset.in_memory={in_memory}', *OVERRIDES),
+      *(sys.executable, *program, f'--config=configs/image_folder.py:{images}'),
+      *(f'--workdir={workdir}', f'--config.dataset.in_memory={in_memory}', *OVERRIDES, *flags),
     ]
     if num_processes > 1:
       command += [f'--coordinator_address=localhost:{port}', f'--num_processes={num_processes}']
@@ -142,6 +142,49 @@ def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
   output = train(1, 4, in_memory, tmp_path)[1][0]
   assert f'phase_1 resumes from step {saved}.' in output
   assert_trained_alike(workdir, tmp_path)
+
+
+# The reader of the second host hangs before its sixth batch.
+HANGING = """
+import sys
+import time
+from imta_jax import main, train
+from imta_jax.data import folder_reader
+train._SECONDS_TO_HANG = 10
+whole = folder_reader.FolderReader.train_batches
+def hanging(self, first_step):
+  for number, batch in enumerate(whole(self, first_step)):
+    if number == 5 and '--process_id=1' in sys.argv:
+      time.sleep(1000)
+    yield batch
+folder_reader.FolderReader.train_batches = hanging
+main.run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_host_that_dies_or_stops_ends_the_other_with_a_reason(victim, number, start, tmp_path):
+  hosts = start(2, 1, True, tmp_path, '--config.phases[0].epochs=5000')
+  read_until(hosts[0], 'phase_1: first step')
+  hosts[victim].send_signal(number)
+  try:
+    output, _ = hosts[1 - victim].communicate(timeout=200)
+  finally:
+    hosts[victim].kill()
+  assert hosts[1 - victim].returncode not in (0, None)
+  assert 'another host has ended' in output or 'another task died' in output
+
+
+@pytest.mark.slow
+def test_a_host_that_hangs_ends_all_and_shows_where(start, tmp_path):
+  path = tmp_path / 'hanging.py'
+  path.write_text(HANGING)
+  hosts = start(2, 1, False, tmp_path / 'run', program=(path,))
+  outputs = [host.communicate(timeout=200)[0] for host in hosts]
+  assert all(host.returncode not in (0, None) for host in hosts)
+  assert 'Timeout (0:00:10)!' in outputs[1] and 'in hanging' in outputs[1]
 
 
 def assert_trained_alike(workdir, other):
