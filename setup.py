@@ -4,7 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SERVE = ['prometheus-client', 'python-multipart', 'starlette', 'uvicorn']
+SERVE = [
+  'prometheus-client>=0.21.0',
+  'python-multipart>=0.0.12',
+  'starlette>=0.40.0',
+  'uvicorn>=0.30.0',
+]
 
 setup(
   name='imta_jax',
@@ -15,34 +20,44 @@ setup(
   license='Apache-2.0',
   packages=find_packages(include=['imta_jax', 'imta_jax.*']),
   python_requires='>=3.11',
-  # Four ranges end where tests have passed: Python 3.11 with jax 0.10.2, 3.13 with jax 0.12.0.1.
+  # Each range begins with the version in constraints-oldest.txt. The newest that were tested are
+  # in constraints.txt; on Python 3.13 also jax 0.12.0.1, flax 0.12.12, numpy 2.5.5, scipy 1.18.1.
   install_requires=[
-    'absl-py',
-    'clu',
-    'etils[epath]',
+    'absl-py>=2.2.0',
+    'clu>=0.0.12',
+    'etils[epath]>=1.12.0',
     'flax>=0.12.8,<0.13',
-    'importlib_resources',  # Needed by tensorflow-datasets, which does not declare it.
+    'importlib_resources>=6.4.0',  # Needed by tensorflow-datasets, which does not declare it.
     'jax>=0.10.2,<0.13',
-    'matplotlib',
-    'ml-collections',
-    'mlxtend',
-    'numpy',
+    'matplotlib>=3.10.8',
+    'ml-collections>=1.0.0',
+    'mlxtend>=0.23.2',
+    'numpy>=2.0.2',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<0.13',
-    'pillow',
-    'rich',
-    'scipy',
-    'tensorboard',  # Needed by clu, which does not declare it.
-    'tensorflow-cpu; platform_machine == "x86_64" and sys_platform != "darwin"',
-    'tensorflow; platform_machine != "x86_64" or sys_platform == "darwin"',
-    'tensorflow-datasets',
+    'pillow>=11.0.0',
+    'rich>=13.9.0',
+    'scipy>=1.14.0',
+    'tensorboard>=2.19.0',  # Needed by clu, which does not declare it.
+    'tensorflow-cpu>=2.19.0; platform_machine == "x86_64" and sys_platform != "darwin"',
+    'tensorflow>=2.19.0; platform_machine != "x86_64" or sys_platform == "darwin"',
+    'tensorflow-datasets>=4.9.8',
   ],
   extras_require={
     'serve': SERVE,
-    'test': ['httpx', 'hypothesis', 'pytest', 'pytest-xdist', 'ruff', *SERVE],
+    'test': [
+      'httpx>=0.27.0',
+      'hypothesis>=6.112.0',
+      'packaging>=24.2',
+      'pytest>=8.3.0',
+      'pytest-xdist>=3.6.1',
+      'ruff>=0.17.6',
+      *SERVE,
+    ],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'onnx': ['jax2onnx', 'onnxruntime'],
+    # Of jax2onnx, later versions need an older orbax-checkpoint, and this one an older jax.
+    'onnx': ['jax<0.11', 'jax2onnx>=0.13.0', 'onnxruntime>=1.32.0'],
     'torch': ['torch'],
   },
 )

@@ -67,7 +67,8 @@ def test_every_config_and_program_in_a_command_exists():
 
 def test_the_commands_that_are_run_word_for_word_are_those_of_a_newcomer():
   commands = check_readme.commands(TEXT)
-  assert commands[0] == 'python3 -m venv .venv && .venv/bin/pip install -q -e .'
+  install = '.venv/bin/pip install -q -c constraints.txt -e .'
+  assert commands[0] == f'python3 -m venv .venv && {install}'
   for word in ('write_images', 'predict', 'configs/mnist5k.py', 'image_folder', 'serve', 'export'):
     assert any(word in command for command in commands), word
   assert not any('#' in command or 'pytest' in command for command in commands)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_the_code_in_the_docstring_gives_our_answers(
   export_onnx, classifier, exported, images, monkeypatch
 ):
   monkeypatch.chdir(exported.parent)
-  code = export_onnx.__doc__[export_onnx.__doc__.index('    import json') :]
+  code = re.search(r'    import json.*?(?=\n\S)', export_onnx.__doc__, re.DOTALL)[0]
   expected = classifier.predict(images)
   assert len(set(expected.exits)) > 1
   for index, image in enumerate(images):
