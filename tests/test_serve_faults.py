@@ -323,7 +323,9 @@ STABLE = settings(derandomize=True, deadline=None, max_examples=100, database=No
 def assert_answered_or_refused(response):
   if response.status_code == 200:
     body = response.json()
-    for answer in body.get('answers', [body]):
+    answers = body.get('answers', [body])
+    assert answers
+    for answer in answers:
       assert answer['class'] in ('ant', 'bee', 'cat') and answer['exit'] in (1, 2)
   else:
     assert 400 <= response.status_code < 500 or response.status_code == 503
@@ -428,6 +430,18 @@ def test_a_client_that_stalls_is_disconnected(name, port):
     received = read_all(connection)
   assert received.startswith(expected) and bool(received) == bool(expected)
   assert 0.9 * WAIT < time.monotonic() - start < 10 * WAIT
+
+
+def test_a_connection_lasts_as_long_as_it_is_used(port):
+  start = time.monotonic()
+  with connected(port) as connection:
+    while time.monotonic() - start < 2 * WAIT:
+      connection.sendall(HEALTH)
+      assert connection.recv(65536).startswith(b'HTTP/1.1 200 ')
+      time.sleep(WAIT / 10)
+    connection.sendall(HEALTH[:20])
+    assert read_all(connection) == b''
+  assert time.monotonic() - start < 12 * WAIT
 
 
 @pytest.mark.parametrize('sent', [head(5)[:30], head(999)])
