@@ -25,6 +25,7 @@ BAD_INPUT = [
   ([MNIST, 'extra'], ["'extra'", '--help']),
   (['--confg=x.py'], ["'confg'", 'config']),
   ([MNIST, '--workdr=x'], ["'workdr'", 'workdir']),
+  ([MNIST, '--workdir=foo://bar'], ['foo://bar', 'unknown scheme', 'gs://']),
   ([MNIST, '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
   ([MNIST, '--config.zzz=3'], ['config.zzz', 'batch_size', 'seed']),
   ([MNIST, '--config.dataset.nme=x'], ['config.dataset.nme', "'name'"]),
@@ -305,3 +306,9 @@ def test_the_program_ends_with_one_line_and_a_status(arguments, variables, words
   assert line.startswith('error: ')
   for word in words:
     assert word in line
+
+
+def test_help_is_no_failure():
+  command = [sys.executable, '-m', 'imta_jax.main', '--help']
+  result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  assert result.returncode == 0 and '--workdir' in result.stdout
