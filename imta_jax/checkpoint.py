@@ -174,8 +174,8 @@ class Checkpoints:
     for name in sorted({*stored, *expected}):
       if stored.get(name) != expected.get(name):
         raise UsageError(
-          f'checkpoint {self._folder / str(step)} was written by another version of this program: '
-          f'its {name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+          f'checkpoint {self._folder / str(step)} does not fit the network of this '
+          f'config: its {name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
           'choose another --workdir'
         )
     read = self._manager.restore(

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +20,9 @@ from imta_jax.adaptive.engine import untrusted
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
-from imta_jax.workdir import write_csv, write_whole
+from imta_jax.workdir import read_whole, write_csv, write_whole
 
 SPLITS = ('validation', 'test')
-
-# Bytes of a file that is read: those of a million images, 1000 classes and 4 exits.
-_LARGEST = 2**34
 
 _EVALUATE_AGAIN = 'run the training command again, which evaluates again'
 
@@ -128,7 +124,7 @@ def load_predictions(path: epath.Path) -> Predictions:
   Raises:
     UsageError: If they are missing or damaged.
   """
-  content = _read(path)
+  content = read_whole(path, _EVALUATE_AGAIN)
   try:
     # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
     arrays = untrusted.read_arrays(io.BytesIO(content))
@@ -147,19 +143,6 @@ def load_predictions(path: epath.Path) -> Predictions:
       f'{_EVALUATE_AGAIN}'
     )
   return Predictions(logits, labels)
-
-
-def _read(path):
-  # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise UsageError(f'{path} is not a regular file: {_EVALUATE_AGAIN}')
-  try:
-    if (size := path.stat().length) > _LARGEST:
-      raise UsageError(f'{path} is too large ({size:,} bytes): {_EVALUATE_AGAIN}')
-    return path.read_bytes()
-  except OSError as error:
-    reason = error.strerror or error
-    raise UsageError(f'{path} cannot be read ({reason}): {_EVALUATE_AGAIN}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +248,7 @@ def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
 
 def _load_rows(folder, table, name):
   path = folder / 'evaluation.json'
-  content = _read(path) if path.exists() else json.dumps({table: []})
+  content = read_whole(path, _EVALUATE_AGAIN) if path.exists() else json.dumps({table: []})
   try:
     tables = untrusted.read_json(content)
   except ValueError as error:

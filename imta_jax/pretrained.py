@@ -62,8 +62,9 @@ def _load_export(folder):
     raise UsageError(
       f'config.init_from is {folder}, an export without the names of its variables: export it again'
     )
-  named = zip(manifest['variables'], weights, strict=True)
-  return unflatten_dict(
-    {name: leaf for names, leaves in named for name, leaf in zip(names, leaves, strict=True)},
-    sep='/',
-  )
+  names = manifest['variables']
+  if list(map(len, names)) != list(map(len, weights)):
+    raise UsageError(
+      f'config.init_from is {folder}, whose manifest does not name all of its weights'
+    )
+  return unflatten_dict(dict(zip(sum(names, []), sum(weights, []), strict=True)), sep='/')

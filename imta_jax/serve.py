@@ -19,14 +19,11 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import decimal
 import functools
 import gc
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-
-import numpy as np
 
 try:
   import prometheus_client
@@ -307,10 +304,6 @@ class _Service:
     if name == 'max_loss':
       return self._classifier.thresholds_losing(limit)
     costs = self._classifier.madds if name == 'budget' else 1000 * self._costs
-    points = self._classifier.operating_points
-    least = min((float(np.dot(point.exit_fractions, costs)) for point in points), default=None)
-    if least is not None and not limit >= least:
-      raise ValueError(f'too small: the least is {_round_up(least)}')
     return self._classifier.thresholds_within(limit, costs)
 
   def _default_thresholds(self):
@@ -327,12 +320,6 @@ class _Service:
       raise HTTPException(
         503, f'{self._unanswered} images are pending: try again later', {'Retry-After': '1'}
       )
-
-
-def _round_up(number: float) -> str:
-  """Writes a number with 4 digits, and without an exponent, whose plus sign a URL cannot hold."""
-  rounding = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
-  return f'{rounding.create_decimal_from_float(number):f}'
 
 
 async def _refusal(request, error):

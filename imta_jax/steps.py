@@ -17,7 +17,7 @@ from imta_jax.errors import UsageError
 from imta_jax.models.batch_norm import MOMENTUM
 from imta_jax.models.multi_exit import AUXILIARY, MultiExitNetwork
 from imta_jax.packing import pack, unpack
-from imta_jax.techniques.one_for_all import one_for_all_loss
+from imta_jax.techniques.one_for_all import cross_entropy, one_for_all_loss
 from imta_jax.train_state import TrainState, Tree, Weights
 
 
@@ -138,8 +138,7 @@ def _loss(phase, logits, labels, teacher_logits):
       temperature=phase.temperature,
       class_reduction=phase.class_reduction,
     )
-  labels = jnp.broadcast_to(labels, logits.shape[:-1])
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1).sum()
+  return cross_entropy(logits, labels).sum()
 
 
 def _auxiliary_loss(sown, labels, num_classes):

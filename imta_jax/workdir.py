@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -25,6 +26,9 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
+
+# Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
+_LARGEST = 2**34
 
 _TRAIN_AGAIN = 'remove it and run the training command again'
 
@@ -82,12 +86,15 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   path = workdir / 'config.json'
   if not path.exists():
     raise UsageError(f'{workdir} is not a workdir: it has no config.json')
+  mend = 'restore it, or choose another workdir'
+  content = read_whole(path, mend)
   try:
-    return config_lib.from_json(path.read_text())
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UsageError(
-      f'{path} is damaged ({type(error).__name__}: {error}): restore it, or choose another workdir'
-    ) from error
+    config = config_lib.from_json(content.decode())
+    config_lib.validate(config)
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    reason = error if isinstance(error, UsageError) else f'{type(error).__name__}: {error}'
+    raise UsageError(f'{path} is damaged ({reason}): {mend}') from error
+  return config
 
 
 def load_class_names(workdir: epath.Path) -> list[str]:
@@ -99,9 +106,10 @@ def load_class_names(workdir: epath.Path) -> list[str]:
   path = workdir / 'classes.json'
   if not path.exists():
     raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
+  content = read_whole(path, _TRAIN_AGAIN)
   try:
-    names = json.loads(path.read_text())
-  except ValueError as error:
+    names = json.loads(content)
+  except (ValueError, RecursionError) as error:
     raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise UsageError(f'{path} is damaged: it must be a list of names; {_TRAIN_AGAIN}')
@@ -185,6 +193,27 @@ def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   writer.writeheader()
   writer.writerows(rows)
   write_whole(path, table.getvalue().encode())
+
+
+def read_whole(path: epath.Path, mend: str) -> bytes:
+  """Reads a file that may come from elsewhere.
+
+  Args:
+    path: The file.
+    mend: What to do if it cannot be used, for the message.
+
+  Raises:
+    UsageError: If it is not a regular file, is too large or cannot be read.
+  """
+  # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise UsageError(f'{path} is not a regular file: {mend}')
+  try:
+    if (size := path.stat().length) > _LARGEST:
+      raise UsageError(f'{path} is too large ({size:,} bytes): {mend}')
+    return path.read_bytes()
+  except OSError as error:
+    raise UsageError(f'{path} cannot be read ({error.strerror or error}): {mend}') from error
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -354,7 +354,7 @@ def test_reading_alone_makes_no_folder(folder):
 )
 def test_asking_for_a_state_of_another_structure_removes_nothing(other, copy):
   checkpoints = open_folder(copy)
-  with pytest.raises(UsageError, match='was written by another version of this program'):
+  with pytest.raises(UsageError, match='does not fit the network of this config'):
     checkpoints.restore(other)
   checkpoints.close()
   again = open_folder(copy)

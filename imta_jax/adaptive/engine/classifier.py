@@ -1,6 +1,7 @@
 """The classifier, the interface of the engine."""
 
 import dataclasses
+import decimal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -289,12 +290,15 @@ class AdaptiveClassifier:
     given = [name for name, limit in limits.items() if limit is not None]
     if len(given) > 1:
       raise ValueError(f'{" and ".join(given)} are given: give only one')
-    if budget is not None:
-      self.thresholds = self.thresholds_within(budget, self.madds)
-    elif latency is not None:
-      self.thresholds = self.thresholds_within(latency, self.measure_costs())
-    elif max_loss is not None:
-      self.thresholds = self.thresholds_losing(max_loss, confidence)
+    try:
+      if budget is not None:
+        self.thresholds = self.thresholds_within(budget, self.madds)
+      elif latency is not None:
+        self.thresholds = self.thresholds_within(latency, self.measure_costs())
+      elif max_loss is not None:
+        self.thresholds = self.thresholds_losing(max_loss, confidence)
+    except ValueError as error:
+      raise ValueError(f'{given[0]} {limits[given[0]]:g}: {error}') from error
     return self
 
   def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
@@ -310,6 +314,8 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If no operating point is within the budget.
     """
+    if not self.operating_points:
+      raise ValueError('there are no operating points to choose from')
     averages = [float(np.dot(point.exit_fractions, costs)) for point in self.operating_points]
     within = [
       (point.accuracy, -average, point.thresholds)
@@ -317,8 +323,7 @@ class AdaptiveClassifier:
       if average <= budget
     ]
     if not within:
-      least = f'{min(averages):.4g}' if averages else 'undefined: there are no operating points'
-      raise ValueError(f'budget {budget:g} is too small: the smallest possible budget is {least}')
+      raise ValueError(f'too small: the least is {_round_up(min(averages))}')
     return np.asarray(max(within)[-1], np.float32)
 
   def thresholds_losing(self, max_loss: float, confidence: float = 0.95) -> np.ndarray:
@@ -456,3 +461,9 @@ class AdaptiveClassifier:
         f'[{count}, {len(self.stages)}]'
       ) from None
     return rows
+
+
+def _round_up(number: float) -> str:
+  """Writes a number with 4 digits, and without an exponent, whose plus sign a URL cannot hold."""
+  rounding = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
+  return f'{rounding.create_decimal_from_float(number):f}'
