@@ -7,7 +7,7 @@ Reads a plan that experiments/plan.py has written for a TPU slice, and takes for
 
 - Each chip keeps its number of images, so that its program stays the same but for the number of
   chips that it exchanges gradients with (weak scaling; each chip has batch statistics of its own).
-  Compiled for 8 and for 64 chips, ImageNet has the same operations, bytes and all-reduces.
+  Compiled for 8, 64 and 256 chips of v5e, ImageNet has the same operations, bytes and all-reduces.
 - A v5p chip runs the same operations and moves the same bytes as a v5e chip. Its compiler may do
   better or worse.
 - Arithmetic and memory traffic overlap; the all-reduce of gradients, which come last, does not. It
