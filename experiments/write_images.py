@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If the config or the data set is wrong, or the folder is not empty.
+    UsageError: If the config or the data set is wrong, or the folder is not empty or cannot be
+      written.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,16 +43,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
   folder = epath.Path(options.folder)
   _, dataset = prepare.open_for(options.config, folder)
   images, labels = dataset.arrays.images[options.split], dataset.arrays.labels[options.split]
+  with prepare.writing(folder):
+    count = write(folder, images, labels, dataset.class_names, options.per_class)
+  print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
+
+
+def write(
+  folder: epath.Path,
+  images: np.ndarray,
+  labels: np.ndarray,
+  class_names: Sequence[str],
+  per_class: int,
+) -> int:
+  """Writes the first images of each class.
+
+  Args:
+    folder: Where the folders of the classes are made.
+    images: uint8 [image, height, width, channels].
+    labels: [image].
+    class_names: [class].
+    per_class: The largest number of images of a class.
+
+  Returns:
+    The number of images.
+  """
   count = 0
-  for label, name in enumerate(dataset.class_names):
+  for label, name in enumerate(class_names):
     of_class = folder / name
     of_class.mkdir(parents=True)
-    for number, index in enumerate(np.flatnonzero(labels == label)[: options.per_class]):
+    for number, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
       pixels = images[index]
       image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
       image.save(of_class / f'{number}.png')
       count += 1
-  print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
+  return count
 
 
 if __name__ == '__main__':

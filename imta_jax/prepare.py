@@ -8,7 +8,8 @@ each, so that they can travel alone.
 """
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If the config or the data set is wrong, or the folder is not empty.
+    UsageError: If the config or the data set is wrong, or the folder is not empty or cannot be
+      written.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -35,9 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   folder = epath.Path(options.folder)
   config, dataset = open_for(options.config, folder)
-  for part in arrays.write(config.dataset, dataset.arrays, folder):
+  with writing(folder):
+    parts = arrays.write(config.dataset, dataset.arrays, folder)
+  for part in parts:
     size = sum(path.stat().length for path in part.iterdir())
     print(f'{part}  {size / 1e6:.1f} MB')
+
+
+@contextlib.contextmanager
+def writing(folder: epath.Path) -> Iterator[None]:
+  """Says in one line that a folder cannot be written, for example on a full disk.
+
+  Raises:
+    UsageError: If it cannot.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UsageError(
+      f'{folder} cannot be written ({error.strerror or error}): make room, delete what is there '
+      'and run the command again'
+    ) from error
 
 
 def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemoryDataset]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from imta_jax import config as config_lib
 from imta_jax import prepare
+from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +85,29 @@ def test_a_folder_with_something_in_it_is_refused(folder):
 def test_a_streamed_data_set_is_refused(tmp_path):
   with pytest.raises(UsageError, match='is streamed'):
     prepare.main([f'--config={ROOT}/configs/imagenet.py', str(tmp_path / 'arrays')])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_does_not_pass_for_complete(folder):
+  """Files cannot be larger than 400 kB, as on a disk that is full."""
+  program = (
+    'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n'
+    'from imta_jax import command_line, prepare; command_line.run(prepare.main)'
+  )
+  arguments = ['--config=configs/mnist5k.py', f'{folder}/cut']
+  result = subprocess.run(
+    [sys.executable, '-c', program, *arguments],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'TFDS_DATA_DIR': f'{folder}/tfds'},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 2
+  assert result.stderr.splitlines()[-1].startswith(
+    f'error: {folder}/cut cannot be written (File too large): make room'
+  )
+  assert 'Traceback' not in result.stderr
+  config = config_lib.load_file(f'{ROOT}/configs/mnist5k.py')
+  config.dataset.arrays_dir = f'{folder}/cut'
+  with pytest.raises(UsageError, match='does not contain a complete data set'):
+    open_dataset(config)

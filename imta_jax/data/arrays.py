@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from imta_jax.errors import UsageError
 SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')
 _PART_BYTES = 48_000_000
+# What reading raises if files are missing or damaged.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def load(dataset: ConfigDict) -> Arrays | None:
     if record['stamp'] != _stamp(epath.Path(record['source'])):
       return None
     return _read_parts(folder, record)
-  except (OSError, ValueError, KeyError):  # Missing or damaged.
+  except _DAMAGE:
     return None
 
 
@@ -69,16 +72,17 @@ def _load_arrays_dir(dataset):
   try:
     record = json.loads((folder / 'record.json').read_text())
     arrays = _read_parts(folder, record)
-  except (OSError, ValueError, KeyError) as error:
+  except _DAMAGE as error:
+    is_clear = isinstance(error, OSError | ValueError)
     raise UsageError(
       f'config.dataset.arrays_dir is {dataset.arrays_dir}, which does not contain a complete data '
-      f'set ({error}): {hint}'
+      f'set ({error if is_clear else f"record.json is damaged: {error!r}"}): {hint}'
     ) from error
   for field in _FIELDS:
-    if record[field] != dataset[field]:
+    if (value := record.get(field)) != dataset[field]:
       raise UsageError(
-        f'config.dataset.arrays_dir is {dataset.arrays_dir}, whose {field} is {record[field]!r}, '
-        f'not {dataset[field]!r}: {hint}'
+        f'config.dataset.arrays_dir is {dataset.arrays_dir}, whose {field} is {value!r}, not '
+        f'{dataset[field]!r}: {hint}'
       )
   return arrays
 
@@ -134,10 +138,11 @@ def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
   folder = _cache_folder(dataset)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = epath.Path(tempfile.mkdtemp(dir=folder.parent))
-    write(dataset, arrays, part, {'source': str(source), 'stamp': _stamp(source)})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+      part = epath.Path(temporary) / 'arrays'
+      write(dataset, arrays, part, {'source': str(source), 'stamp': _stamp(source)})
+      shutil.rmtree(folder, ignore_errors=True)
+      os.replace(part, folder)
   except OSError as error:
     logging.warning('The data set could not be cached in %s (%s).', folder, error.strerror)
 
@@ -155,6 +160,10 @@ def write(
 
   Returns:
     The folders of the parts.
+
+  Raises:
+    OSError: If a file cannot be written; without record.json, which comes last, `load` refuses the
+      folder.
   """
   parts, bytes_left = [], 0
   num_chunks, checksums = {}, {}
@@ -173,7 +182,9 @@ def write(
       bytes_left -= size
       for kind, array in (('images', images), ('labels', labels)):
         name = f'{split}_{kind}_{number}.npy'
-        np.save(parts[-1] / name, array[chunk])
+        content = io.BytesIO()  # Errors in writing an array to a file do not say the reason.
+        np.save(content, array[chunk])
+        (parts[-1] / name).write_bytes(content.getbuffer())
         checksums[name] = _checksum(array[chunk])
   record = {field: dataset[field] for field in _FIELDS} | {
     'class_names': arrays.class_names,
@@ -188,20 +199,33 @@ def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
   """Reads the arrays that `write` wrote; each chunk may be in any subfolder."""
   paths = {path.name: path for path in folder.glob('*/*.npy')}
 
+  class_names = record['class_names']
+  if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+    raise ValueError('class_names in record.json are not names')
+
   def load_chunks(split, kind):
-    names = [f'{split}_{kind}_{number}.npy' for number in range(record['num_chunks'][split])]
-    for name in names:
+    chunks = []
+    for number in range(record['num_chunks'][split]):
+      name = f'{split}_{kind}_{number}.npy'
       if name not in paths:
-        raise KeyError(f'{name} is missing')
-    chunks = [np.load(paths[name]) for name in names]
-    for name, chunk in zip(names, chunks, strict=True):
-      if _checksum(chunk) != record['crc32'][name]:
-        raise ValueError(f'{name} is damaged')
+        raise ValueError(f'{name} is missing')
+      chunks.append(_load_chunk(paths[name], record['crc32'][name]))
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
   images = {split: load_chunks(split, 'images') for split in SPLITS}
   labels = {split: load_chunks(split, 'labels') for split in SPLITS}
-  return Arrays(record['class_names'], images, labels)
+  return Arrays(class_names, images, labels)
+
+
+def _load_chunk(path, checksum):
+  try:
+    # Mapped first, because a header may claim more elements than the file or the memory has.
+    chunk = np.array(np.lib.format.open_memmap(path, mode='r'))
+  except (OSError, ValueError, OverflowError) as error:
+    raise ValueError(f'{path.name} is damaged: {error}') from error
+  if _checksum(chunk) != checksum:
+    raise ValueError(f'{path.name} is damaged')
+  return chunk
 
 
 def _checksum(array: np.ndarray) -> int:

@@ -142,12 +142,13 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
 
 def _damaged_metadata(folder):
   """Returns the first file with metadata below a folder that is not JSON, if there is one."""
-  for name in ('dataset_info.json', 'features.json'):
-    for path in sorted(folder.rglob(name)):
-      try:
-        json.loads(path.read_text())
-      except (OSError, ValueError, RecursionError):
-        return path
+  for version in ('*', '*/*'):  # A builder's configs have folders of their own.
+    for name in ('dataset_info.json', 'features.json'):
+      for path in sorted(folder.glob(f'{version}/{name}')):
+        try:
+          json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+          return path
   return None
 
 

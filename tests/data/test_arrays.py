@@ -1,12 +1,18 @@
 """Arrays from the cache or from arrays_dir: the same data as from TFDS, and never stale."""
 
+import io
 import json
 import os
+import pickle
+import resource
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 
+from imta_jax import config as config_lib
 from imta_jax.compilation_cache import cache_folder
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
@@ -96,6 +102,77 @@ def test_where_nothing_can_be_kept_the_run_goes_on(mnist5k_config, tmp_path, mon
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
 
 
+def run_out_of_space(action):
+  """Calls a function whose files cannot be larger than 40 kB."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+  try:
+    action()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_cache_that_cannot_be_written_is_warned_of_and_leaves_nothing(
+  mnist5k_config, tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  run_out_of_space(lambda: open_dataset(mnist5k_config))
+  assert 'could not be cached' in caplog.text and 'File too large' in caplog.text
+  assert not list(cache_folder('data').iterdir())
+  assert arrays.load(mnist5k_config.dataset) is None
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+  """A file system of 1 MB."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)]
+  try:
+    subprocess.run(command, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('no file system can be mounted here')
+  yield folder
+  subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_a_cache_on_a_full_disk_is_warned_of_and_leaves_nothing(
+  mnist5k_config, tiny_disk, monkeypatch, caplog
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tiny_disk))
+  assert open_dataset(mnist5k_config).num_images['test'] == 1_000
+  assert 'No space left on device' in caplog.text
+  assert not list(cache_folder('data').iterdir())
+
+
+@pytest.mark.parametrize('shift', [-(10**9), 10**9], ids=['past', 'future'])
+def test_clocks_do_not_matter(stored, shift):
+  """A cached set is recognised by a stamp that is equal, not by one that is younger."""
+  config, folder = stored
+  record = json.loads((folder / 'record.json').read_text())
+  times = os.stat(record['source'])
+  try:
+    os.utime(record['source'], (times.st_atime, times.st_mtime + shift))
+    assert arrays.load(config.dataset) is None  # Read anew, even if it seems older.
+    open_dataset(config)
+    assert arrays.load(config.dataset) is not None  # Kept, even if it seems to be of the future.
+  finally:
+    os.utime(record['source'], (times.st_atime, times.st_mtime))
+
+
+def test_a_source_of_another_size_and_the_same_time_is_read_again(stored):
+  config, folder = stored
+  source = Path(json.loads((folder / 'record.json').read_text())['source'])
+  times, content = os.stat(source), source.read_bytes()
+  try:
+    source.write_bytes(content + b'\n')
+    os.utime(source, (times.st_atime, times.st_mtime))
+    assert arrays.load(config.dataset) is None
+  finally:
+    source.write_bytes(content)
+    os.utime(source, (times.st_atime, times.st_mtime))
+
+
 @pytest.fixture
 def carried(stored, tmp_path, monkeypatch):
   """A config with arrays_dir set to a folder of several parts; TFDS cannot be used."""
@@ -136,3 +213,95 @@ def test_carried_arrays_of_another_split_are_refused(carried):
   config.dataset.validation_size = 1_000
   with pytest.raises(UsageError, match='whose validation_size is 3900, not 1000'):
     open_dataset(config)
+
+
+@pytest.fixture
+def small(tmp_path):
+  """A data set's config with arrays_dir set, and that folder."""
+  dataset = config_lib.default().dataset
+  dataset.update(name='small', arrays_dir=str(tmp_path / 'small'))
+  images = {split: np.zeros((4, 2, 2, 1), np.uint8) for split in arrays.SPLITS}
+  labels = {split: np.array([0, 1, 0, 1], np.int32) for split in arrays.SPLITS}
+  content = arrays.Arrays(['a', 'b'], images, labels)
+  arrays.write(dataset, content, epath.Path(dataset.arrays_dir))
+  assert arrays.load(dataset).class_names == ['a', 'b']
+  return dataset, tmp_path / 'small'
+
+
+def refusal(dataset):
+  with pytest.raises(UsageError) as caught:
+    arrays.load(dataset)
+  message = str(caught.value)
+  assert '\n' not in message and 'write it again with python -m imta_jax.prepare' in message
+  return message
+
+
+FIELDS = (
+  'name',
+  'train_split',
+  'test_split',
+  'validation_size',
+  'class_names',
+  'num_chunks',
+  'crc32',
+)
+
+
+@pytest.mark.parametrize('field', FIELDS)
+def test_a_record_with_a_missing_or_wrong_field_is_refused(small, field):
+  dataset, folder = small
+  path = folder / 'record.json'
+  record = json.loads(path.read_text())
+  for value in (..., None, 5, 'zz', [1], {'train': 'x'}, {'train': 10**12}, {'train': -1}):
+    changed = {**record, field: value}
+    if value is ...:
+      del changed[field]
+    path.write_text(json.dumps(changed))
+    refusal(dataset)
+
+
+@pytest.mark.parametrize('text', ['', '5', '[1]', '{', '[' * 100_000, '\0', '\udcff'])
+def test_a_record_that_is_none_is_refused(small, text):
+  dataset, folder = small
+  (folder / 'record.json').write_bytes(text.encode(errors='surrogateescape'))
+  refusal(dataset)
+
+
+class Command:
+  """Runs a command when it is unpickled."""
+
+  def __init__(self, command):
+    self._command = command
+
+  def __reduce__(self):
+    return os.system, (self._command,)
+
+
+def claim(shape):
+  """Returns an array file that claims a shape and has no elements."""
+  content = io.BytesIO()
+  header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
+  np.lib.format.write_array_header_1_0(content, header)
+  return content.getvalue()
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'\x93NUMPY', claim((10**12,)), claim((10**30,)), claim((10**12, 0, 0, 1))],
+  ids=['empty', 'cut', '10^12', '10^30', 'no_elements'],
+)
+def test_an_array_that_claims_more_than_it_has_is_refused(small, content):
+  dataset, folder = small
+  (folder / 'part_0/train_images_0.npy').write_bytes(content)
+  assert 'train_images_0.npy is damaged' in refusal(dataset)
+
+
+def test_no_object_is_unpickled(small, tmp_path):
+  dataset, folder = small
+  command = Command(f'touch {tmp_path}/ran')
+  path = folder / 'part_0/train_images_0.npy'
+  path.write_bytes(pickle.dumps(command))
+  assert 'train_images_0.npy is damaged' in refusal(dataset)
+  np.save(path, np.array([command], object), allow_pickle=True)
+  assert 'train_images_0.npy is damaged' in refusal(dataset)
+  assert not (tmp_path / 'ran').exists()
