@@ -217,8 +217,8 @@ _PAGE = """# A training that is killed again and again
 
     python experiments/soak.py --kills={kills} --seed={seed} --output={output}
 
-{kills} times SIGKILL in {workdirs} workdirs. Left alone, a run takes {duration:.0f} s. All moments are
-in [kills.csv](kills.csv).
+{kills} times SIGKILL in {workdirs} workdirs. Left alone, a run takes {duration:.0f} s.
+All moments are in [kills.csv](kills.csv).
 
 {table}
 
