@@ -71,3 +71,15 @@ def test_the_committed_study_follows_from_its_plan():
     record = {**record, 'config': RECORD['config']}
     step = scaling.step_on(record, row['slice'])
     assert float(row['chip_hours']) == pytest.approx(step.chip_hours)
+
+
+def test_plans_for_more_chips_have_the_same_steps_per_chip():
+  fields = ('phase', 'operations', 'bytes', 'hbm_bytes', 'launches', 'collectives')
+  fields += ('collective_bytes', 'peak_bytes')
+  plans = [
+    json.loads((RESULTS / f'plans/imagenet_v5e-{topology}.json').read_text())
+    for topology in ('2x4', '8x8', '16x16')
+  ]
+  small, *larger = [[[record[f] for f in fields] for record in plan] for plan in plans]
+  assert larger == [small, small]
+  assert [[r['batch_size'] // r['devices'] for r in plan] for plan in plans] == [[32, 32]] * 3
