@@ -160,7 +160,11 @@ def test_a_run_killed_while_it_saves_goes_on_with_two_hosts_and_can_be_used(serv
     )
     for number in range(2)
   ]
-  outputs = [host.communicate(timeout=300)[0] for host in hosts]
+  try:
+    outputs = [host.communicate(timeout=300)[0] for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
   assert [host.returncode for host in hosts] == [0, 0], outputs
   assert 'phase_1 resumes from step 2.' in outputs[0]
   assert 'damaged' not in ''.join(outputs)
