@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,8 @@ from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
 from imta_jax.workdir import accessing, write_whole
 
+_SECONDS_BETWEEN_WRITES = 60
+
 
 def has_tensorboard() -> bool:
   """Whether the packages that write for TensorBoard are installed."""
@@ -24,8 +28,9 @@ class Metrics:
   """Writes metrics on the first host; does nothing on the others.
 
   Each call of `write` adds a line to the JSON Lines file: 'step', 'phase', and a number per metric.
-  TensorBoard's writer is created when it is first needed, because importing it takes seconds. A
-  context manager that waits on exit until everything is on disk.
+  A bucket gets several lines at once, since each addition sends the whole file there. TensorBoard's
+  writer is created when it is first needed, because importing it takes seconds. A context manager
+  that waits on exit until everything is on disk.
   """
 
   def __init__(
@@ -36,15 +41,18 @@ class Metrics:
     Args:
       path: The JSON Lines file, shared by all phases.
       phase: Name of the phase.
-      first_step: The step that the phase resumes from. Lines for later steps, written by a run that
-        was killed, are removed.
+      first_step: The step that the phase resumes from. Its lines for later steps, written by a run
+        that was killed, are removed.
       tensorboard_folder: Folder for TensorBoard's files; None to write none.
     """
     self._path, self._phase, self._tensorboard_folder = path, phase, tensorboard_folder
     self._writer = None
+    self._lines, self._last_write = [], time.monotonic()
+    self._seconds_between_writes = _SECONDS_BETWEEN_WRITES if '://' in os.fspath(path) else 0
     if jax.process_index() == 0 and path.exists():
-      lines = path.read_text().splitlines(keepends=True)
-      kept = [line for line in lines if _is_before(line, phase, first_step)]
+      with accessing(path):
+        lines = path.read_text().splitlines(keepends=True)
+      kept = [line for line in lines if _is_kept(line, phase, first_step)]
       if kept != lines:
         write_whole(path, ''.join(kept).encode())
 
@@ -63,11 +71,23 @@ class Metrics:
           scalars[f'{prefix}{name}_exit_{number}'] = float(item)
       else:
         scalars[f'{prefix}{name}'] = float(value)
-    with accessing(self._path), self._path.open('a') as file:
-      file.write(json.dumps({'step': step, 'phase': self._phase, **scalars}) + '\n')
+    self._lines.append(json.dumps({'step': step, 'phase': self._phase, **scalars}) + '\n')
+    if time.monotonic() - self._last_write >= self._seconds_between_writes:
+      self.flush()
     if self._tensorboard_folder is not None:
       with self._writing_tensorboard():
         self._tensorboard().write_scalars(step, scalars)
+
+  def flush(self) -> None:
+    """Writes all lines; to be called before their steps are saved, which are then not repeated.
+
+    Raises:
+      UsageError: If they cannot be written.
+    """
+    if self._lines:
+      with accessing(self._path), self._path.open('a') as file:
+        file.writelines(self._lines)
+      self._lines, self._last_write = [], time.monotonic()
 
   def _tensorboard(self):
     if self._writer is None:
@@ -103,17 +123,16 @@ class Metrics:
     Raises:
       UsageError: If it cannot be written.
     """
+    self.flush()
     if self._writer is not None:
       with self._writing_tensorboard():
         self._writer.close()
 
 
-def _is_before(line: str, phase: str, step: int) -> bool:
-  """Whether a line is complete and its step will not be repeated."""
+def _is_kept(line: str, phase: str, step: int) -> bool:
+  """Whether a line is complete, and is of another phase or of a step that will not be repeated."""
   try:
     record = json.loads(line)
-  except ValueError:  # Cut off when the run was killed.
+    return record['phase'] != phase or record['step'] <= step
+  except (ValueError, KeyError, TypeError):  # Cut off when the run was killed, or not ours.
     return False
-  if record['phase'] == phase:
-    return record['step'] <= step
-  return (len(record['phase']), record['phase']) < (len(phase), phase)  # phase_9 before phase_10.

@@ -183,6 +183,7 @@ def _train_phase(
           epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
 
           if not ends_epoch and _is_due(config.checkpoint_every_minutes, last_save):
+            metrics.flush()
             checkpoints.save(step, state, None)
             last_save = time.monotonic()
 
@@ -195,6 +196,7 @@ def _train_phase(
             accuracy = validation.accuracy()
             figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
             metrics.write(step, figures, 'validation/')
+            metrics.flush()
             checkpoints.save(step, state, float(accuracy.mean()))
             last_save = time.monotonic()
           reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
@@ -203,6 +205,7 @@ def _train_phase(
 
         if stop.requested() and step < num_steps:
           _check_finite(jax.device_get(state.totals), step, name, checkpoints)
+          metrics.flush()
           checkpoints.save(step, state, None)
           checkpoints.wait()
           stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')

@@ -52,12 +52,35 @@ def test_a_resumed_run_writes_each_step_once(path):
   assert [(record['phase'], record['step']) for record in read(path)] == expected
 
 
-def test_the_tenth_phase_comes_after_the_ninth(path):
-  write(path, 'phase_9', 0, [1])
-  write(path, 'phase_10', 0, [1])
-  write(path, 'phase_10', 1, [2])
-  phases = [record['phase'] for record in read(path)]
-  assert phases == ['phase_9', 'phase_10', 'phase_10']
+def test_lines_of_other_phases_stay(path):
+  write(path, 'phase_1', 0, [2, 4])
+  write(path, 'phase_2', 0, [2, 4])
+  write(path, 'phase_1', 4, [])  # It was finished.
+  write(path, 'phase_2', 2, [4])
+  write(path, 'phase_1', 2, [4])  # Its last checkpoint was damaged.
+  expected = [('phase_1', 2), ('phase_2', 2), ('phase_2', 4), ('phase_1', 4)]
+  assert [(record['phase'], record['step']) for record in read(path)] == expected
+
+
+@pytest.mark.parametrize('line', ['3', '[]', '{}', '{"phase": "phase_1", "step": null}', '{'])
+def test_lines_that_are_no_metrics_are_removed(line, path):
+  path.write_text(line + '\n')
+  write(path, 'phase_1', 0, [2])
+  assert [record['step'] for record in read(path)] == [2]
+
+
+def test_a_bucket_gets_several_lines_at_once(path, monkeypatch):
+  monkeypatch.setattr('os.fspath', lambda path: f'gs://{path}')
+  metrics = Metrics(path, 'phase_1', 0, None)
+  monkeypatch.undo()
+  metrics.write(1, {'loss': 1.0})
+  metrics.write(2, {'loss': 1.0})
+  assert not path.exists()
+  metrics.flush()
+  metrics.write(3, {'loss': 1.0})
+  assert [record['step'] for record in read(path)] == [1, 2]
+  metrics.close()
+  assert [record['step'] for record in read(path)] == [1, 2, 3]
 
 
 def test_no_tensorflow_is_imported_without_tensorboard(path):
@@ -76,6 +99,7 @@ def test_a_full_disk_is_told_in_one_line(path):
     os.symlink('/dev/full', path)
     with pytest.raises(UsageError, match=r'metrics.jsonl cannot be .* \(No space left on device\)'):
       metrics.write(1, {'loss': 1.0})
+    path.unlink()
 
 
 def test_tensorboard_on_a_full_disk_is_told_in_one_line(path, tmp_path):

@@ -1,6 +1,7 @@
 """The main job as a user runs it: end to end, interrupted, and on several devices and hosts."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -99,6 +100,12 @@ def final_states(workdir, last_steps=LAST_STEPS):
 
 def assert_identical(states, others):
   jax.tree.map(np.testing.assert_array_equal, states, others)
+
+
+def losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  return [(r['phase'], r['step'], r['train/loss']) for r in records if 'train/loss' in r]
 
 
 @pytest.fixture(scope='session')
@@ -232,6 +239,7 @@ def test_interrupted_run_ends_with_identical_parameters(finished, environment, t
 
   run(tmp_path, environment)
   assert_identical(final_states(tmp_path), final_states(finished[0]))
+  assert losses(tmp_path) == losses(finished[0])
 
 
 def test_any_number_of_steps_at_once_ends_with_identical_parameters(environment, tmp_path):
