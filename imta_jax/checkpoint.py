@@ -7,7 +7,8 @@ import logging as std_logging
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,11 @@ class Checkpoints:
   """
 
   def __init__(self, folder: epath.Path, read_only: bool = False):
-    """Opens the folder, and creates it unless `read_only` is set."""
+    """Opens the folder, and creates it unless `read_only` is set.
+
+    Raises:
+      UsageError: If it cannot be opened.
+    """
     # Orbax needs absolute paths; paths with a scheme, such as gs://, are absolute.
     folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._folder, self._read_only = folder, read_only
@@ -39,7 +44,7 @@ class Checkpoints:
     self._quiet = contextlib.ExitStack()
     self._quiet.enter_context(_errors_once())
     # Orbax logs a warning for read-only folders.
-    with _silent() if read_only else contextlib.nullcontext():
+    with self._opening(), _silent() if read_only else contextlib.nullcontext():
       self._manager = ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
@@ -113,12 +118,9 @@ class Checkpoints:
     packed = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     like = unpack(packed)
     for step in self.steps(order):
-      try:
-        return pack_like(packed, self._read(step, like))
-      except UsageError:
-        raise
-      except Exception as error:
-        self._pass_over(step, error)
+      is_intact, state = self._attempt(step, partial(self._read, step, like))
+      if is_intact:
+        return pack_like(packed, state)
     return None
 
   def wait(self) -> None:
@@ -151,17 +153,28 @@ class Checkpoints:
       self.close()
 
   @contextlib.contextmanager
+  def _opening(self) -> Iterator[None]:
+    try:
+      yield
+    except ImportError as error:  # Orbax opens buckets with it.
+      raise UsageError(
+        f"{self._folder} is in a bucket: pip install 'imta_jax[gcs]', or google-cloud-storage"
+      ) from error
+    except Exception as error:  # Of the file system, of TensorFlow and of Google's libraries.
+      raise UsageError(
+        f'{self._folder} cannot be opened ({_reason(error)}): check that it exists and is yours, '
+        'and for a bucket also network and credentials'
+      ) from error
+
+  @contextlib.contextmanager
   def _saving(self) -> Iterator[None]:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:  # Of the file system, and of TensorStore.
       self._quiet.pop_all()  # What has failed is reported until the process ends.
-      # TensorStore's messages end with the cause and, in brackets, all that it knows.
-      reason = str(error).partition(' [')[0].rpartition(': ')[-1]
-      reason = error.strerror if isinstance(error, OSError) else reason
       raise UsageError(
-        f'a checkpoint in {self._folder} could not be saved ({reason}), and earlier ones are kept: '
-        'make room or correct permissions, then run the same command again'
+        f'a checkpoint in {self._folder} could not be saved ({_reason(error)}), and earlier ones '
+        'are kept: make room or correct permissions, then run the same command again'
       ) from error
 
   def _read(self, step: int, like: Any) -> Any:
@@ -174,8 +187,8 @@ class Checkpoints:
     for name in sorted({*stored, *expected}):
       if stored.get(name) != expected.get(name):
         raise UsageError(
-          f'checkpoint {self._folder / str(step)} does not fit the network of this '
-          f'config: its {name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
+          f'checkpoint {self._folder / str(step)} does not fit the network of this config: its '
+          f'{name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
           'choose another --workdir'
         )
     read = self._manager.restore(
@@ -186,15 +199,35 @@ class Checkpoints:
       raise ValueError('its checksum does not match')
     return read['state']
 
-  def _pass_over(self, step: int, error: Exception) -> None:
-    """Moves a checkpoint to another folder, where it can be inspected, if it is damaged.
+  def _attempt(self, step: int, read: Callable[[], Any]) -> tuple[bool, Any]:
+    """Reads something of a checkpoint on all hosts, or passes over the checkpoint on all of them.
+
+    Returns:
+      Whether it could be read, and what was read.
 
     Raises:
-      UsageError: If it cannot be read at the moment, or checkpoints are only read.
+      UsageError: If a host cannot read it at the moment, or it is damaged and checkpoints are only
+        read.
     """
+    content = error = None
+    try:
+      content = read()
+    except UsageError:
+      raise
+    except Exception as caught:
+      error = caught
+    is_momentary = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    # Hosts must not go on from different steps.
+    is_damaged, is_momentary = (
+      multihost_utils.process_allgather(np.array([error is not None, is_momentary]))
+      .reshape(-1, 2)
+      .any(axis=0)
+    )
+    if not is_damaged:
+      return True, content
     path = self._folder / str(step)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+    reason = 'on another host' if error is None else _reason(error)
+    if is_momentary:
       raise UsageError(f'checkpoint {path} cannot be read ({reason}): try again') from error
     if self._read_only:
       raise UsageError(
@@ -202,24 +235,31 @@ class Checkpoints:
         'on from an intact one'
       ) from error
     logging.warning('Checkpoint %s is damaged and passed over (%s).', path, reason)
+    self._set_aside(step)
+    return False, None
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a damaged checkpoint to another folder, where it can be inspected."""
     aside = self._folder.parent / f'{self._folder.name}_damaged'
     aside.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
       number = len(list(aside.iterdir()))
-      path.rename(aside / f'{step}_{number}')
+      (self._folder / str(step)).rename(aside / f'{step}_{number}')
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged checkpoint set aside')
     self._manager.reload()
 
   def _load_accuracies(self) -> None:
     """Loads the accuracies of checkpoints of earlier runs; passes over damaged ones."""
+    for step in sorted(set(self._manager.all_steps()) - set(self._accuracies)):
+      is_intact, accuracy = self._attempt(step, partial(self._read_accuracy, step))
+      if is_intact:
+        self._accuracies[step] = accuracy
+
+  def _read_accuracy(self, step: int) -> float | None:
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    for step in set(self._manager.all_steps()) - set(self._accuracies):
-      try:
-        accuracy = self._manager.restore(step, args=args)['record']['validation_accuracy']
-        self._accuracies[step] = None if accuracy is None else float(accuracy)
-      except Exception as error:
-        self._pass_over(step, error)
+    accuracy = self._manager.restore(step, args=args)['record']['validation_accuracy']
+    return None if accuracy is None else float(accuracy)
 
   def _preference(self, step: int) -> tuple[bool, float, int]:
     """A sort key that puts the best checkpoint first, once the accuracies are loaded."""
@@ -247,6 +287,15 @@ def _structure(tree: Any) -> dict[str, str]:
     jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(leaf.dtype)}{leaf.shape}'
     for path, leaf in leaves
   }
+
+
+def _reason(error: Exception) -> str:
+  """Returns what is wrong, on one line."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  # TensorStore's messages go from the general to the cause, and end with all that it knows.
+  words = ' '.join(str(error).partition(' [')[0].split()) or type(error).__name__
+  return ': '.join(words.split(': ')[-2:])[:200]
 
 
 def _checksum(tree: Any) -> int:

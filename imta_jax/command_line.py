@@ -171,6 +171,8 @@ def open_classifier(
           + ', '.join(f'--{name}' for name in of_workdir)
         )
       return AdaptiveClassifier.load(network, budget, **limits)
+    if '://' in network and (epath.Path(network) / MANIFEST).exists():
+      raise UsageError(f'{network} is an export in a bucket: copy it to a local folder first')
     if phase is not None:
       of_workdir['phase'] = phase - 1
     return AdaptiveClassifier.from_workdir(network, budget, **limits, **of_workdir)

@@ -7,6 +7,7 @@ Run the same command again to resume; a finished run is only re-evaluated.
 """
 
 import collections
+import importlib.util
 import logging as std_logging
 import os
 import re
@@ -23,6 +24,7 @@ from imta_jax import command_line, train
 from imta_jax import config as config_lib
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
+from imta_jax.import_tensorflow import import_tensorflow
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, optionally with arguments after a colon.', lock_config=True
@@ -60,6 +62,8 @@ def open_workdir(name: str) -> epath.Path:
   """
   if '://' not in name:
     return epath.Path(os.path.abspath(name))
+  if importlib.util.find_spec('tensorflow'):  # It reads and writes buckets.
+    import_tensorflow()
   try:
     return epath.Path(name)
   except KeyError as error:

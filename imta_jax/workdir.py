@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -84,7 +85,9 @@ def load_config(workdir: epath.Path) -> ConfigDict:
     UsageError: If the folder is not a workdir, or its config is damaged.
   """
   path = workdir / 'config.json'
-  if not path.exists():
+  with accessing(path):
+    is_workdir = path.exists()
+  if not is_workdir:
     raise UsageError(f'{workdir} is not a workdir: it has no config.json')
   mend = 'restore it, or choose another workdir'
   content = read_whole(path, mend)
@@ -212,8 +215,8 @@ def read_whole(path: epath.Path, mend: str) -> bytes:
     if (size := path.stat().length) > _LARGEST:
       raise UsageError(f'{path} is too large ({size:,} bytes): {mend}')
     return path.read_bytes()
-  except OSError as error:
-    raise UsageError(f'{path} cannot be read ({error.strerror or error}): {mend}') from error
+  except file_errors() as error:
+    raise UsageError(f'{path} cannot be read ({reason_of(error)}): {mend}') from error
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -238,8 +241,19 @@ def accessing(path: epath.Path) -> Iterator[None]:
   """
   try:
     yield
-  except OSError as error:
+  except file_errors() as error:
     raise UsageError(
-      f'{path} cannot be read or written ({error.strerror or error}): make room, correct its '
-      'permissions or choose another place, then run the same command again'
+      f'{path} cannot be read or written ({reason_of(error)}): make room, correct its permissions '
+      'or choose another place, then run the same command again'
     ) from error
+
+
+def file_errors() -> tuple[type[Exception], ...]:
+  """Returns what file systems raise; buckets raise TensorFlow's errors, once it is imported."""
+  tensorflow = sys.modules.get('tensorflow')
+  return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+
+
+def reason_of(error: Exception) -> str:
+  """Returns what an error of a file system says, on one line."""
+  return getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]

@@ -291,7 +291,7 @@ def test_a_disk_without_room_for_a_checkpoint_stops_with_one_line(finished, envi
   )
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
-  assert line.startswith('error: a checkpoint in ') and '(File too large)' in line
+  assert line.startswith('error: a checkpoint in ') and 'File too large)' in line
   after = {path.name for path in (tmp_path / 'checkpoints/phase_1').iterdir()}
   assert before <= after and all(name in before or '-tmp' in name for name in after)
   run(tmp_path, environment)
