@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Orbax opens buckets with it, and does not declare it.
+GCS = ['google-cloud-storage>=3.17.1']
 SERVE = [
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.12',
@@ -52,10 +54,13 @@ setup(
       'pytest>=8.3.0',
       'pytest-xdist>=3.6.1',
       'ruff>=0.17.6',
+      'trustme>=1.2.1',
+      *GCS,
       *SERVE,
     ],
     'cuda': ['jax[cuda13]'],
-    'tpu': ['jax[tpu]'],
+    'gcs': GCS,
+    'tpu': ['jax[tpu]', *GCS],
     # Of jax2onnx, later versions need an older orbax-checkpoint, and this one an older jax.
     'onnx': ['jax<0.11', 'jax2onnx>=0.13.0', 'onnxruntime>=1.32.0'],
     'torch': ['torch'],

@@ -21,7 +21,9 @@ from fake_gcs import fake_gcs
 
 from imta_jax.checkpoint import Checkpoints
 from imta_jax.command_line import open_classifier
+from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
+from imta_jax.workdir import load_config
 
 ROOT = Path(__file__).parents[1]
 COMMIT = 'commit_success.txt'
@@ -116,6 +118,15 @@ def test_requests_that_fail_are_repeated(server, folder):
   assert len(requests) > 100
 
 
+def test_a_bucket_that_refuses_is_told_in_one_line(server, folder):
+  server.fault = lambda request: HTTPStatus.FORBIDDEN
+  with pytest.raises(UsageError, match='config.json cannot be read or written .*403'):
+    load_config(folder.parent.parent)
+  with pytest.raises(UsageError, match='phase_1 cannot be opened .*403.*credentials'):
+    Checkpoints(folder)
+
+
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_with_two_hosts_and_can_be_used(server, tmp_path):
   random = np.random.default_rng(0)
   for split, count in (('train', 16), ('val', 8), ('test', 8)):
