@@ -77,7 +77,7 @@ class Reporter:
     num_epochs: int,
     means: Mapping[str, np.ndarray],
     validation_accuracy: np.ndarray | None,
-    rates: Mapping[str, float],
+    images_per_second: float,
   ) -> None:
     """Prints a line per epoch, with the accuracies of the first and the last exit."""
     parts = [
@@ -87,7 +87,7 @@ class Reporter:
     ]
     if validation_accuracy is not None:
       parts.append(f'validation {_first_and_last(validation_accuracy)}')
-    parts.append(f'{rates["speed/images_per_second"]:,.0f} images/s')
+    parts.append(f'{images_per_second:,.0f} images/s')
     self.say('  '.join(parts))
 
   @contextlib.contextmanager
@@ -130,10 +130,11 @@ class PhaseProgress:
     self._bar, self._task = bar, task
     self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
     self._batch_size = batch_size
+    self._epoch_steps, self._epoch_seconds = 0, 0.0
     self.start_interval(step)
 
   def start_interval(self, step: int) -> None:
-    """Restarts the measurement, so that compilation, validation and checkpoints do not count."""
+    """Restarts the measurement; compiling, validation and what is written do not count."""
     self._start, self._start_step, self._waited = time.monotonic(), step, 0.0
 
   @contextlib.contextmanager
@@ -144,19 +145,20 @@ class PhaseProgress:
     self._waited += time.monotonic() - start
 
   def update(self, step: int, loss: float) -> dict[str, float]:
-    """Moves the live line to a finished step and restarts the measurement.
+    """Moves the live line to a finished step.
 
     Returns:
-      The speed since the last call, as metrics.
+      The speed since the last `start_interval`, as metrics.
     """
     elapsed = time.monotonic() - self._start
     rate = (step - self._start_step) / elapsed
+    self._epoch_steps += step - self._start_step
+    self._epoch_seconds += elapsed
     metrics = {
       'speed/steps_per_second': rate,
       'speed/images_per_second': rate * self._batch_size,
       'speed/fraction_waiting_for_data': self._waited / elapsed,
     }
-    self.start_interval(step)
     epoch = -(-step // self._steps_per_epoch)
     epoch_end = min(epoch * self._steps_per_epoch, self._num_steps)
     self._bar.update(
@@ -169,6 +171,12 @@ class PhaseProgress:
       ),
     )
     return metrics
+
+  def images_per_second(self) -> float:
+    """Returns the speed since the last call, over all intervals together."""
+    rate = self._epoch_steps * self._batch_size / self._epoch_seconds
+    self._epoch_steps, self._epoch_seconds = 0, 0.0
+    return rate
 
 
 def _first_and_last(accuracy: np.ndarray) -> str:

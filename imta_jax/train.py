@@ -180,6 +180,7 @@ def _train_phase(
           learning_rate = {'learning_rate': float(phase.schedule(step - 1))}
           metrics.write(step, means | learning_rate, 'train/')
           metrics.write(step, rates)
+          progress.start_interval(step)
           epoch_totals = totals if epoch_totals is None else _add(epoch_totals, totals)
 
           if not ends_epoch and _is_due(config.checkpoint_every_minutes, last_save):
@@ -199,7 +200,8 @@ def _train_phase(
             metrics.flush()
             checkpoints.save(step, state, float(accuracy.mean()))
             last_save = time.monotonic()
-          reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, rates)
+          speed = progress.images_per_second()
+          reporter.epoch(name, epoch, num_epochs, _means(epoch_totals), accuracy, speed)
           epoch_totals = None
           progress.start_interval(step)
 
