@@ -54,6 +54,7 @@ def test_default_holds_the_papers_settings_for_cifar_100():
   assert config.dataset.validation_size == 5_000
   assert (config.dataset.padding, config.dataset.flip) == (4, True)
   assert not config.dataset.augment_validation
+  assert config.dataset.skip_damaged is False  # Damaged images end a run, unless asked.
   one, two = config.phases
   for phase in config.phases:
     assert (phase.learning_rate, phase.momentum, phase.nesterov) == (0.1, 0.9, True)

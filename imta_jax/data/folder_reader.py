@@ -103,7 +103,7 @@ class FolderReader:
       raise UsageError(f'{path}: {error}: mend or remove it') from error
     if path not in self._damaged:
       self._damaged.add(path)
-      logging.warning('%s: %s: skipped.', path, error)
+      logging.warning('%s: %s: skipped; damaged so far: %d.', path, error, len(self._damaged))
 
 
 def _batched(items, size):

@@ -122,12 +122,15 @@ class TfdsReader:
     if tfds_id not in self._undecodable:
       self._undecodable.add(tfds_id)
       name = tfds_files.example_name(self._builder, tfds_id)
-      logging.warning('%s: its image is damaged and skipped.', name)
+      count = len(self._undecodable)
+      logging.warning('%s: its image is damaged: skipped; damaged so far: %d.', name, count)
 
   def _pass_over_damage(self, split, error):
     """Shortens what is read of damaged files, or refuses them."""
     damages = tfds_files.find_damage(self._builder, self._part(split))
-    damages = [damage for damage in damages if damage.path not in self._num_intact]
+    damages = [
+      damage for damage in damages if damage.num_intact != self._num_intact.get(damage.path)
+    ]
     if not (damages and self._config.dataset.skip_damaged):
       tfds_files.refuse(self._builder, damages, error)
     for damage in damages:

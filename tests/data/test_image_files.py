@@ -3,7 +3,10 @@
 import contextlib
 import io
 import os
+import resource
+import socket
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -144,6 +147,84 @@ def test_huge_images_are_refused_by_their_header(size):
     read(png_of_size(*size))
 
 
+def chunk(kind, content):
+  parts = (struct.pack('>I', len(content)), kind + content)
+  return b''.join(parts) + struct.pack('>I', zlib.crc32(kind + content))
+
+
+BOMB = zlib.compress(bytes(300_000_000), 9)
+PIXELS = chunk(b'IDAT', zlib.compress((b'\0' + bytes([5]) * 24) * 8))
+
+
+def png(*chunks):
+  """Returns a PNG of 8 x 8 pixels with chunks after the header."""
+  header = chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 8, 2, 0, 0, 0))
+  return b'\x89PNG\r\n\x1a\n' + header + b''.join(chunks) + chunk(b'IEND', b'')
+
+
+@contextlib.contextmanager
+def memory_limited(num_bytes):
+  """Lets this process allocate only so much more."""
+  with open('/proc/self/statm') as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+  limits = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+BOMBS = {
+  'text': png(chunk(b'zTXt', b'c\0\0' + BOMB), PIXELS),
+  'text_after_pixels': png(PIXELS, chunk(b'zTXt', b'c\0\0' + BOMB)),
+  'international_text': png(chunk(b'iTXt', b'c\0\1\0\0\0' + BOMB), PIXELS),
+  'colour_profile': png(chunk(b'iCCP', b'c\0\0' + BOMB), PIXELS),
+}
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs Linux')
+@pytest.mark.parametrize('bomb', BOMBS)
+def test_compressed_bombs_are_refused_in_little_memory(bomb):
+  with memory_limited(100_000_000), pytest.raises(ImageError, match='Decompressed data too large'):
+    read(BOMBS[bomb], (8, 8, 3))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs Linux')
+def test_more_pixels_than_the_header_says_are_not_unpacked():
+  with memory_limited(100_000_000):
+    assert not read(png(chunk(b'IDAT', BOMB)), (8, 8, 3)).any()
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs Linux')
+def test_of_many_frames_only_the_first_is_decoded():
+  """The others, 1,000 of 4 million pixels, would take minutes and gigabytes."""
+  one = encoded(Image.new('P', (2_000, 2_000), 7), 'GIF')
+  frame = one[one.index(b',', 13) : -1]
+  with memory_limited(100_000_000):
+    start = time.process_time()
+    image = read(one[:-1] + 1_000 * frame + b';', (8, 8, 1))
+    assert time.process_time() - start < 5
+  np.testing.assert_array_equal(image, read(one, (8, 8, 1)))
+
+
+def test_a_frame_larger_than_its_gif_is_refused():
+  content = bytearray(encoded(Image.new('P', (8, 8)), 'GIF'))
+  frame = content.index(b',', 13)
+  content[frame + 5 : frame + 9] = struct.pack('<HH', 65_000, 65_000)
+  with pytest.raises(ImageError, match='too large'):
+    read(bytes(content))
+
+
+@pytest.mark.parametrize('format', ['BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP'])
+def test_images_cut_anywhere_are_refused_or_whole(format):
+  content = encoded(SMOOTH, format)
+  whole = read(content, (90, 70, 1))
+  for length in np.linspace(0, len(content) - 1, 40).astype(int):
+    with contextlib.suppress(ImageError):
+      np.testing.assert_array_equal(read(content[:length], (90, 70, 1)), whole)
+
+
 def test_the_limit_of_pixels_can_be_chosen():
   assert read(encoded(GREY), max_pixels=30).any()
   with pytest.raises(ImageError, match='5 x 6 exceeds 29 pixels'):
@@ -168,6 +249,45 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / 'x.png')
   with pytest.raises(ImageError, match='not a regular file'):
     read_image(str(tmp_path / 'x.png'), (8, 8, 1), 'none')
+
+
+def test_a_socket_is_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # The path of a socket must be short.
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind('x.png')
+    with pytest.raises(ImageError, match='not a regular file'):
+      read_image('x.png', (8, 8, 1), 'none')
+
+
+def test_links_in_a_circle_are_left_and_refused(tmp_path):
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'a/1.png').write_bytes(encoded(GREY))
+  (tmp_path / 'a/up').symlink_to(tmp_path)
+  (tmp_path / 'a/2.png').symlink_to(tmp_path / 'a/2.png')
+  one, circle = find_images([str(tmp_path)])
+  assert read_image(one, (6, 5, 1), 'none').any()
+  with pytest.raises(ImageError, match='Too many levels of symbolic links'):
+    read_image(circle, (6, 5, 1), 'none')
+
+
+def test_a_name_that_is_no_text_is_read_and_can_be_told(tmp_path):
+  for name, content in ((b'\xff1.png', encoded(GREY)), (b'\xff2.png', b'no image')):
+    with open(os.path.join(os.fsencode(tmp_path), name), 'wb') as file:
+      file.write(content)
+  one, broken = find_images([str(tmp_path)])
+  assert read_image(one, (6, 5, 1), 'none').any()
+  with pytest.raises(ImageError, match='^not an image'):
+    read_image(broken, (6, 5, 1), 'none')
+
+
+def test_a_file_without_permission_is_refused(tmp_path):
+  path = tmp_path / 'x.png'
+  path.write_bytes(encoded(GREY))
+  path.chmod(0)
+  if os.access(path, os.R_OK):
+    pytest.skip('this user may read everything')
+  with pytest.raises(ImageError, match='Permission denied'):
+    read_image(str(path), (6, 5, 1), 'none')
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
