@@ -10,7 +10,7 @@ SERVE = [
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.12',
   'starlette>=0.40.0',
-  'uvicorn>=0.30.0',
+  'uvicorn>=0.30.0,<1',
 ]
 
 setup(
