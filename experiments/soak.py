@@ -88,18 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _start(alone).wait()
     duration = time.monotonic() - start
     expected = contents(alone)
-    kills, differences = [], []
+    kills, differences, num_aside = [], [], 0
     for number in range(1, options.kills + 1):
       workdir = Path(root, str(number))
       kills += _kill_until_it_ends(workdir, number, options.kills - len(kills), duration, moments)
       found = contents(workdir)
+      num_aside += len(list(workdir.glob('checkpoints/*_damaged/*')))
       differences += [f'workdir {number}: {d}' for d in differences_of(expected, found)]
       print(f'{len(kills)} kills, {len(differences)} differences', flush=True)
       if len(kills) == options.kills:
         break
   folder = epath.Path(options.output)
   layout.write_csv(folder / 'kills.csv', [dataclasses.asdict(kill) for kill in kills])
-  text = _page(kills, differences, duration, options)
+  text = _page(kills, differences, num_aside, duration, options)
   layout.write_whole(folder / 'README.md', text.encode())
   print(text)
   return 1 if differences else 0
@@ -149,18 +150,20 @@ def _last_metrics(workdir: Path) -> str:
 
 
 def _last_checkpoint(workdir: Path) -> str:
-  saved = [
-    (path.parent.name, int(path.name))
-    for path in workdir.glob('checkpoints/*/*')
-    if path.name.isdigit()
-  ]
+  saved = [(path.parent.name, int(path.name)) for path in _checkpoints(workdir)]
   return '{} step {}'.format(*max(saved)) if saved else ''
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+  """Returns the finished checkpoints; those set aside had been deleted in part when a run ended."""
+  paths = workdir.glob('checkpoints/phase_?/*')
+  return sorted(path for path in paths if path.name.isdigit())
 
 
 def contents(workdir: Path) -> dict[str, object]:
   """Returns all that a run has left and that does not depend on time, by name."""
   found = {}
-  for path in sorted(workdir.glob('checkpoints/*/*')):
+  for path in _checkpoints(workdir):
     state = ocp.StandardCheckpointer().restore(path / 'state')
     for name, leaf in jax.tree_util.tree_leaves_with_path(state):
       key = jax.tree_util.keystr(name, simple=True, separator='/')
@@ -190,7 +193,7 @@ def differences_of(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]
   return lines
 
 
-def _page(kills, differences, duration, options):
+def _page(kills, differences, num_aside, duration, options):
   moments = collections.Counter(
     'while a checkpoint was written'
     if kill.while_saving
@@ -203,6 +206,7 @@ def _page(kills, differences, duration, options):
   return _PAGE.format(
     kills=len(kills),
     workdirs=kills[-1].workdir,
+    num_aside=num_aside,
     duration=duration,
     seed=options.seed,
     output=options.output,
@@ -223,6 +227,9 @@ All moments are in [kills.csv](kills.csv).
 {table}
 
 {result}
+
+{num_aside} old checkpoints were killed while they were deleted; the next start moved them aside with a
+warning.
 
 {machine}
 """
