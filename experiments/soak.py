@@ -228,8 +228,7 @@ All moments are in [kills.csv](kills.csv).
 
 {result}
 
-{num_aside} old checkpoints were killed while they were deleted; the next start moved them aside with a
-warning.
+{num_aside} times an old checkpoint was being deleted; the next start moved it aside with a warning.
 
 {machine}
 """
