@@ -1,15 +1,16 @@
-"""What larger slices of TPUs bring: extrapolates a compiled plan to other numbers of chips.
+"""What larger slices of TPUs bring: extrapolates compiled plans to other numbers of chips.
 
     python experiments/scaling.py experiments/results/plans/imagenet_v5e-2x4.json \
-      --output=experiments/results/scaling
+      experiments/results/plans/imagenet_v5p-2x2x1.json --output=experiments/results/scaling
 
-Reads a plan that experiments/plan.py has written for a TPU slice, and takes for granted:
+Reads plans that experiments/plan.py has written for small TPU slices, and takes for granted:
 
 - Each chip keeps its number of images, so that its program stays the same but for the number of
   chips that it exchanges gradients with (weak scaling; each chip has batch statistics of its own).
   Compiled for 8, 64 and 256 chips of v5e, ImageNet has the same operations, bytes and all-reduces.
-- A v5p chip runs the same operations and moves the same bytes as a v5e chip. Its compiler may do
-  better or worse.
+- A kind of chip without a plan of its own runs the same operations and moves the same bytes as
+  that of the first plan. This can be far off: on v5p the compiler keeps less in fast memory than on
+  v5e, and moves 2.6 (phase I) and 3.8 times (phase II) as many bytes.
 - Arithmetic and memory traffic overlap; the all-reduce of gradients, which come last, does not. It
   sends 2 (n - 1) / n of the gradients over the published interconnect, and takes 1 µs per hop along
   the longest way in the torus besides.
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('plan', help='JSON file of experiments/plan.py for a TPU slice')
+  parser.add_argument(
+    'plans', nargs='+', help='JSON files of experiments/plan.py, one for each kind of TPU'
+  )
   parser.add_argument(
     '--slices', type=list_of(str), default=_SLICES, help=f'default: {",".join(_SLICES)}'
   )
@@ -98,16 +101,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     '--output', type=command_line.output_folder, required=True, help='folder to write'
   )
   options = parser.parse_args(arguments)
-  records = json.loads(epath.Path(options.plan).read_text())
-  steps = [
-    step_on(record, name, options.gradient_bytes) for record in records for name in options.slices
-  ]
-  text = page(steps, records[0], options)
+  plans = {path: json.loads(epath.Path(path).read_text()) for path in options.plans}
+  steps = extrapolate(list(plans.values()), options.slices, options.gradient_bytes)
+  text = page(steps, plans, options)
   layout.write_csv(
     epath.Path(options.output) / 'scaling.csv', [dataclasses.asdict(s) for s in steps]
   )
   layout.write_whole(epath.Path(options.output) / 'README.md', text.encode())
   print(text)
+
+
+def extrapolate(
+  plans: Sequence[Sequence[dict]], slices: Sequence[str], gradient_bytes: float = 4
+) -> list[Step]:
+  """Extrapolates plans to slices, each from the plan for its kind of chip or else from the first.
+
+  Args:
+    plans: The records of each plan, a record per phase.
+    slices: Kinds and numbers of chips.
+    gradient_bytes: Bytes per gradient in the all-reduce.
+
+  Returns:
+    The steps of all slices, phase by phase.
+
+  Raises:
+    UsageError: If a slice or a plan cannot be used.
+  """
+  of_kind = {_kind(plan[0]['target']): plan for plan in reversed(plans)}
+  return [
+    step_on(of_kind.get(_kind(name), plans[0])[index], name, gradient_bytes)
+    for index in range(len(plans[0]))
+    for name in slices
+  ]
+
+
+def _kind(name):
+  return name.partition(':')[0]
 
 
 def step_on(record: dict, name: str, gradient_bytes: float = 4) -> Step:
@@ -164,7 +193,9 @@ def num_steps(config_file: str, phase: int, batch_size: int) -> int:
   return round(config.phases[phase - 1].epochs * steps_per_epoch)
 
 
-def page(steps: Sequence[Step], record: dict, options: argparse.Namespace) -> str:
+def page(
+  steps: Sequence[Step], plans: dict[str, Sequence[dict]], options: argparse.Namespace
+) -> str:
   """Returns the study in Markdown."""
   parts = common.table(
     (
@@ -200,9 +231,13 @@ def page(steps: Sequence[Step], record: dict, options: argparse.Namespace) -> st
       for of_slice in [[step for step in steps if step.slice == name]]
     ],
   )
+  records = [records[0] for records in plans.values()]
   return _PAGE.format(
-    **{name: record[name] for name in ('config', 'target', 'batch_size', 'dtype', 'versions')},
-    plan=options.plan,
+    config=records[0]['config'],
+    commands='\n'.join(_COMMAND.format(**records[0], plan=path) for path, records in plans.items()),
+    plans=' '.join(plans),
+    targets=' and '.join(record['target'] for record in records),
+    versions=records[0]['versions'],
     output=options.output,
     largest=_LARGEST_BATCH,
     per_cpu=_DECODED_PER_CPU,
@@ -215,14 +250,16 @@ def _is_sound(step):
   return step.batch_size <= _LARGEST_BATCH
 
 
+_COMMAND = """    python experiments/plan.py --config={config} --target={target} \\
+      --batch_sizes={batch_size} --dtype={dtype} --output={plan}"""
 _PAGE = """# Scaling {config}
 
-    python experiments/plan.py --config={config} --target={target} --batch_sizes={batch_size} \\
-      --dtype={dtype} --output={plan}
-    python experiments/scaling.py {plan} --output={output}
+{commands}
+    python experiments/scaling.py {plans} \\
+      --output={output}
 
-The first command compiled the step for {target} ({versions}); the second extrapolates it to other
-slices. Nothing was measured on a TPU, and real steps take longer than these floors;
+The last command extrapolates steps that were compiled for {targets} ({versions}) to
+other slices. Nothing was measured on a TPU, and real steps take longer than these floors;
 [scaling.py](../../scaling.py) states the assumptions.
 
 Both phases:
@@ -241,8 +278,8 @@ rate.
   {per_cpu} images per second and CPU, as measured on a cloud CPU. Hosts have 112 (v5e) and 208
   (v5p). Phase II suffers most. Images that were made smaller beforehand would help, or hosts that
   only decode.
-- **Memory traffic** binds the chip at every size: arithmetic takes a quarter (phase I) to three
-  fifths (phase II on v5p) of its time.
+- **Memory traffic** binds the chip at every size: arithmetic takes a seventh (v5p) to two fifths
+  (phase II on v5e) of its time.
 - **Gradients** cost the same on 8 chips as on a thousand, since each chip keeps its images, and a
   ring sends each gradient about twice however many chips there are. In bfloat16
   (`--gradient_bytes=2`) they would cost half; the code has no such option yet.

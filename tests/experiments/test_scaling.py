@@ -61,16 +61,30 @@ def test_a_plan_without_an_all_reduce_is_refused(change):
     scaling.step_on({**RECORD, **change}, 'v5e:8')
 
 
-def test_the_committed_study_follows_from_its_plan():
-  records = json.loads((RESULTS / 'plans/imagenet_v5e-2x4.json').read_text())
+def test_a_slice_is_extrapolated_from_the_plan_for_its_kind_or_else_from_the_first():
+  plans = [[RECORD], [{**RECORD, 'target': 'v5p:2x2x1', 'hbm_bytes': 2.765e10}]]
+  v6e, v5p, v5e = scaling.extrapolate(plans, ['v6e:8', 'v5p:8', 'v5e:8'])
+  assert v5e.memory == pytest.approx(0.819e10 / 0.819e12)
+  assert v5p.memory == pytest.approx(2.765e10 / 2.765e12)
+  assert v6e.memory == pytest.approx(0.819e10 / 1.640e12)
+
+
+def test_the_committed_study_follows_from_its_plans():
+  plans = [
+    [
+      {**record, 'config': RECORD['config']}
+      for record in json.loads((RESULTS / f'plans/imagenet_{slice}.json').read_text())
+    ]
+    for slice in ('v5e-2x4', 'v5p-2x2x1')
+  ]
   with (RESULTS / 'scaling/scaling.csv').open() as file:
     rows = list(csv.DictReader(file))
-  assert len(rows) == 14
-  for row in rows:
-    (record,) = (r for r in records if r['phase'] == int(row['phase']))
-    record = {**record, 'config': RECORD['config']}
-    step = scaling.step_on(record, row['slice'])
+  steps = scaling.extrapolate(plans, [row['slice'] for row in rows[:7]])
+  assert len(rows) == len(steps) == 14
+  for row, step in zip(rows, steps, strict=True):
+    assert (row['phase'], row['slice']) == (str(step.phase), step.slice)
     assert float(row['chip_hours']) == pytest.approx(step.chip_hours)
+    assert float(row['hours']) == pytest.approx(step.hours)
 
 
 def test_plans_for_more_chips_have_the_same_steps_per_chip():
