@@ -146,7 +146,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-    if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+    if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
       return  # Another host may have ended, for which Orbax would wait.
     # A save that has failed fails again here, where it must not hide the first error.
     with contextlib.suppress(UsageError) if kind else contextlib.nullcontext():
@@ -170,6 +170,8 @@ class Checkpoints:
   def _saving(self) -> Iterator[None]:
     try:
       yield
+    except jax.errors.JaxRuntimeError:  # Of the devices or another host.
+      raise
     except (OSError, ValueError, RuntimeError) as error:  # Of the file system, and of TensorStore.
       self._quiet.pop_all()  # What has failed is reported until the process ends.
       raise UsageError(
