@@ -79,7 +79,7 @@ class StreamedDataset(Dataset):
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
-    return map(self._normalize, self._send_ahead(batches))
+    return map(self._normalize, self._send_ahead(self._not_empty(split, batches)))
 
   def _train_stacks(self, first_step):
     """Yields batches from a step on without end, stacked [local devices, step, image, …]."""
@@ -92,6 +92,18 @@ class StreamedDataset(Dataset):
     name = f'the {split} split of {self._config.dataset.name}'
     check_labels(batch['label'], len(self.class_names), name)
     return batch
+
+  def _not_empty(self, split, batches):
+    """Yields evaluation batches, and refuses them if all images are damaged."""
+    is_empty = True
+    for batch in batches:
+      is_empty = is_empty and not batch['mask'].any()
+      yield batch
+    if is_empty and self.num_images[split] >= jax.process_count():  # Each host has a part.
+      raise UsageError(
+        f'no image of this host is intact in the {split} split of {self._config.dataset.name}: '
+        'restore the data'
+      )
 
   def _send_ahead(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
     """Yields batches on the devices, and sends the next ones ahead of time."""

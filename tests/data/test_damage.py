@@ -247,6 +247,8 @@ def test_a_set_of_which_nothing_is_intact_is_refused(config):
   dataset = open_dataset(config)
   with pytest.raises(UsageError, match='all 8 images of a training batch are damaged'):
     dataset.train_reader(0)(1)
+  with pytest.raises(UsageError, match='no image .* is intact in the validation split of numbered'):
+    list(dataset.evaluation_batches('validation'))
 
 
 def test_a_damaged_image_is_replaced_and_all_others_keep_their_places(config, caplog):
