@@ -301,7 +301,7 @@ def test_a_second_run_in_a_workdir_is_refused(finished, environment):
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
   finished, environment, tmp_path
 ):
-  process = start(tmp_path, environment, '--config.phases[1].learning_rate=1e38')
+  process = start(tmp_path, environment, '--config.phases[1].learning_rate=2e9')
   _, errors = process.communicate(timeout=300)
   assert process.returncode == 1
   (line,) = errors.splitlines()

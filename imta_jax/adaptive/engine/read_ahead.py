@@ -28,8 +28,8 @@ class ReadAhead:
     self._requests.put(self._next)
 
   def is_ready(self) -> bool:
-    """Whether `take` need not wait."""
-    return self._next is not None and self._next.done()
+    """Whether `take` neither waits nor raises."""
+    return self._next is not None and self._next.done() and self._next.exception() is None
 
   def take(self) -> Any:
     """Returns the next item, None at the end of the source, and raises what the source raises."""
