@@ -11,7 +11,8 @@ from imta_jax.errors import UsageError
 
 def import_tensorflow() -> None:
   """Imports TensorFlow without the messages of its C++ code, and hides GPUs from it."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':  # JAX has set it to 1.
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   sys.stderr.flush()
   stderr = os.dup(2)
   with open(os.devnull, 'w') as nowhere:

@@ -31,6 +31,13 @@ from imta_jax.errors import UsageError
 # Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
 _LARGEST = 2**34
 
+# Fields that do not change what an undisturbed run computes.
+_MAY_CHANGE = (
+  'config.checkpoint_every_minutes',
+  'config.dataset.skip_damaged',
+  'config.profile_steps',
+)
+
 _TRAIN_AGAIN = 'remove it and run the training command again'
 
 
@@ -140,6 +147,7 @@ def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
   lines = config_lib.differences(
     config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
   )
+  lines = [line for line in lines if line.partition(':')[0] not in _MAY_CHANGE]
   if lines:
     raise UsageError(
       f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '

@@ -60,6 +60,15 @@ def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
   assert workdir.load_config(folder).seed == 0 and workdir.load_class_names(folder) == ['a']
 
 
+def test_what_changes_no_result_may_change(tmp_path):
+  folder, config = epath.Path(tmp_path), config_lib.default()
+  workdir.claim(config, folder, ['a'])
+  config.dataset.skip_damaged = True
+  config.checkpoint_every_minutes = 10.0
+  config.profile_steps = 20
+  workdir.check_owner(config, saved(folder))
+
+
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
   folder = saved(epath.Path(tmp_path))
   workdir.check_owner(config_lib.default(), folder)  # Another run's phase I, to go on from.

@@ -70,19 +70,20 @@ def _count_intact(builder, path):
   return count
 
 
-def refuse(builder: Any, damages: Sequence[Damage], error: Exception) -> NoReturn:
+def refuse(builder: Any, damages: Sequence[Damage], error: Exception, mend: str = MEND) -> NoReturn:
   """Stops a run whose data set cannot be read.
 
   Args:
     builder: The TFDS builder.
     damages: From `find_damage`.
     error: What was raised when the data set was read.
+    mend: What to do about damage, for the message.
 
   Raises:
     UsageError: With what is damaged or, if no file is, with the error.
   """
   if damages:
-    raise UsageError(f'{"; ".join(map(str, damages))}: {MEND}') from error
+    raise UsageError(f'{"; ".join(map(str, damages))}: {mend}') from error
   reason = str(error).strip().splitlines() or [type(error).__name__]
   raise UsageError(f'{builder.data_path} cannot be read ({reason[0]}): {MEND}') from error
 
@@ -92,6 +93,7 @@ def refuse_example(
   examples: Iterable[tuple[Any, dict[str, Any]]],
   decode: Callable[[Any, Any], Any],
   error: Exception,
+  mend: str = MEND,
 ) -> NoReturn:
   """Stops a run that has met an image that cannot be decoded.
 
@@ -100,6 +102,7 @@ def refuse_example(
     examples: (index, encoded example with 'tfds_id'), among which it is.
     decode: What failed; takes an index and an encoded image.
     error: What it raised.
+    mend: What to do about damage, for the message.
 
   Raises:
     UsageError: With the file and the place of the image.
@@ -116,7 +119,7 @@ def refuse_example(
     pass  # Without a name, what failed is not an image but its record.
   if name is None:
     refuse(builder, [], error)
-  raise UsageError(f'{name}: its image is damaged: {MEND}') from error
+  raise UsageError(f'{name}: its image is damaged: {mend}') from error
 
 
 def example_name(builder: Any, tfds_id: bytes) -> str:

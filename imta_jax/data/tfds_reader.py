@@ -14,6 +14,7 @@ from imta_jax.data.streamed import steps_per_epoch
 
 # Number of images in the shuffle buffer of a host, which also shuffles the files.
 _SHUFFLE_BUFFER = 16_384
+_MEND_OR_SKIP = f'{tfds_files.MEND}, or skip damage with --config.dataset.skip_damaged=True'
 
 
 class TfdsReader:
@@ -86,7 +87,9 @@ class TfdsReader:
       except tf.errors.InvalidArgumentError as error:
         # Opened again, because a data set is shuffled anew whenever it is read.
         examples, decode = _skip(position * batch_size, *open_examples())
-        tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
+        tfds_files.refuse_example(
+          self._builder, examples.take(batch_size), decode, error, _MEND_OR_SKIP
+        )
       except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
         self._pass_over_damage(split, error)
 
@@ -132,7 +135,7 @@ class TfdsReader:
       damage for damage in damages if damage.num_intact != self._num_intact.get(damage.path)
     ]
     if not (damages and self._config.dataset.skip_damaged):
-      tfds_files.refuse(self._builder, damages, error)
+      tfds_files.refuse(self._builder, damages, error, _MEND_OR_SKIP)
     for damage in damages:
       self._num_intact[damage.path] = damage.num_intact
       logging.warning('%s; the others are skipped.', damage)

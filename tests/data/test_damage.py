@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named(config, damage, split):
   DAMAGES[damage](path)
   message = refusal(config, split)
   assert message.startswith(f'{path} is damaged: only the first ')
-  assert message.endswith('delete the data set and prepare it again')
+  assert message.endswith('or skip damage with --config.dataset.skip_damaged=True')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty'])
