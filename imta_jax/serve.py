@@ -100,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--host', default='127.0.0.1', help='default: 127.0.0.1, reachable from this machine only'
   )
-  parser.add_argument(
-    '--port', type=int, choices=range(1, 65536), metavar='PORT', default=8000, help='default: 8000'
-  )
+  parser.add_argument('--port', type=_port, default=8000, help='from 1 to 65535; default: 8000')
   for name, number, text in (
     ('max_batch', int, 'maximum number of images per batch'),
     ('max_delay_ms', float, 'how long an image may wait for others, in milliseconds'),
@@ -136,6 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   except ValueError as error:
     raise UsageError(f'--overload_budget: {error}') from error
   Server(app, limits.max_connections, limits.max_wait, host=options.host, port=options.port).run()
+
+
+def _port(text: str) -> int:
+  if not 0 < (number := int(text)) < 65536:
+    raise ValueError
+  return number
+
+
+_port.__name__ = 'port'  # For argparse's messages.
 
 
 def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Starlette:
