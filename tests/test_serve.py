@@ -578,3 +578,10 @@ def test_what_is_missing_is_told_in_a_line():
   result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
   assert result.returncode == 1
   assert result.stderr == "error: uvicorn is not installed: pip install 'imta_jax[serve]'\n"
+
+
+@pytest.mark.parametrize('port', ['0', '-1', '65536', 'x'])
+def test_a_wrong_port_is_refused_in_one_line(port, capsys):
+  with pytest.raises(SystemExit):
+    serve.main(['network', f'--port={port}'])
+  assert capsys.readouterr().err.splitlines()[-1].endswith(f"--port: invalid port value: '{port}'")
