@@ -12,12 +12,13 @@ TPUs), the weights, thresholds for 40 budgets, and engine/, which needs only JAX
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -207,13 +208,25 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
     def run(leaves, carry, stage=stage, structure=structure):
       return stage(jax.tree.unflatten(structure, leaves), carry)
 
-    exported = export.export(jax.jit(run), platforms=PLATFORMS)(_specs(leaves), carry)
+    with _without_folders():
+      exported = export.export(jax.jit(run), platforms=PLATFORMS)(_specs(leaves), carry)
     serialised.append(bytes(exported.serialize()))
     carry = jax.tree.unflatten(
       exported.out_tree,
       [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.out_avals],
     )
   return serialised
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+  """Keeps the folders of this machine out of the source locations in programs."""
+  before = jax.config.jax_hlo_source_file_canonicalization_regex
+  jax.config.update('jax_hlo_source_file_canonicalization_regex', '.*/')
+  try:
+    yield
+  finally:
+    jax.config.update('jax_hlo_source_file_canonicalization_regex', before)
 
 
 def _names(tree: Any) -> list[str]:

@@ -149,6 +149,13 @@ def test_kernels_can_be_stored_in_half_the_size(export, classifier, exported, im
   np.testing.assert_allclose(answers.probabilities, expected.probabilities, atol=2e-3)
 
 
+def test_stages_name_no_folder_of_this_machine(exported):
+  root = os.fsencode(Path(__file__).parents[2])
+  for path in sorted(exported.glob('stage_*.jax')):
+    content = path.read_bytes()
+    assert b'.py' in content and root not in content
+
+
 def test_stages_are_for_all_platforms(exported):
   stage = jax.export.deserialize(bytearray((exported / 'stage_2.jax').read_bytes()))
   assert stage.platforms == ('cpu', 'cuda', 'tpu')
