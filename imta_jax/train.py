@@ -45,7 +45,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   Raises:
     UsageError: If the config does not match the data, the devices or the workdir, or if the loss
       is not finite.
-    SystemExit: If a signal asked the run to stop; its state has been saved.
+    SystemExit: If a signal asked the run to stop; its state has been saved. While there is nothing
+      to save, a signal ends the process at once.
   """
   config_lib.validate(config)
   for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
