@@ -86,7 +86,7 @@ class Metrics:
     """
     if self._lines:
       with accessing(self._path), self._path.open('a') as file:
-        file.writelines(self._lines)
+        file.write(''.join(self._lines))  # TensorFlow's files, for buckets, have no `writelines`.
       self._lines, self._last_write = [], time.monotonic()
 
   def _tensorboard(self):

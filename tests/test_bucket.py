@@ -23,6 +23,7 @@ from imta_jax.checkpoint import Checkpoints
 from imta_jax.command_line import open_classifier
 from imta_jax.errors import UsageError
 from imta_jax.import_tensorflow import import_tensorflow
+from imta_jax.metrics import Metrics
 from imta_jax.workdir import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,20 @@ def test_requests_that_fail_are_repeated(server, folder):
   save(folder, 1)
   assert restored(folder) == 1
   assert len(requests) > 100
+
+
+def test_metrics_go_to_a_bucket_together_and_are_kept(server, folder):
+  path = folder.parent.parent / 'metrics.jsonl'
+  with Metrics(path, 'phase_1', 0, None) as metrics:
+    metrics.write(1, {'loss': 1.0})
+    metrics.write(2, {'loss': 1.0})
+    assert not path.exists()
+    metrics.flush()
+    assert len(path.read_text().splitlines()) == 2
+    metrics.write(3, {'loss': 1.0})
+  assert len(path.read_text().splitlines()) == 3
+  with Metrics(path, 'phase_1', 2, None):
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_a_bucket_that_refuses_is_told_in_one_line(server, folder):
