@@ -23,6 +23,7 @@ from imta_jax.errors import UsageError
 from imta_jax.packing import pack_like, unpack
 
 _LATEST_KEPT = 2
+_QUIET_TO_THE_END: list[contextlib.ExitStack] = []
 
 
 class Checkpoints:
@@ -173,7 +174,8 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:  # Of the devices or another host.
       raise
     except (OSError, ValueError, RuntimeError) as error:  # Of the file system, and of TensorStore.
-      self._quiet.pop_all()  # What has failed is reported until the process ends.
+      # The operations that were abandoned report for as long as the process lives.
+      _QUIET_TO_THE_END.append(self._quiet.pop_all())
       raise UsageError(
         f'a checkpoint in {self._folder} could not be saved ({_reason(error)}), and earlier ones '
         'are kept: make room or correct permissions, then run the same command again'
