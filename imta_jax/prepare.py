@@ -8,18 +8,21 @@ each, so that they can travel alone.
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax import command_line
 from imta_jax import config as config_lib
+from imta_jax import workdir as layout
 from imta_jax.data import arrays
 from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
+
+# What to do if a folder could not be written to its end.
+MEND = 'make room, delete what is there and run the command again'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,27 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   folder = epath.Path(options.folder)
   config, dataset = open_for(options.config, folder)
-  with writing(folder):
+  with layout.accessing(folder, MEND):
     parts = arrays.write(config.dataset, dataset.arrays, folder)
   for part in parts:
     size = sum(path.stat().length for path in part.iterdir())
     print(f'{part}  {size / 1e6:.1f} MB')
-
-
-@contextlib.contextmanager
-def writing(folder: epath.Path) -> Iterator[None]:
-  """Says in one line that a folder cannot be written, for example on a full disk.
-
-  Raises:
-    UsageError: If it cannot.
-  """
-  try:
-    yield
-  except OSError as error:
-    raise UsageError(
-      f'{folder} cannot be written ({error.strerror or error}): make room, delete what is there '
-      'and run the command again'
-    ) from error
 
 
 def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemoryDataset]:

@@ -38,6 +38,9 @@ _MAY_CHANGE = (
   'config.profile_steps',
 )
 
+_MAKE_ROOM = (
+  'make room, correct its permissions or choose another place, then run the same command again'
+)
 _TRAIN_AGAIN = 'remove it and run the training command again'
 
 
@@ -241,8 +244,12 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def accessing(path: epath.Path) -> Iterator[None]:
+def accessing(path: epath.Path, mend: str = _MAKE_ROOM) -> Iterator[None]:
   """Says in one line what could not be read or written inside, as on a full disk.
+
+  Args:
+    path: What is read or written.
+    mend: What to do, for the message.
 
   Raises:
     UsageError: If the file system fails.
@@ -250,10 +257,7 @@ def accessing(path: epath.Path) -> Iterator[None]:
   try:
     yield
   except file_errors() as error:
-    raise UsageError(
-      f'{path} cannot be read or written ({reason_of(error)}): make room, correct its permissions '
-      'or choose another place, then run the same command again'
-    ) from error
+    raise UsageError(f'{path} cannot be read or written ({reason_of(error)}): {mend}') from error
 
 
 def file_errors() -> tuple[type[Exception], ...]:

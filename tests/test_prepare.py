@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_does_not_pass_for_comple
   )
   assert result.returncode == 2
   assert result.stderr.splitlines()[-1].startswith(
-    f'error: {folder}/cut cannot be written (File too large): make room'
+    f'error: {folder}/cut cannot be read or written (File too large): make room'
   )
   assert 'Traceback' not in result.stderr
   config = config_lib.load_file(f'{ROOT}/configs/mnist5k.py')
