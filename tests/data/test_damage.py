@@ -20,33 +20,16 @@ SIDE = 12
 
 
 @pytest.fixture(scope='module')
-def intact(tfds, tmp_path_factory):
+def intact(prepare_numbered, tmp_path_factory):
   """A prepared data set of several files; the label and the grey level of an image say which."""
   folder = tmp_path_factory.mktemp('numbered')
+  feature = {'shape': (SIDE, SIDE, 3), 'encoding_format': 'png'}
+  counts = {'train': NUM_TRAIN + NUM_VALIDATION, 'test': NUM_TEST}
 
-  class Numbered(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version('1.0.0')
+  def draw(number):
+    return np.full((SIDE, SIDE, 3), 4 * number, np.uint8)
 
-    def _info(self):
-      features = {
-        'image': tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format='png'),
-        'label': tfds.features.ClassLabel(num_classes=64),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, download_manager):
-      del download_manager
-      return {
-        'train': self._generate_examples(NUM_TRAIN + NUM_VALIDATION),
-        'test': self._generate_examples(NUM_TEST),
-      }
-
-    def _generate_examples(self, count):
-      for number in range(count):
-        yield number, {'image': np.full((SIDE, SIDE, 3), 4 * number, np.uint8), 'label': number}
-
-  options = tfds.download.DownloadConfig(num_shards=NUM_FILES)
-  Numbered(data_dir=str(folder)).download_and_prepare(download_config=options)
+  prepare_numbered('numbered', folder, feature, counts, draw, NUM_FILES)
   return folder
 
 

@@ -31,32 +31,13 @@ def photo(number):
 
 
 @pytest.fixture(scope='session')
-def photos(tfds, data_dir):
+def photos(prepare_numbered, data_dir):
   """Prepares a data set of photos in several files; each photo has its own class."""
-
-  class Photos(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-      features = {
-        'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-        'label': tfds.features.ClassLabel(num_classes=64),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, download_manager):
-      del download_manager
-      return {
-        'train': self._generate_examples(NUM_TRAIN + NUM_VALIDATION),
-        'test': self._generate_examples(NUM_TEST),
-      }
-
-    def _generate_examples(self, count):
-      for number in range(count):
-        yield number, {'image': io.BytesIO(photo(number)), 'label': number}
-
-  options = tfds.download.DownloadConfig(num_shards=3)
-  Photos(data_dir=data_dir).download_and_prepare(download_config=options)
+  feature = {'shape': (None, None, 3), 'encoding_format': 'jpeg'}
+  counts = {'train': NUM_TRAIN + NUM_VALIDATION, 'test': NUM_TEST}
+  prepare_numbered(
+    'photos', data_dir, feature, counts, lambda number: io.BytesIO(photo(number)), num_files=3
+  )
   return 'photos'
 
 
