@@ -38,7 +38,8 @@ class StopRequest:
       os.set_blocking(self._sender, False)
       # Python writes the number of each signal there when it comes, whatever the main thread does.
       self._previous_sender = signal.set_wakeup_fd(self._sender)
-      threading.Thread(target=self._watch, args=(receiver,), daemon=True).start()
+      self._watcher = threading.Thread(target=self._watch, args=(receiver,), daemon=True)
+      self._watcher.start()
       for number in _SIGNALS:
         self._previous[number] = signal.signal(number, self._note)
     return self
@@ -48,7 +49,8 @@ class StopRequest:
       signal.signal(number, handler)
     if self._previous:
       signal.set_wakeup_fd(self._previous_sender)
-      os.close(self._sender)  # Ends the thread.
+      os.close(self._sender)  # Ends the thread, which has something to print if a signal just came.
+      self._watcher.join()
     self._previous = {}
 
   def requested(self) -> bool:
