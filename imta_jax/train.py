@@ -1,6 +1,5 @@
 """The training loop: phases, steps, validation and checkpoints; then the final evaluation."""
 
-import faulthandler
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from imta_jax import checkpoint, devices, evaluate, networks, steps, train_state, workdir_lock
+from imta_jax import (
+  checkpoint,
+  devices,
+  evaluate,
+  hang_watch,
+  networks,
+  steps,
+  train_state,
+  workdir_lock,
+)
 from imta_jax import config as config_lib
 from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import exit_costs
@@ -27,9 +35,6 @@ from imta_jax.packing import pack
 from imta_jax.phases import set_up_phase
 from imta_jax.preemption import StopRequest
 from imta_jax.profiling import Profile
-
-# The longest time between steps of several hosts, validations and checkpoints included.
-_SECONDS_TO_HANG = 1800
 
 
 def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
@@ -52,24 +57,32 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
     networks.create_model(config, phase, num_classes=1)
   layout.check_owner(config, workdir)
-  dataset = open_dataset(config)
-  with workdir_lock.hold(workdir), StopRequest() as stop:
-    layout.claim(config, workdir, dataset.class_names)
-    layout.record_environment(workdir)
-    reporter = Reporter()
-    reporter.say(
-      f'{config.dataset.name}: '
-      + ', '.join(f'{count:,} {split}' for split, count in dataset.num_images.items())
-      + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
-      f'{jax.process_count()} host(s) · workdir {workdir}'
-    )
-    if config.tensorboard and not has_tensorboard():
-      reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
-    trained = []
-    for index in range(len(config.phases)):
-      predecessor = (trained[-1].model, trained[-1].weights.variables) if trained else None
-      trained.append(_train_phase(config, workdir, index, dataset, predecessor, reporter, stop))
-    return _evaluate(config, workdir, trained, dataset, reporter)
+  with hang_watch.watch():
+    dataset = open_dataset(config)
+    with workdir_lock.hold(workdir), StopRequest() as stop:
+      return _train_phases(config, workdir, dataset, stop)
+
+
+def _train_phases(
+  config: ConfigDict, workdir: epath.Path, dataset: Dataset, stop: StopRequest
+) -> list[evaluate.Evaluation]:
+  """Trains and evaluates all phases in a workdir that no other run uses."""
+  layout.claim(config, workdir, dataset.class_names)
+  layout.record_environment(workdir)
+  reporter = Reporter()
+  reporter.say(
+    f'{config.dataset.name}: '
+    + ', '.join(f'{count:,} {split}' for split, count in dataset.num_images.items())
+    + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
+    f'{jax.process_count()} host(s) · workdir {workdir}'
+  )
+  if config.tensorboard and not has_tensorboard():
+    reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
+  trained = []
+  for index in range(len(config.phases)):
+    predecessor = (trained[-1].model, trained[-1].weights.variables) if trained else None
+    trained.append(_train_phase(config, workdir, index, dataset, predecessor, reporter, stop))
+  return _evaluate(config, workdir, trained, dataset, reporter)
 
 
 def _evaluate(
@@ -82,6 +95,7 @@ def _evaluate(
   """Evaluates the network of each phase, and writes and prints the results."""
   evaluations = []
   for network in trained:
+    hang_watch.progressed()
     predictions = networks.predict_splits(network, dataset)
     evaluations.append(evaluate.assess(network.name, network.costs, predictions))
     reporter.results(evaluations[-1])
@@ -110,6 +124,7 @@ def _train_phase(
   stop: StopRequest,
 ) -> networks.TrainedNetwork:
   """Trains a phase, resuming if it was interrupted, and restores its chosen state."""
+  hang_watch.progressed()
   start = time.monotonic()
   phase = set_up_phase(
     config,
@@ -163,8 +178,7 @@ def _train_phase(
           source, count = read(most)
         state = dispatch(state, teacher, source, count)
         stop.has_unsaved_steps = True
-        if jax.process_count() > 1:  # A host that hangs would keep all others waiting without end.
-          faulthandler.dump_traceback_later(_SECONDS_TO_HANG, exit=True)
+        hang_watch.progressed()
         if step == first_step:
           reporter.say(f'{name}: first step done after {time.monotonic() - start:.1f} s.')
           progress.start_interval(step + count)
@@ -213,7 +227,6 @@ def _train_phase(
           checkpoints.wait()
           stop.leave(f'{name} was saved at step {step:,}; run the same command again to resume.')
 
-    faulthandler.cancel_dump_traceback_later()
     chosen = networks.chosen_state(checkpoints, state, phase.config, name, workdir)
   reporter.say(
     f'{name} is finished; its {phase.config.chosen_state} state is from step {int(chosen.step):,}.'

@@ -144,20 +144,26 @@ def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
   assert_trained_alike(workdir, tmp_path)
 
 
-# The reader of the second host hangs before its sixth batch.
+# The reader of one host hangs when it is opened, or before a batch.
 HANGING = """
 import sys
 import time
-from imta_jax import main, train
-from imta_jax.data import folder_reader
-train._SECONDS_TO_HANG = 10
-whole = folder_reader.FolderReader.train_batches
-def hanging(self, first_step):
-  for number, batch in enumerate(whole(self, first_step)):
-    if number == 5 and '--process_id=1' in sys.argv:
-      time.sleep(1000)
+from imta_jax import hang_watch, main
+from imta_jax.data.folder_reader import FolderReader
+victim, place = sys.argv.pop(1), sys.argv.pop(1)
+hang_watch._SECONDS_TO_HANG = 20
+open_reader, train_batches = FolderReader.__init__, FolderReader.train_batches
+def hanging(this_place):
+  if this_place == place and f'--process_id={victim}' in sys.argv:
+    time.sleep(1000)
+def open_or_hang(*arguments):
+  hanging('opening')
+  open_reader(*arguments)
+def batches_or_hang(*arguments):
+  for number, batch in enumerate(train_batches(*arguments)):
+    hanging(f'batch {number}')
     yield batch
-folder_reader.FolderReader.train_batches = hanging
+FolderReader.__init__, FolderReader.train_batches = open_or_hang, batches_or_hang
 main.run()
 """
 
@@ -178,13 +184,43 @@ def test_a_host_that_dies_or_stops_ends_the_other_with_a_reason(victim, number, 
 
 
 @pytest.mark.slow
-def test_a_host_that_hangs_ends_all_and_shows_where(start, tmp_path):
+@pytest.mark.parametrize('place', ['opening', 'batch 0', 'batch 5'])
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_host_that_hangs_ends_all_and_shows_where(victim, place, start, tmp_path):
   path = tmp_path / 'hanging.py'
   path.write_text(HANGING)
-  hosts = start(2, 1, False, tmp_path / 'run', program=(path,))
+  hosts = start(2, 1, False, tmp_path / 'run', program=(path, str(victim), place))
   outputs = [host.communicate(timeout=200)[0] for host in hosts]
   assert all(host.returncode not in (0, None) for host in hosts)
-  assert 'Timeout (0:00:10)!' in outputs[1] and 'in hanging' in outputs[1]
+  assert 'Timeout (0:00:20)!' in ''.join(outputs) and 'in hanging' in outputs[victim]
+
+
+# One of the hosts has lost an image.
+DIFFERENT = """
+import sys
+from imta_jax import main
+from imta_jax.data import image_folder
+scan = image_folder.scan
+def scan_less(root):
+  folder = scan(root)
+  if '--process_id=1' in sys.argv:
+    folder.paths['train'].pop()
+    folder.labels['train'] = folder.labels['train'][:-1]
+  return folder
+image_folder.scan = scan_less
+main.run()
+"""
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_hosts_with_other_images_are_refused(in_memory, start, tmp_path):
+  path = tmp_path / 'different.py'
+  path.write_text(DIFFERENT)
+  hosts = start(2, 1, in_memory, tmp_path / 'run', program=(path,))
+  for host in hosts:
+    output, _ = host.communicate(timeout=200)
+    assert host.returncode == 1
+    assert 'error: image_folder is not the same on all hosts: process 1 has other' in output
 
 
 def assert_trained_alike(workdir, other):

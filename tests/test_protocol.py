@@ -52,6 +52,9 @@ class RecordingDataset(Dataset):
     batch = self._batch(split, 0)
     yield {**batch, 'mask': np.ones(batch['label'].shape, bool)}
 
+  def fingerprint(self):
+    return 0
+
   def _batch(self, split, number):
     random = np.random.default_rng([LABELS[split], number])
     lead = (jax.local_device_count(), NUM_IMAGES // jax.local_device_count())

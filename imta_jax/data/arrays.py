@@ -16,7 +16,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from imta_jax.compilation_cache import cache_folder
-from imta_jax.data import tfds_files
 from imta_jax.errors import UsageError
 
 SPLITS = ('train', 'validation', 'test')
@@ -85,46 +84,6 @@ def _load_arrays_dir(dataset):
         f'{dataset[field]!r}: {hint}'
       )
   return arrays
-
-
-def read(builder: Any, splits: dict[str, tuple[str, int]]) -> Arrays:
-  """Reads a prepared data set through TFDS.
-
-  Args:
-    builder: The TFDS builder of the data set.
-    splits: {split: (TFDS instruction, number of images)}.
-
-  Returns:
-    The arrays.
-
-  Raises:
-    UsageError: If the data set is damaged; the message names the file.
-  """
-  import tensorflow as tf
-  import tensorflow_datasets as tfds
-
-  images, labels = {}, {}
-  for split, (instruction, _) in splits.items():
-    try:
-      content = tfds.as_numpy(builder.as_dataset(split=instruction, batch_size=-1))
-    except tf.errors.InvalidArgumentError as error:
-      tfds_files.refuse_example(builder, *_encoded(builder, instruction), error)
-    except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
-      tfds_files.refuse(builder, tfds_files.find_damage(builder, instruction), error)
-    images[split], labels[split] = content['image'], content['label'].astype(np.int32)
-  return Arrays(list(builder.info.features['label'].names), images, labels)
-
-
-def _encoded(builder, instruction):
-  """Returns the encoded examples of a split, and what decodes an image."""
-  import tensorflow_datasets as tfds
-
-  examples = builder.as_dataset(
-    split=instruction,
-    decoders={'image': tfds.decode.SkipDecoding()},
-    read_config=tfds.ReadConfig(add_tfds_id=True),
-  )
-  return examples.enumerate(), lambda _, image: builder.info.features['image'].decode_example(image)
 
 
 def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:

@@ -64,6 +64,10 @@ class Dataset(abc.ABC):
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     """Yields batches with every image of a split exactly once, over all hosts together."""
 
+  @abc.abstractmethod
+  def fingerprint(self) -> int:
+    """Returns a checksum of what all hosts must have alike: the images, or the names of files."""
+
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
   """Checks that labels are classes.

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
-from imta_jax.data.image_folder import ImageFolder
+from imta_jax.data.image_folder import MEND_OR_SKIP, ImageFolder
 from imta_jax.data.streamed import steps_per_epoch
 from imta_jax.errors import UsageError
 
@@ -45,6 +45,10 @@ class FolderReader:
     )
     images = ((index, [self._config.seed, index or 0]) for index in padded)
     return self._decode(images, split, batch_size, augments)
+
+  def file_names(self, split: str) -> list[str]:
+    root = self._config.dataset.data_dir
+    return [os.path.relpath(path, root) for path in self._folder.paths[split]]
 
   def _train_images(self, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
@@ -98,9 +102,10 @@ class FolderReader:
 
   def _pass_over(self, path, error):
     """Warns once of a damaged file that is skipped, or refuses it."""
-    is_missing = isinstance(error.__cause__, FileNotFoundError)
-    if is_missing or not self._config.dataset.skip_damaged:
-      raise UsageError(f'{path}: {error}: mend or remove it') from error
+    if isinstance(error.__cause__, FileNotFoundError):
+      raise UsageError(f'{path}: {error}: restore it') from error
+    if not self._config.dataset.skip_damaged:
+      raise UsageError(f'{path}: {error}: {MEND_OR_SKIP}') from error
     if path not in self._damaged:
       self._damaged.add(path)
       logging.warning('%s: %s: skipped; damaged so far: %d.', path, error, len(self._damaged))

@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+from absl import logging
 
 from imta_jax.data.arrays import SPLITS, Arrays
 from imta_jax.data.image_files import ImageError, find_images, image_size_and_channels, read_image
 from imta_jax.errors import UsageError
 
 NAME = 'image_folder'
+# What to do about files that cannot be read, for messages.
+MEND_OR_SKIP = 'mend or remove them, or skip damage with config.dataset.skip_damaged=True'
 # Seed of the split of a folder that has none.
 SPLIT_SEED = 0
 # Shares of the images of each class: of all for testing, of the others for validation.
@@ -135,16 +138,15 @@ def _of_known_classes(folder, class_names):
 
 
 def survey(folder: ImageFolder) -> Survey:
-  """Reads the headers of the images, or of a random part of them.
+  """Reads the headers of the images, or of a random part of them; leaves out those without one.
 
   Raises:
-    UsageError: If some are not images; the message names the files.
+    UsageError: If none can be read; the message names files.
   """
-  paths = [path for split in SPLITS for path in folder.paths[split]]
-  if len(paths) > _SURVEYED:
-    chosen = np.random.default_rng(SPLIT_SEED).choice(len(paths), _SURVEYED, replace=False)
-    paths = [paths[index] for index in sorted(chosen)]
-  found = _read_all(paths, image_size_and_channels)
+  headers, errors = _read_headers(folder)
+  found = [header for header in headers if header is not None]
+  if not found:
+    _refuse(errors)
   sizes = {size for size, _ in found}
   return Survey(
     max(channels for _, channels in found),
@@ -153,27 +155,63 @@ def survey(folder: ImageFolder) -> Survey:
   )
 
 
-def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
+def check_headers(folder: ImageFolder) -> None:
+  """Checks the headers that `survey` reads.
+
+  Raises:
+    UsageError: If some files have none; the message names them.
+  """
+  _, errors = _read_headers(folder)
+  if errors:
+    _refuse(errors)
+
+
+def read(
+  folder: ImageFolder, image_shape: Sequence[int], crop: str, *, skip_damaged: bool = False
+) -> Arrays:
   """Reads all images into memory.
 
   Args:
     folder: The files.
     image_shape: (height, width, channels) to which they are brought.
     crop: See `image_files.read_image`.
+    skip_damaged: Whether to leave out files that cannot be read, with a warning.
 
   Returns:
     The arrays.
 
   Raises:
-    UsageError: If images cannot be read; the message names the files.
+    UsageError: If images cannot be read and are not skipped, or if no image of a split can be read;
+      the message names files.
   """
   read_one = partial(read_image, shape=image_shape, crop=crop)
-  images = {split: np.stack(_read_all(paths, read_one)) for split, paths in folder.paths.items()}
-  return Arrays(folder.class_names, images, folder.labels)
+  images, labels = {}, {}
+  for split, paths in folder.paths.items():
+    found, errors = _read_all(paths, read_one)
+    is_intact = np.array([image is not None for image in found])
+    if errors and not (skip_damaged and is_intact.any()):
+      _refuse(errors)
+    for number, error in enumerate(errors, start=1):
+      logging.warning('%s: skipped; damaged so far: %d.', error, number)
+    images[split] = np.stack([image for image in found if image is not None])
+    labels[split] = folder.labels[split][is_intact]
+  return Arrays(folder.class_names, images, labels)
+
+
+def _read_headers(folder):
+  paths = [path for split in SPLITS for path in folder.paths[split]]
+  if len(paths) > _SURVEYED:
+    chosen = np.random.default_rng(SPLIT_SEED).choice(len(paths), _SURVEYED, replace=False)
+    paths = [paths[index] for index in sorted(chosen)]
+  return _read_all(paths, image_size_and_channels)
 
 
 def _read_all(paths, read_one):
-  """Calls read_one(path) for all files in threads; Pillow decodes without the interpreter lock."""
+  """Calls read_one(path) for all files in threads; Pillow decodes without the interpreter lock.
+
+  Returns:
+    What it returned, None for files that cannot be read, and a line for each of these.
+  """
 
   def attempt(path):
     try:
@@ -183,10 +221,11 @@ def _read_all(paths, read_one):
 
   with ThreadPoolExecutor(os.cpu_count()) as pool:
     results, errors = zip(*pool.map(attempt, paths), strict=True)
-  bad = [error for error in errors if error]
-  if bad:
-    more = f'; and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''
-    raise UsageError(
-      f'{len(bad)} image(s) cannot be read: {"; ".join(bad[:_NAMED])}{more}: mend or remove them'
-    )
-  return results
+  return results, [error for error in errors if error]
+
+
+def _refuse(errors):
+  more = f'; and {len(errors) - _NAMED} more' if len(errors) > _NAMED else ''
+  raise UsageError(
+    f'{len(errors)} image(s) cannot be read: {"; ".join(errors[:_NAMED])}{more}: ' + MEND_OR_SKIP
+  )

@@ -1,5 +1,6 @@
 """Small data sets, which are kept in the memory of every device and batched there."""
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -103,6 +104,13 @@ class InMemoryDataset(Dataset):
         for name, array in batch.items()
       }
       yield self._prepare(devices.numbers(), np.int32(start), batch, augments)
+
+  def fingerprint(self) -> int:
+    checksum = zlib.crc32(repr(list(self.class_names)).encode())
+    for arrays in (self.arrays.images, self.arrays.labels):
+      for _, array in sorted(arrays.items()):
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
 
 
 def draw_batch(

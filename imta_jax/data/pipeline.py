@@ -3,16 +3,21 @@
 TensorFlow is imported only if TFDS has to read the data.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from imta_jax import hang_watch
 from imta_jax.data import image_folder, tfds_files
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
@@ -31,7 +36,8 @@ def open_dataset(config: ConfigDict) -> Dataset:
     The data set.
 
   Raises:
-    UsageError: If it does not exist, cannot be prepared, or does not match the config.
+    UsageError: If it does not exist, cannot be prepared, does not match the config, or is not the
+      same on all hosts.
   """
   for field in ('batch_size', 'evaluation_batch_size'):
     if config[field] % jax.device_count():
@@ -39,22 +45,49 @@ def open_dataset(config: ConfigDict) -> Dataset:
         f'config.{field} is {config[field]}, not divisible by {jax.device_count()} devices: '
         f'make it a multiple of {jax.device_count()}'
       )
-  dataset = _open_in_memory(config) if config.dataset.in_memory else _open_streamed(config)
+  with _first_host_first():
+    dataset = _open_in_memory(config) if config.dataset.in_memory else _open_streamed(config)
   if dataset.num_images['train'] < config.batch_size:
     raise UsageError(
       f'config.batch_size is {config.batch_size}, more than the number of training images '
       f'({dataset.num_images["train"]}): choose a smaller batch size'
     )
+  _check_hosts_agree(dataset, config.dataset.name)
   return dataset
 
 
+@contextlib.contextmanager
+def _first_host_first() -> Iterator[None]:
+  """Lets other hosts wait for the first one, which prepares what is missing where they share it."""
+  if jax.process_index():
+    with hang_watch.paused():
+      multihost_utils.sync_global_devices('data set opened')
+  yield
+  if jax.process_index() == 0 and jax.process_count() > 1:
+    multihost_utils.sync_global_devices('data set opened')
+
+
+def _check_hosts_agree(dataset: Dataset, name: str) -> None:
+  """Refuses hosts with different copies of the data set, whose batches would not fit together."""
+  if jax.process_count() == 1:
+    return
+  fingerprints = multihost_utils.process_allgather(np.uint32(dataset.fingerprint()))
+  others = np.flatnonzero(fingerprints != fingerprints[0])
+  if others.size:
+    raise UsageError(
+      f'{name} is not the same on all hosts: process {others[0]} has other files or images than '
+      'process 0: give every host the same copy, and the same version of it'
+    )
+
+
 def _open_in_memory(config: ConfigDict) -> Dataset:
-  from imta_jax.data import arrays, in_memory
+  from imta_jax.data import arrays, in_memory, tfds_arrays
 
   if config.dataset.name == image_folder.NAME:
     side, channels = config.dataset.image_size, len(config.dataset.mean)
     folder = image_folder.scan(config.dataset.data_dir)
-    stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
+    shape, skip_damaged = (side, side, channels), config.dataset.skip_damaged
+    stored = image_folder.read(folder, shape, config.dataset.crop, skip_damaged=skip_damaged)
     return in_memory.InMemoryDataset(stored, config)
   stored = arrays.load(config.dataset)
   if stored is not None:
@@ -63,8 +96,10 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
   builder = _prepared_builder(config.dataset)
   splits = _splits(builder, config.dataset)
   in_memory.check(builder.info.features['image'].shape, config.dataset)
-  dataset = in_memory.InMemoryDataset(arrays.read(builder, splits), config)
-  arrays.store(config.dataset, dataset.arrays, builder.data_path / 'dataset_info.json')
+  content = tfds_arrays.read(builder, splits, skip_damaged=config.dataset.skip_damaged)
+  dataset = in_memory.InMemoryDataset(content, config)
+  if dataset.num_images == {split: count for split, (_, count) in splits.items()}:
+    arrays.store(config.dataset, content, builder.data_path / 'dataset_info.json')
   return dataset
 
 
@@ -75,6 +110,8 @@ def _open_streamed(config: ConfigDict) -> Dataset:
     from imta_jax.data.folder_reader import FolderReader
 
     folder = image_folder.scan(config.dataset.data_dir)
+    if not config.dataset.skip_damaged:  # Better found now than in the middle of an epoch.
+      image_folder.check_headers(folder)
     num_images = {split: len(paths) for split, paths in folder.paths.items()}
     reader = FolderReader(folder, config)
     return streamed.StreamedDataset(reader, folder.class_names, num_images, config)
@@ -118,7 +155,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     if not sys.stderr.isatty():
       tfds.disable_progress_bar()
     try:
-      if jax.process_index() == 0:
+      with hang_watch.paused():
         builder.download_and_prepare()
     except Exception as error:
       reason = str(error).strip().splitlines()
@@ -127,11 +164,6 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
         f'({type(error).__name__}: {reason[0] if reason else "no reason given"}): prepare it with '
         f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir'
       ) from error
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices('data set prepared')
-      builder = tfds.builder(dataset.name, data_dir=data_dir)
   if not builder.info.splits:  # TFDS prepares nothing where there is a folder.
     raise UsageError(
       f'{builder.data_path} has no dataset_info.json that names splits: delete this folder, and '

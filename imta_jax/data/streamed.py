@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
@@ -33,6 +34,9 @@ class Reader(Protocol):
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields all images of a split, the same number of batches on every host."""
+
+  def file_names(self, split: str) -> list[str]:
+    """Returns the names of the files that all hosts together read for a split."""
 
 
 class StreamedDataset(Dataset):
@@ -80,6 +84,10 @@ class StreamedDataset(Dataset):
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
     return map(self._normalize, self._send_ahead(self._not_empty(split, batches)))
+
+  def fingerprint(self) -> int:
+    files = {split: self._reader.file_names(split) for split in sorted(self.num_images)}
+    return zlib.crc32(repr((list(self.class_names), self.num_images, files)).encode())
 
   def _train_stacks(self, first_step):
     """Yields batches from a step on without end, stacked [local devices, step, image, …]."""

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from absl import logging
 from etils import epath
 
 from imta_jax.errors import UsageError
 
 MEND = 'restore it from a copy, or delete the data set and prepare it again'
+MEND_OR_SKIP = f'{MEND}, or skip damage with config.dataset.skip_damaged=True'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,51 @@ class Damage:
       f'{self.path} is damaged: only the first {self.num_intact} of its {self.num_images} images '
       'can be read'
     )
+
+
+class SkippedDamage:
+  """What of a data set is damaged and skipped; a warning says so once.
+
+  Damaged files are read up to their first damaged record.
+  """
+
+  def __init__(self, builder: Any):
+    self._builder = builder
+    self._num_intact = {}  # {damaged file: number of images before the damage}
+    self._undecodable = set()
+
+  @property
+  def has_files(self) -> bool:
+    """Whether a file is damaged."""
+    return bool(self._num_intact)
+
+  def is_new(self, damage: Damage) -> bool:
+    """Whether a file has more damage than is known."""
+    return damage.num_intact != self._num_intact.get(damage.path)
+
+  def add_files(self, damages: Iterable[Damage]) -> None:
+    """Skips the rest of damaged files from now on."""
+    for damage in damages:
+      self._num_intact[damage.path] = damage.num_intact
+      logging.warning('%s; the others are skipped.', damage)
+
+  def add_example(self, tfds_id: bytes) -> None:
+    """Counts an image that cannot be decoded."""
+    if tfds_id not in self._undecodable:
+      self._undecodable.add(tfds_id)
+      name, count = example_name(self._builder, tfds_id), len(self._undecodable)
+      logging.warning('%s: its image is damaged: skipped; damaged so far: %d.', name, count)
+
+  def shorten(self, instructions: list[Any]) -> list[Any]:
+    """Leaves out what is damaged, for `ReadConfig.experimental_interleave_sort_fn` of TFDS.
+
+    A file of which nothing is left keeps its place in the order.
+    """
+    for index, file in enumerate(instructions):
+      if file.filename in self._num_intact:
+        left = max(0, self._num_intact[file.filename] - file.skip)
+        instructions[index] = file.replace(take=min(file.take, left))
+    return instructions
 
 
 def find_damage(builder: Any, split: Any) -> list[Damage]:
@@ -70,20 +117,19 @@ def _count_intact(builder, path):
   return count
 
 
-def refuse(builder: Any, damages: Sequence[Damage], error: Exception, mend: str = MEND) -> NoReturn:
+def refuse(builder: Any, damages: Sequence[Damage], error: Exception) -> NoReturn:
   """Stops a run whose data set cannot be read.
 
   Args:
     builder: The TFDS builder.
     damages: From `find_damage`.
     error: What was raised when the data set was read.
-    mend: What to do about damage, for the message.
 
   Raises:
     UsageError: With what is damaged or, if no file is, with the error.
   """
   if damages:
-    raise UsageError(f'{"; ".join(map(str, damages))}: {mend}') from error
+    raise UsageError(f'{"; ".join(map(str, damages))}: {MEND_OR_SKIP}') from error
   reason = str(error).strip().splitlines() or [type(error).__name__]
   raise UsageError(f'{builder.data_path} cannot be read ({reason[0]}): {MEND}') from error
 
@@ -93,7 +139,6 @@ def refuse_example(
   examples: Iterable[tuple[Any, dict[str, Any]]],
   decode: Callable[[Any, Any], Any],
   error: Exception,
-  mend: str = MEND,
 ) -> NoReturn:
   """Stops a run that has met an image that cannot be decoded.
 
@@ -102,24 +147,28 @@ def refuse_example(
     examples: (index, encoded example with 'tfds_id'), among which it is.
     decode: What failed; takes an index and an encoded image.
     error: What it raised.
-    mend: What to do about damage, for the message.
 
   Raises:
     UsageError: With the file and the place of the image.
   """
-  import tensorflow as tf
-
   name = None
   try:
     for index, example in examples:
       name = example_name(builder, example['tfds_id'].numpy())
       decode(index, example['image'])
       name = None
-  except tf.errors.InvalidArgumentError:
+  except decoding_errors():
     pass  # Without a name, what failed is not an image but its record.
   if name is None:
     refuse(builder, [], error)
-  raise UsageError(f'{name}: its image is damaged: {mend}') from error
+  raise UsageError(f'{name}: its image is damaged: {MEND_OR_SKIP}') from error
+
+
+def decoding_errors() -> tuple[type[Exception], ...]:
+  """Returns what decoding an image raises: ValueError if it has another shape than the data set."""
+  import tensorflow as tf
+
+  return tf.errors.InvalidArgumentError, ValueError
 
 
 def example_name(builder: Any, tfds_id: bytes) -> str:

@@ -1,12 +1,12 @@
 """Reads encoded images through TFDS, for data sets that are streamed."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from imta_jax.data import preprocess, tfds_files
@@ -14,14 +14,13 @@ from imta_jax.data.streamed import steps_per_epoch
 
 # Number of images in the shuffle buffer of a host, which also shuffles the files.
 _SHUFFLE_BUFFER = 16_384
-_MEND_OR_SKIP = f'{tfds_files.MEND}, or skip damage with --config.dataset.skip_damaged=True'
 
 
 class TfdsReader:
   """Reads this host's part of a prepared data set; see `streamed.Reader`.
 
-  Damaged files are read up to their first damaged record. The images before it come in the same
-  order whether or not the damage is known, so that a stream can go on with its next batch.
+  The images before the first damaged record of a file come in the same order whether or not the
+  damage is known, so that a stream can go on with its next batch.
   """
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
@@ -34,8 +33,7 @@ class TfdsReader:
     """
     self._builder, self._splits, self._config = builder, splits, config
     self._steps_per_epoch = steps_per_epoch(splits['train'][1], config)
-    self._num_intact = {}  # {damaged file: number of images before the damage}
-    self._undecodable = set()
+    self._skipped = tfds_files.SkippedDamage(builder)
 
   def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
@@ -52,11 +50,15 @@ class TfdsReader:
     num_batches = -(-largest_part // batch_size)
     return self._batches(split, partial(self._evaluation, split), batch_size, num_batches)
 
+  def file_names(self, split: str) -> list[str]:
+    instructions = self._builder.info.splits[self._splits[split][0]].file_instructions
+    return [os.path.basename(instruction.filename) for instruction in instructions]
+
   def _epoch(self, epoch):
     """Returns this host's images of an epoch and how to decode them, as functions of the seed."""
     seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
     examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
-    if self._num_intact:  # The images that are left have to fill all batches.
+    if self._skipped.has_files:  # The images that are left have to fill all batches.
       examples = examples.repeat()
     return examples, self._random_crop(seed)
 
@@ -87,9 +89,7 @@ class TfdsReader:
       except tf.errors.InvalidArgumentError as error:
         # Opened again, because a data set is shuffled anew whenever it is read.
         examples, decode = _skip(position * batch_size, *open_examples())
-        tfds_files.refuse_example(
-          self._builder, examples.take(batch_size), decode, error, _MEND_OR_SKIP
-        )
+        tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
       except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
         self._pass_over_damage(split, error)
 
@@ -104,7 +104,7 @@ class TfdsReader:
       try:
         return decode_graph(index, encoded), True
       except tf.errors.InvalidArgumentError:
-        self._warn_of_example(tfds_id.numpy())
+        self._skipped.add_example(tfds_id.numpy())
         return tf.zeros((side, side, 3), tf.uint8), False
 
     def decode_example(index, example):
@@ -121,24 +121,13 @@ class TfdsReader:
 
     return examples.map(decode_example, tf.data.AUTOTUNE)
 
-  def _warn_of_example(self, tfds_id):
-    if tfds_id not in self._undecodable:
-      self._undecodable.add(tfds_id)
-      name = tfds_files.example_name(self._builder, tfds_id)
-      count = len(self._undecodable)
-      logging.warning('%s: its image is damaged: skipped; damaged so far: %d.', name, count)
-
   def _pass_over_damage(self, split, error):
     """Shortens what is read of damaged files, or refuses them."""
     damages = tfds_files.find_damage(self._builder, self._part(split))
-    damages = [
-      damage for damage in damages if damage.num_intact != self._num_intact.get(damage.path)
-    ]
+    damages = [damage for damage in damages if self._skipped.is_new(damage)]
     if not (damages and self._config.dataset.skip_damaged):
-      tfds_files.refuse(self._builder, damages, error, _MEND_OR_SKIP)
-    for damage in damages:
-      self._num_intact[damage.path] = damage.num_intact
-      logging.warning('%s; the others are skipped.', damage)
+      tfds_files.refuse(self._builder, damages, error)
+    self._skipped.add_files(damages)
 
   def _part(self, split):
     """Returns the TFDS instruction for this host's part of a split."""
@@ -159,20 +148,12 @@ class TfdsReader:
         shuffle_seed=shuffle_seed,
         try_autocache=False,
         add_tfds_id=True,
-        experimental_interleave_sort_fn=self._shorten,
+        experimental_interleave_sort_fn=self._skipped.shorten,
       ),
     )
     options = tf.data.Options()
     options.deterministic = True
     return examples.with_options(options)
-
-  def _shorten(self, instructions):
-    """Leaves out what is damaged; a file of which nothing is left keeps its place in the order."""
-    for index, file in enumerate(instructions):
-      if file.filename in self._num_intact:
-        left = max(0, self._num_intact[file.filename] - file.skip)
-        instructions[index] = file.replace(take=min(file.take, left))
-    return instructions
 
   def _random_crop(self, seed):
     """Returns a function that decodes an image, with a seed that no other image of any host has."""

@@ -6,6 +6,7 @@ import io
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from imta_jax import config as config_lib
 from imta_jax import devices
@@ -115,6 +116,21 @@ def flatten(batch):
 @pytest.fixture(scope='session')
 def flat():
   return flatten
+
+
+@pytest.fixture
+def as_host(monkeypatch):
+  """A function that makes this process one of several hosts, all others of which agree with it."""
+
+  def become(index, count):
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
+    monkeypatch.setattr(jax, 'process_index', lambda: index)
+    monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: None)
+    monkeypatch.setattr(
+      multihost_utils, 'process_allgather', lambda value: np.array([value] * count)
+    )
+
+  return become
 
 
 @pytest.fixture(scope='session')

@@ -1,12 +1,15 @@
 """Damaged data sets: the file is named, or its images are skipped; the same batches every time."""
 
+import io
 import itertools
+import re
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from imta_jax import config as config_lib
 from imta_jax.data import pipeline, preprocess
@@ -90,10 +93,10 @@ def write_records(path, records):
       writer.write(record.SerializeToString())
 
 
-def replace_image(path, number):
+def replace_image(path, number, image=b'no image'):
   """Replaces the image of a record, whose checksums stay valid, and returns its label."""
   records = records_of(path)
-  records[number].features.feature['image'].bytes_list.value[0] = b'no image'
+  records[number].features.feature['image'].bytes_list.value[0] = image
   write_records(path, records)
   return label_of(records[number])
 
@@ -148,7 +151,7 @@ def test_a_damaged_file_is_named(config, damage, split):
   DAMAGES[damage](path)
   message = refusal(config, split)
   assert message.startswith(f'{path} is damaged: only the first ')
-  assert message.endswith('or skip damage with --config.dataset.skip_damaged=True')
+  assert message.endswith('or skip damage with config.dataset.skip_damaged=True')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty'])
@@ -158,6 +161,65 @@ def test_a_damaged_file_of_a_set_in_memory_is_named(config, damage):
   DAMAGES[damage](path)
   with pytest.raises(UsageError, match=f'^{path} is damaged: only the first'):
     open_dataset(config)
+
+
+def numbers_in_memory(config):
+  """Returns {split: numbers of its images}, and checks that labels belong to their images."""
+  dataset = open_dataset(config)
+  numbers = {}
+  for split, found in dataset.arrays.labels.items():
+    images = dataset.arrays.images[split]
+    np.testing.assert_array_equal(
+      images, np.broadcast_to(4 * found[:, None, None, None], images.shape)
+    )
+    assert dataset.num_images[split] == len(images) == len(set(found.tolist()))
+    numbers[split] = set(found.tolist())
+  return numbers
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_set_in_memory_skips_what_is_damaged_until_it_is_mended(config, damage, caplog):
+  config.dataset.update(in_memory=True, skip_damaged=True)
+  damaged, with_bad_image = files_of(config)[:2]
+  contents = {path: path.read_bytes() for path in (damaged, with_bad_image)}
+  in_damaged = list(map(label_of, records_of(damaged)))
+  DAMAGES[damage](damaged)
+  label = replace_image(with_bad_image, 3)
+  numbers = numbers_in_memory(config)
+  found = re.search(rf'{damaged} is damaged: only the first (\d+) of its 12 images', caplog.text)
+  lost = {label, *in_damaged[int(found[1]) :]}
+  assert f'record 3 (counted from 0) of {with_bad_image}: its image is damaged' in caplog.text
+  for path, content in contents.items():
+    path.write_bytes(content)
+  whole = numbers_in_memory(config)  # Nothing incomplete was cached.
+  assert sum(map(len, whole.values())) == NUM_TRAIN + NUM_VALIDATION + NUM_TEST
+  assert (numbers['train'] | numbers['validation']) == set(range(50)) - lost
+  assert numbers['test'] == whole['test']
+
+
+def test_a_set_in_memory_of_which_nothing_is_intact_is_refused(config):
+  config.dataset.update(in_memory=True, skip_damaged=True)
+  for path in files_of(config, 'test'):
+    path.write_bytes(b'')
+  with pytest.raises(UsageError, match='no image of test in .*numbered/1.0.0 is intact'):
+    open_dataset(config)
+
+
+@pytest.mark.parametrize('skips', [False, True])
+def test_an_image_of_another_shape_in_memory_is_damaged(config, skips, caplog):
+  config.dataset.update(in_memory=True, skip_damaged=skips)
+  path = files_of(config)[1]
+  small = io.BytesIO()
+  Image.new('RGB', (2, 2)).save(small, 'PNG')
+  label = replace_image(path, 3, small.getvalue())
+  name = f'record 3 (counted from 0) of {path}: its image is damaged'
+  if skips:
+    numbers = numbers_in_memory(config)
+    assert label not in numbers['train'] | numbers['validation']
+    assert name in caplog.text
+  else:
+    with pytest.raises(UsageError, match=f'^{re.escape(name)}'):
+      open_dataset(config)
 
 
 @pytest.mark.parametrize('in_memory', [False, True])
@@ -261,17 +323,6 @@ def test_evaluation_counts_intact_images_alone(config):
   assert len(batches) == 3
   found = sum(labels(batches), [])
   assert sorted(found) == sorted(set(range(NUM_TEST)) - lost)
-
-
-@pytest.fixture
-def as_host(monkeypatch):
-  """A function that makes this process one of several hosts."""
-
-  def become(index, count):
-    monkeypatch.setattr(jax, 'process_count', lambda: count)
-    monkeypatch.setattr(jax, 'process_index', lambda: index)
-
-  return become
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])

@@ -3,7 +3,6 @@
 import itertools
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,13 +67,12 @@ def test_batches_after_resuming_are_the_same(config, root):
       np.testing.assert_array_equal(batch['label'], expected['label'])
 
 
-def test_hosts_share_an_epoch(config, root, monkeypatch):
+def test_hosts_share_an_epoch(config, root, as_host):
   folder = image_folder.scan(str(root))
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
   config.batch_size = 2 * BATCH_SIZE
   seen = []
   for host in range(2):
-    monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
+    as_host(host, 2)
     seen += sum(take(FolderReader(folder, config).train_batches(0), 2), [])
   assert len(set(seen)) == 4 * BATCH_SIZE
 
@@ -159,5 +157,5 @@ def test_a_file_that_breaks_later_is_named(config, tmp_path):
   for path in folder.paths['train']:
     with open(path, 'wb') as file:
       file.write(b'no image')
-  with pytest.raises(UsageError, match=r'\d.png: not an image: .*mend or remove it'):
+  with pytest.raises(UsageError, match=r'\d.png: not an image: .*mend or remove them'):
     next(FolderReader(folder, config).train_batches(0))

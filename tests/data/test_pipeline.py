@@ -4,9 +4,13 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from PIL import Image
 
 from imta_jax import config as config_lib
+from imta_jax.data import image_folder, pipeline
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
@@ -131,6 +135,92 @@ def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monk
   monkeypatch.setenv('TFDS_DATA_DIR', mnist5k_config.dataset.data_dir)
   mnist5k_config.dataset.data_dir = None
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
+
+
+def write_images(root, skipped=()):
+  for name in ('dark', 'light'):
+    for number in range(6):
+      path = root / name / f'{number}.png'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      if path.name not in skipped:
+        Image.new('RGB', (8, 8), (number, 0, 99 * (name == 'light'))).save(path)
+
+
+@pytest.fixture
+def folder_config(tmp_path):
+  """Config of a folder of images."""
+  write_images(tmp_path / 'images')
+  config = config_lib.default()
+  config.update(batch_size=2, evaluation_batch_size=2)
+  folder = str(tmp_path / 'images')
+  config.dataset.update(name='image_folder', data_dir=folder, image_size=8, padding=0)
+  return config
+
+
+def fingerprint(config):
+  return open_dataset(config).fingerprint()
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_fingerprint_tells_folders_apart(in_memory, folder_config, tmp_path):
+  folder_config.dataset.in_memory = in_memory
+  first = fingerprint(folder_config)
+  write_images(tmp_path / 'copy')
+  folder_config.dataset.data_dir = str(tmp_path / 'copy')
+  assert fingerprint(folder_config) == first
+  write_images(tmp_path / 'other', skipped=['5.png'])
+  folder_config.dataset.data_dir = str(tmp_path / 'other')
+  assert fingerprint(folder_config) != first
+
+
+def test_a_fingerprint_of_images_in_memory_depends_on_each_of_them(folder_config):
+  dataset = open_dataset(folder_config)
+  first = dataset.fingerprint()
+  for split in dataset.num_images:
+    images = dataset.arrays.images[split]
+    images[-1, -1, -1, -1] ^= 1
+    assert dataset.fingerprint() != first
+    images[-1, -1, -1, -1] ^= 1
+    dataset.arrays.labels[split][-1] ^= 1
+    assert dataset.fingerprint() != first
+    dataset.arrays.labels[split][-1] ^= 1
+  assert dataset.fingerprint() == first
+
+
+def test_a_fingerprint_of_a_streamed_set_depends_on_its_files_and_splits(mnist5k_config):
+  mnist5k_config.dataset.update(in_memory=False, mean=(0.1,) * 3, std=(0.3,) * 3)
+  first = fingerprint(mnist5k_config)
+  assert fingerprint(mnist5k_config) == first
+  mnist5k_config.dataset.validation_size -= 1
+  assert fingerprint(mnist5k_config) != first
+
+
+@pytest.mark.parametrize(('difference', 'is_refused'), [(0, False), (1, True)])
+def test_hosts_with_other_images_than_the_first_are_refused(
+  folder_config, as_host, monkeypatch, difference, is_refused
+):
+  dataset = open_dataset(folder_config)
+  as_host(0, 3)
+  monkeypatch.setattr(
+    multihost_utils,
+    'process_allgather',
+    lambda value: np.array([value, value, value + np.uint32(difference)]),
+  )
+  if is_refused:
+    with pytest.raises(UsageError, match='image_folder is not the same on all hosts: process 2'):
+      pipeline._check_hosts_agree(dataset, 'image_folder')
+  else:
+    pipeline._check_hosts_agree(dataset, 'image_folder')
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_the_first_host_opens_a_set_before_the_others(index, folder_config, as_host, monkeypatch):
+  events, scan = [], image_folder.scan
+  as_host(index, 2)
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.append('waits'))
+  monkeypatch.setattr(image_folder, 'scan', lambda path: events.append('opens') or scan(path))
+  open_dataset(folder_config)
+  assert events == (['waits', 'opens'] if index else ['opens', 'waits'])
 
 
 def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):

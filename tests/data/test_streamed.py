@@ -58,17 +58,6 @@ def config(photos, data_dir):
 
 
 @pytest.fixture
-def as_host(monkeypatch):
-  """A function that makes this process one of two hosts."""
-
-  def become(index):
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    monkeypatch.setattr(jax, 'process_index', lambda: index)
-
-  return become
-
-
-@pytest.fixture
 def take(flat, train_batches):
   def batches(dataset, first_step, count, most=1):
     stream = itertools.islice(train_batches(dataset, first_step, most), count)
@@ -204,7 +193,7 @@ def test_two_hosts_share_an_epoch(config, as_host, take):
   config.batch_size = 16
   hosts = []
   for index in range(2):
-    as_host(index)
+    as_host(index, 2)
     dataset = open_dataset(config)
     assert dataset.steps_per_epoch == 2  # The smaller part has 21 images, 8 a batch.
     batches = take(dataset, 0, 4)
@@ -221,7 +210,7 @@ def test_two_hosts_share_an_evaluation(split, config, as_host, collect):
   config.evaluation_batch_size = 16
   counts, labels = [], []
   for index in range(2):
-    as_host(index)
+    as_host(index, 2)
     batches = list(open_dataset(config).evaluation_batches(split))
     counts.append(len(batches))
     labels.append(collect(batches)[1].tolist())
@@ -248,7 +237,7 @@ def test_two_hosts_crop_and_flip_apart(config, as_host, monkeypatch, train_batch
   monkeypatch.setattr(preprocess, 'decode_random_crop', note)
   of_host = []
   for index in range(2):
-    as_host(index)
+    as_host(index, 2)
     seeds.clear()
     next(train_batches(open_dataset(config), 0))
     of_host.append(set(seeds))
