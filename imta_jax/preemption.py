@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -82,7 +83,12 @@ class StopRequest:
           continue
         num_received += 1
         if num_received > 1 or not self.has_unsaved_steps:
-          Console().show_cursor()  # A progress bar has hidden it.
-          print('stopped; run the same command again to resume', flush=True)
-          os._exit(128 + number[0])
+          end_at_once('stopped; run the same command again to resume', 128 + number[0])
         print('stopping: the state is being saved; a second signal stops at once', flush=True)
+
+
+def end_at_once(message: str, status: int) -> NoReturn:
+  """Prints a message and ends the process from any thread, whatever the main one does."""
+  Console().show_cursor()  # A progress bar has hidden it.
+  print(message, flush=True)
+  os._exit(status)

@@ -268,4 +268,5 @@ def file_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(error: Exception) -> str:
   """Returns what an error of a file system says, on one line."""
-  return getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return getattr(error, 'strerror', None) or lines[0]

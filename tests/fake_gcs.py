@@ -6,6 +6,7 @@ It knows the requests of TensorFlow's file system, TensorStore and google-cloud-
 """
 
 import contextlib
+import email
 import itertools
 import json
 import re
@@ -115,12 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
 
   def _route(self, path, query, body):
     objects = self.server.objects
-    upload, api, path = re.fullmatch(r'(/upload)?(/storage/v1/b)?/(.*)', path).groups()
+    transfer, api, path = re.fullmatch(r'(/upload|/download)?(/storage/v1/b)?/(.*)', path).groups()
     bucket, *parts = path.split('/')
     if not api:  # TensorFlow downloads from an older interface, which has no 'o/' in its paths.
       return self._download(f'{bucket}/{unquote("/".join(parts))}', query)
     name = f'{bucket}/{unquote(parts[1]) if parts[1:] else query.get("name")}'
-    if upload:
+    if transfer == '/upload':
       self._upload(name, query, body)
     elif not parts:
       self._send_json({'name': bucket})
@@ -157,6 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
   def _upload(self, name, query, body):
     if query['uploadType'] == 'media':
       self._store(name, body, query)
+    elif query['uploadType'] == 'multipart':  # Metadata, then the content.
+      head = f'Content-Type: {self.headers["Content-Type"]}\r\n\r\n'.encode()
+      metadata, content = email.message_from_bytes(head + body).get_payload()
+      name = f'{name.partition("/")[0]}/{json.loads(metadata.get_payload())["name"]}'
+      self._store(name, content.get_payload(decode=True), query)
     elif 'upload_id' not in query:  # A place for an upload that may be repeated.
       self._send(headers={'Location': f'https://www.googleapis.com{self.path}&upload_id=1'})
     elif body or self.headers['Content-Range'] == 'bytes */0':
@@ -165,10 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
       self._send(HTTPStatus.PERMANENT_REDIRECT)
 
   def _download(self, name, query):
-    if name not in self.server.objects:
+    generation, content = self.server.objects.get(name, (0, b''))
+    if not generation or query.get('generation', str(generation)) != str(generation):
       self._send(HTTPStatus.NOT_FOUND)
     elif self._is_met(name, query):
-      generation, content = self.server.objects[name]
       start, end = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers['Range'] or 'bytes=0-').groups()
       part = content[int(start) : int(end or len(content)) + 1]
       headers = {'x-goog-generation': str(generation)}
