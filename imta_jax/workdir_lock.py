@@ -121,6 +121,8 @@ class _ObjectLock:
     """Says in one line that the bucket cannot be reached."""
     try:
       yield
+    except UsageError:  # Also a ValueError.
+      raise
     except self._errors as error:
       raise UsageError(
         f'{self._workdir}/.lock cannot be read or written ({reason_of(error)}): check permissions, '

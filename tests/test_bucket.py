@@ -182,7 +182,9 @@ def test_a_second_run_is_refused_while_the_first_lives(server, locked):
   with workdir_lock.hold(locked):
     holder = server.objects[lock_of(locked)][1].decode().partition('\n')[0]
     with (
-      pytest.raises(UsageError, match=f'workdir {locked} is in use by {holder}: wait for that run'),
+      pytest.raises(
+        UsageError, match=f'^workdir {locked} is in use by {holder}: wait for that run'
+      ),
       workdir_lock.hold(locked),
     ):
       pytest.fail('two runs hold the lock')
@@ -216,7 +218,7 @@ def test_of_two_runs_that_start_together_one_is_refused(server, locked):
 
   server.fault = fault
   with (
-    pytest.raises(UsageError, match='is in use by process 7 on elsewhere'),
+    pytest.raises(UsageError, match='^workdir .* is in use by process 7 on elsewhere'),
     workdir_lock.hold(locked),
   ):
     pytest.fail('two runs hold the lock')
