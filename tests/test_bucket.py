@@ -182,9 +182,7 @@ def test_a_second_run_is_refused_while_the_first_lives(server, locked):
   with workdir_lock.hold(locked):
     holder = server.objects[lock_of(locked)][1].decode().partition('\n')[0]
     with (
-      pytest.raises(
-        UsageError, match=f'^workdir {locked} is in use by {holder}: wait for that run'
-      ),
+      pytest.raises(UsageError, match=f'^workdir {locked} is in use by {holder}: wait'),
       workdir_lock.hold(locked),
     ):
       pytest.fail('two runs hold the lock')
