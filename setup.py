@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 GCS = ['google-cloud-storage>=3.17.1']
 SERVE = [
   'prometheus-client>=0.21.0',
-  'python-multipart>=0.0.12',
+  'python-multipart>=0.0.18',
   'starlette>=0.40.0',
   'uvicorn>=0.30.0,<1',
 ]
@@ -52,7 +52,7 @@ setup(
       'hypothesis>=6.112.0',
       'packaging>=24.2',
       'pytest>=8.3.0',
-      'pytest-xdist>=3.6.1',
+      'pytest-xdist>=3.8.0',
       'ruff>=0.17.6',
       'trustme>=1.2.1',
       *GCS,

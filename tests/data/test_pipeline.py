@@ -157,6 +157,20 @@ def folder_config(tmp_path):
   return config
 
 
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_a_broken_file_of_a_folder_is_refused_when_it_is_opened_or_skipped(
+  in_memory, folder_config
+):
+  folder_config.dataset.in_memory = in_memory
+  path = Path(folder_config.dataset.data_dir) / 'dark/0.png'
+  path.write_text('no image')
+  with pytest.raises(UsageError, match=rf'1 image\(s\) cannot be read: {path}: not an image'):
+    open_dataset(folder_config)
+  folder_config.dataset.skip_damaged = True
+  num_images = sum(open_dataset(folder_config).num_images.values())
+  assert num_images == (11 if in_memory else 12)  # Streamed images are not read yet.
+
+
 def fingerprint(config):
   return open_dataset(config).fingerprint()
 
