@@ -158,9 +158,7 @@ def folder_config(tmp_path):
 
 
 @pytest.mark.parametrize('in_memory', [True, False])
-def test_a_broken_file_of_a_folder_is_refused_when_it_is_opened_or_skipped(
-  in_memory, folder_config
-):
+def test_a_broken_file_of_a_folder_is_refused_at_once_or_skipped(in_memory, folder_config):
   folder_config.dataset.in_memory = in_memory
   path = Path(folder_config.dataset.data_dir) / 'dark/0.png'
   path.write_text('no image')
