@@ -6,3 +6,9 @@ class UsageError(ValueError):
 
   The command line prints only the message; any other exception is a bug and keeps its stack trace.
   """
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of what an error says, or its type if it says nothing."""
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__

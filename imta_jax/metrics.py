@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.import_tensorflow import import_tensorflow
 from imta_jax.workdir import accessing, write_whole
 
@@ -103,7 +103,7 @@ class Metrics:
     try:
       yield
     except Exception as error:  # TensorFlow's, whose classes are not worth their import.
-      reason = str(error).strip().splitlines()[0].rpartition(';')[-1].strip()
+      reason = first_line(error).rpartition(';')[-1].strip()
       raise UsageError(
         f'{self._tensorboard_folder} cannot be written ({reason}): make room or set '
         'config.tensorboard to False, then run the same command again'

@@ -23,7 +23,7 @@ from imta_jax.adaptive.policy import (
   optimal_sweep,
 )
 from imta_jax.data.dataset import Dataset
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.models.initial_values import initialize
 from imta_jax.models.multi_exit import MultiExitNetwork
 
@@ -80,8 +80,9 @@ def initial_variables(
   try:
     return initialize(model, seed, image_shape)
   except (ValueError, ZeroDivisionError) as error:
-    reason = str(error).strip().splitlines()[0]
-    raise UsageError(f'config.model does not fit images of {image_shape}: {reason}') from error
+    raise UsageError(
+      f'config.model does not fit images of {image_shape}: {first_line(error)}'
+    ) from error
 
 
 def restore_network(

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 
 # Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
 _LARGEST = 2**34
@@ -268,5 +268,4 @@ def file_errors() -> tuple[type[Exception], ...]:
 
 def reason_of(error: Exception) -> str:
   """Returns what an error of a file system says, on one line."""
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return getattr(error, 'strerror', None) or lines[0]
+  return getattr(error, 'strerror', None) or first_line(error)

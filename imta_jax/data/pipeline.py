@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from imta_jax import hang_watch
 from imta_jax.data import image_folder, tfds_files
 from imta_jax.data.dataset import Dataset
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.import_tensorflow import import_tensorflow
 
 _TFDS_FOLDER = '~/tensorflow_datasets'  # The default of TFDS.
@@ -139,8 +139,9 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     is_unknown = isinstance(error, tfds.core.DatasetNotFoundError | ValueError | AssertionError)
     damaged = _damaged_metadata(folder) or (None if is_unknown else f'the metadata in {folder}')
     if damaged:
-      reason = [*str(error).splitlines(), ''][0]
-      raise UsageError(f'{damaged} cannot be read ({reason}): {tfds_files.MEND}') from error
+      raise UsageError(
+        f'{damaged} cannot be read ({first_line(error)}): {tfds_files.MEND}'
+      ) from error
     raise UsageError(
       f'config.dataset.name is {dataset.name!r}, which was found neither in TFDS nor in '
       f'{data_dir or "its default folder"}: see tensorflow.org/datasets/catalog for the names'
@@ -158,10 +159,9 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
       with hang_watch.paused():
         builder.download_and_prepare()
     except Exception as error:
-      reason = str(error).strip().splitlines()
       raise UsageError(
         f'data set {dataset.name!r} is not prepared in {builder.data_dir}, and preparing it failed '
-        f'({type(error).__name__}: {reason[0] if reason else "no reason given"}): prepare it with '
+        f'({type(error).__name__}: {first_line(error)}): prepare it with '
         f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir'
       ) from error
   if not builder.info.splits:  # TFDS prepares nothing where there is a folder.

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from absl import logging
 from etils import epath
 
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 
 MEND = 'restore it from a copy, or delete the data set and prepare it again'
 MEND_OR_SKIP = f'{MEND}, or skip damage with config.dataset.skip_damaged=True'
@@ -130,8 +130,7 @@ def refuse(builder: Any, damages: Sequence[Damage], error: Exception) -> NoRetur
   """
   if damages:
     raise UsageError(f'{"; ".join(map(str, damages))}: {MEND_OR_SKIP}') from error
-  reason = str(error).strip().splitlines() or [type(error).__name__]
-  raise UsageError(f'{builder.data_path} cannot be read ({reason[0]}): {MEND}') from error
+  raise UsageError(f'{builder.data_path} cannot be read ({first_line(error)}): {MEND}') from error
 
 
 def refuse_example(

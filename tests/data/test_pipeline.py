@@ -1,5 +1,6 @@
 """Opening a data set: its splits, and errors."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from imta_jax import config as config_lib
+from imta_jax import hang_watch
 from imta_jax.data import image_folder, pipeline
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
@@ -122,9 +124,24 @@ def test_a_data_set_without_labels_is_refused(mnist5k_config):
   assert "'label'" in message
 
 
-def test_a_data_set_that_cannot_be_prepared_is_refused_saying_how(mnist5k_config, tmp_path):
+@pytest.fixture
+def pauses(monkeypatch):
+  """A list to which each pause of the watch over hosts is added."""
+  events = []
+
+  @contextlib.contextmanager
+  def paused():
+    events.append('pauses')
+    yield
+
+  monkeypatch.setattr(hang_watch, 'paused', paused)
+  return events
+
+
+def test_a_data_set_that_cannot_be_prepared_is_refused_saying_how(mnist5k_config, tmp_path, pauses):
   mnist5k_config.dataset.update(name='imagenet2012', data_dir=str(tmp_path))
   message = refusal(mnist5k_config)
+  assert pauses == ['pauses']  # Preparing may take hours.
   assert "'imagenet2012' is not prepared" in message
   assert str(tmp_path) in message
   assert 'tfds build imagenet2012' in message
@@ -137,13 +154,12 @@ def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monk
   assert open_dataset(mnist5k_config).num_images['test'] == 1_000
 
 
-def write_images(root, skipped=()):
+def write_images(root):
   for name in ('dark', 'light'):
     for number in range(6):
       path = root / name / f'{number}.png'
       path.parent.mkdir(parents=True, exist_ok=True)
-      if path.name not in skipped:
-        Image.new('RGB', (8, 8), (number, 0, 99 * (name == 'light'))).save(path)
+      Image.new('RGB', (8, 8), (number, 0, 99 * (name == 'light'))).save(path)
 
 
 @pytest.fixture
@@ -180,7 +196,8 @@ def test_a_fingerprint_tells_folders_apart(in_memory, folder_config, tmp_path):
   write_images(tmp_path / 'copy')
   folder_config.dataset.data_dir = str(tmp_path / 'copy')
   assert fingerprint(folder_config) == first
-  write_images(tmp_path / 'other', skipped=['5.png'])
+  write_images(tmp_path / 'other')
+  (tmp_path / 'other/dark/0.png').rename(tmp_path / 'other/dark/9.png')
   folder_config.dataset.data_dir = str(tmp_path / 'other')
   assert fingerprint(folder_config) != first
 
@@ -226,13 +243,15 @@ def test_hosts_with_other_images_than_the_first_are_refused(
 
 
 @pytest.mark.parametrize('index', [0, 1])
-def test_the_first_host_opens_a_set_before_the_others(index, folder_config, as_host, monkeypatch):
-  events, scan = [], image_folder.scan
+def test_the_first_host_opens_a_set_before_the_others(
+  index, folder_config, as_host, monkeypatch, pauses
+):
+  events, scan = pauses, image_folder.scan
   as_host(index, 2)
   monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.append('waits'))
   monkeypatch.setattr(image_folder, 'scan', lambda path: events.append('opens') or scan(path))
   open_dataset(folder_config)
-  assert events == (['waits', 'opens'] if index else ['opens', 'waits'])
+  assert events == (['pauses', 'waits', 'opens'] if index else ['opens', 'waits'])
 
 
 def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):
