@@ -1,5 +1,6 @@
 """Runs in a bucket: killed and resumed, with a server that fails, and used afterwards."""
 
+import itertools
 import json
 import os
 import socket
@@ -198,6 +199,23 @@ def test_a_killed_run_refuses_nobody_after_a_minute(server, locked, monkeypatch,
   assert (
     'in use by process 7 on elsewhere, started at 2026-01-01, unless' in capsys.readouterr().out
   )
+
+
+def test_a_lock_that_is_written_while_it_is_read_is_read_again(server, locked):
+  put(server, locked, OTHER)
+  downloads = itertools.count()
+
+  def fault(request):
+    if 'alt=media' in request and next(downloads) % 2 == 0:
+      put(server, locked, OTHER)
+
+  server.fault = fault
+  with (
+    pytest.raises(UsageError, match='^workdir .* is in use by process 7 on elsewhere'),
+    workdir_lock.hold(locked),
+  ):
+    pytest.fail('two runs hold the lock')
+  assert next(downloads) == 4
 
 
 def test_a_run_that_ends_meanwhile_refuses_nobody(server, locked):
