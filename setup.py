@@ -9,7 +9,7 @@ GCS = ['google-cloud-storage>=3.17.1']
 SERVE = [
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.18',
-  'starlette>=0.40.0',
+  'starlette>=0.41.3',
   'uvicorn>=0.30.0,<1',
 ]
 
@@ -39,7 +39,7 @@ setup(
     'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=11.0.0',
     'rich>=13.9.0',
-    'scipy>=1.14.0',
+    'scipy>=1.15.0',
     'tensorboard>=2.19.0',  # Needed by clu, which does not declare it.
     'tensorflow-cpu>=2.19.0; platform_machine == "x86_64" and sys_platform != "darwin"',
     'tensorflow>=2.19.0; platform_machine != "x86_64" or sys_platform == "darwin"',

@@ -38,6 +38,8 @@ from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
 FORMAT = 'onnx-2'
+# The first version of jax that jax2onnx does not support; see setup.py.
+_TOO_NEW = (0, 11)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +59,8 @@ def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str
     The number of bytes written.
 
   Raises:
-    UsageError: If the folder is not empty, or jax2onnx is not installed.
+    UsageError: If the folder is not empty, or jax2onnx is not installed or does not support this
+      version of jax.
   """
   export.check_empty(folder)
   stages = {f'stage_{number}.onnx': stage for number, stage in enumerate(_convert(classifier), 1)}
@@ -82,6 +85,11 @@ def _convert(classifier: AdaptiveClassifier) -> list[Any]:
 
   Inputs have the names of the corresponding outputs of the previous stage.
   """
+  if jax.__version_info__ >= _TOO_NEW:
+    raise UsageError(
+      f"jax2onnx does not support jax {jax.__version__}: pip install 'imta_jax[onnx]', in an "
+      'environment of its own if necessary'
+    )
   try:
     from jax2onnx import to_onnx
   except ImportError as error:

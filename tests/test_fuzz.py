@@ -274,7 +274,8 @@ def check_export(folder, expected):
     except ValueError as error:
       check_line(error)
   probabilities = classifier.predict(IMAGES, ALL_STAGES).probabilities
-  np.testing.assert_array_equal(probabilities, expected)
+  # Costs decide which images are computed together, and with that the order of sums.
+  np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
 
 
 @slow_fuzz

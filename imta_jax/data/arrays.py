@@ -143,7 +143,7 @@ def write(
         name = f'{split}_{kind}_{number}.npy'
         content = io.BytesIO()  # Errors in writing an array to a file do not say the reason.
         np.save(content, array[chunk])
-        (parts[-1] / name).write_bytes(content.getbuffer())
+        (parts[-1] / name).write_bytes(content.getvalue())
         checksums[name] = _checksum(array[chunk])
   record = {field: dataset[field] for field in _FIELDS} | {
     'class_names': arrays.class_names,

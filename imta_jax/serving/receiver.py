@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -76,8 +77,12 @@ class Receiver:
     content_type = request.headers.get('content-type', '')
     kind = content_type.lower()
     if kind.startswith('multipart/form-data'):
-      async with request.form(max_files=self._max_files, max_fields=0) as form:
-        files = [(file.filename or field, await file.read()) for field, file in form.multi_items()]
+      try:
+        async with request.form(max_files=self._max_files, max_fields=0) as form:
+          items = form.multi_items()
+          files = [(file.filename or field, await file.read()) for field, file in items]
+      except FormParserError as error:  # Which older versions of Starlette let through.
+        raise HTTPException(400, f'the form is damaged: {error}') from error
       if b'--' + parse_options_header(content_type)[1][b'boundary'] + b'--' not in tail:
         # The parser takes what has come by then for the whole form.
         raise HTTPException(400, 'the form ends before its closing boundary')

@@ -70,8 +70,18 @@ def classifier(request, random_variables, images):
   return classifier
 
 
+def test_a_version_of_jax_that_cannot_be_exported_is_refused(
+  export_onnx, classifier, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(jax, '__version_info__', (0, 11, 0))
+  with pytest.raises(UsageError, match='jax2onnx does not support jax .*imta_jax.onnx'):
+    export_onnx.write_export(classifier, epath.Path(tmp_path / 'exported'))
+
+
 @pytest.fixture(scope='module')
 def exported(export_onnx, classifier, tmp_path_factory):
+  if jax.__version_info__ >= (0, 11):
+    pytest.skip('jax2onnx does not support this version of jax')
   folder = tmp_path_factory.mktemp('onnx') / 'exported_onnx'
   export_onnx.write_export(classifier, epath.Path(folder))
   return folder
