@@ -172,6 +172,14 @@ def put(server, workdir, content):
   server.objects[lock_of(workdir)] = next(server.generations), content
 
 
+def assert_refused(workdir, holder):
+  with (
+    pytest.raises(UsageError, match=f'^workdir {workdir} is in use by {holder}'),
+    workdir_lock.hold(workdir),
+  ):
+    pytest.fail('two runs hold the lock')
+
+
 def wait_for(condition):
   deadline = time.monotonic() + 60
   while not condition():
@@ -182,11 +190,7 @@ def wait_for(condition):
 def test_a_second_run_is_refused_while_the_first_lives(server, locked):
   with workdir_lock.hold(locked):
     holder = server.objects[lock_of(locked)][1].decode().partition('\n')[0]
-    with (
-      pytest.raises(UsageError, match=f'^workdir {locked} is in use by {holder}: wait'),
-      workdir_lock.hold(locked),
-    ):
-      pytest.fail('two runs hold the lock')
+    assert_refused(locked, f'{holder}: wait for that run')
     assert lock_of(locked) in server.objects
   assert lock_of(locked) not in server.objects
 
@@ -210,11 +214,7 @@ def test_a_lock_that_is_written_while_it_is_read_is_read_again(server, locked):
       put(server, locked, OTHER)
 
   server.fault = fault
-  with (
-    pytest.raises(UsageError, match='^workdir .* is in use by process 7 on elsewhere'),
-    workdir_lock.hold(locked),
-  ):
-    pytest.fail('two runs hold the lock')
+  assert_refused(locked, 'process 7 on elsewhere')
   assert next(downloads) == 4
 
 
@@ -233,11 +233,7 @@ def test_of_two_runs_that_start_together_one_is_refused(server, locked):
       put(server, locked, OTHER)
 
   server.fault = fault
-  with (
-    pytest.raises(UsageError, match='^workdir .* is in use by process 7 on elsewhere'),
-    workdir_lock.hold(locked),
-  ):
-    pytest.fail('two runs hold the lock')
+  assert_refused(locked, 'process 7 on elsewhere')
   assert server.objects[lock_of(locked)][1] == OTHER
 
 
