@@ -246,7 +246,6 @@ def _input(config, num_devices):
   source = {
     'image': jax.ShapeDtypeStruct((num_devices, 1, size, *shape), np.uint8),
     'label': jax.ShapeDtypeStruct((num_devices, 1, size), np.int32),
-    'start': jax.ShapeDtypeStruct((), np.int32),
   }
   return functools.partial(streamed.draw_batch, config), streamed.SOURCE_AXES, source
 

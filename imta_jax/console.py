@@ -15,6 +15,7 @@ from rich.table import Table
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import cheapest_as_accurate
 from imta_jax.evaluate import Evaluation
+from imta_jax.events import Events
 
 
 class Reporter:
@@ -77,7 +78,7 @@ class Reporter:
     num_epochs: int,
     means: Mapping[str, np.ndarray],
     validation_accuracy: np.ndarray | None,
-    images_per_second: float,
+    images_per_second: float | None,
   ) -> None:
     """Prints a line per epoch, with the accuracies of the first and the last exit."""
     parts = [
@@ -87,13 +88,12 @@ class Reporter:
     ]
     if validation_accuracy is not None:
       parts.append(f'validation {_first_and_last(validation_accuracy)}')
-    parts.append(f'{images_per_second:,.0f} images/s')
+    if images_per_second is not None:
+      parts.append(f'{images_per_second:,.0f} images/s')
     self.say('  '.join(parts))
 
   @contextlib.contextmanager
-  def progress(
-    self, name: str, first_step: int, num_steps: int, steps_per_epoch: int, batch_size: int
-  ) -> Iterator['PhaseProgress']:
+  def progress(self, name: str, events: Events, batch_size: int) -> Iterator['PhaseProgress']:
     """A live line with throughput and time left, if there is a terminal."""
     columns = (
       TextColumn('{task.description}'),
@@ -102,8 +102,10 @@ class Reporter:
     )
     hidden = not self._console.is_terminal
     with Progress(*columns, console=self._console, disable=hidden, transient=True) as bar:
-      task = bar.add_task(name, total=num_steps, completed=first_step, status='compiling …')
-      yield PhaseProgress(bar, task, first_step, num_steps, steps_per_epoch, batch_size)
+      task = bar.add_task(
+        name, total=events.num_steps, completed=events.first_step, status='compiling …'
+      )
+      yield PhaseProgress(bar, task, events, batch_size)
 
   def _table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     self.say(title)
@@ -118,20 +120,11 @@ class Reporter:
 class PhaseProgress:
   """Measures a phase's speed and shows it on the live line."""
 
-  def __init__(
-    self,
-    bar: Progress,
-    task: TaskID,
-    step: int,
-    num_steps: int,
-    steps_per_epoch: int,
-    batch_size: int,
-  ):
+  def __init__(self, bar: Progress, task: TaskID, events: Events, batch_size: int):
     self._bar, self._task = bar, task
-    self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
-    self._batch_size = batch_size
+    self._events, self._batch_size = events, batch_size
     self._epoch_steps, self._epoch_seconds = 0, 0.0
-    self.start_interval(step)
+    self.start_interval(events.first_step)
 
   def start_interval(self, step: int) -> None:
     """Restarts the measurement; compiling, validation and what is written do not count."""
@@ -148,35 +141,36 @@ class PhaseProgress:
     """Moves the live line to a finished step.
 
     Returns:
-      The speed since the last `start_interval`, as metrics.
+      The speed since the last `start_interval` as metrics; empty if no steps were taken since.
     """
-    elapsed = time.monotonic() - self._start
-    rate = (step - self._start_step) / elapsed
-    self._epoch_steps += step - self._start_step
+    num_steps, elapsed = step - self._start_step, time.monotonic() - self._start
+    rate = num_steps / elapsed
+    self._epoch_steps += num_steps
     self._epoch_seconds += elapsed
-    metrics = {
-      'speed/steps_per_second': rate,
-      'speed/images_per_second': rate * self._batch_size,
-      'speed/fraction_waiting_for_data': self._waited / elapsed,
-    }
-    epoch = -(-step // self._steps_per_epoch)
-    epoch_end = min(epoch * self._steps_per_epoch, self._num_steps)
+    last = self._events.num_steps
+    epoch_end = -(-step // self._events.steps_per_epoch) * self._events.steps_per_epoch
     self._bar.update(
       self._task,
       completed=step,
       status=(
         f'loss {loss:.4f}  {rate * self._batch_size:,.0f} images/s  '
-        f'left: epoch {_duration(epoch_end - step, rate)}, '
-        f'phase {_duration(self._num_steps - step, rate)}'
+        f'left: epoch {_duration(min(epoch_end, last) - step, rate)}, '
+        f'phase {_duration(last - step, rate)}'
       ),
     )
-    return metrics
+    if not num_steps:
+      return {}
+    return {
+      'speed/steps_per_second': rate,
+      'speed/images_per_second': rate * self._batch_size,
+      'speed/fraction_waiting_for_data': self._waited / elapsed,
+    }
 
-  def images_per_second(self) -> float:
-    """Returns the speed since the last call, over all intervals together."""
-    rate = self._epoch_steps * self._batch_size / self._epoch_seconds
+  def images_per_second(self) -> float | None:
+    """Returns the speed since the last call, over all intervals together; None without steps."""
+    num_images, seconds = self._epoch_steps * self._batch_size, self._epoch_seconds
     self._epoch_steps, self._epoch_seconds = 0, 0.0
-    return rate
+    return num_images / seconds if num_images else None
 
 
 def _first_and_last(accuracy: np.ndarray) -> str:

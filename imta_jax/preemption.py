@@ -56,9 +56,9 @@ class StopRequest:
 
   def requested(self) -> bool:
     """Whether to stop now; all hosts, which must call this equally often, get the same answer."""
-    if jax.process_count() > 1:
-      self._num_calls += 1  # JAX stops at a certain number, so none may be left out.
-      return multihost_utils.reached_preemption_sync_point(self._num_calls)
+    if jax.process_count() > 1 and not self._noted:
+      self._num_calls += 1  # JAX says it at one number alone, so none may be left out.
+      self._noted = multihost_utils.reached_preemption_sync_point(self._num_calls)
     return self._noted
 
   def leave(self, message: str) -> None:

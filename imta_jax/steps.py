@@ -157,7 +157,7 @@ def _auxiliary_loss(sown, labels, num_classes):
 
 def make_train_loop(
   train_step: Callable[[TrainState, Tree, Batch], TrainState],
-  draw: Callable[[Any, jax.Array, jax.Array], Batch],
+  draw: Callable[[Any, jax.Array], Batch],
   *,
   dtype: Any,
   one_step: bool = False,
@@ -181,9 +181,9 @@ def make_train_loop(
     packed, frozen = state.frozen, _cast_kernels(state.frozen, dtype).tree
     teacher = unpack(teacher)
 
-    def body(index, state):
+    def body(_, state):
       state = state.replace(frozen=frozen)
-      return train_step(state, teacher, draw(source, index, state.step)).replace(frozen=None)
+      return train_step(state, teacher, draw(source, state.step)).replace(frozen=None)
 
     state = state.replace(frozen=None)
     state = body(0, state) if one_step else jax.lax.fori_loop(0, num_steps, body, state)

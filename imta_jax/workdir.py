@@ -2,6 +2,7 @@
 
 config.json                       the config as it ran
 classes.json                      the names of the classes
+data.json                         number of images per split, and a checksum of the data
 environment.jsonl                 devices and versions: one line per kind of machine that trained
 checkpoints/phase_1/<step>/       the latest states and the best one
 metrics.jsonl                     metrics: one line per write, with step and phase
@@ -119,18 +120,22 @@ def load_class_names(workdir: epath.Path) -> list[str]:
   path = workdir / 'classes.json'
   if not path.exists():
     raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
-  content = read_whole(path, _TRAIN_AGAIN)
-  try:
-    names = json.loads(content)
-  except (ValueError, RecursionError) as error:
-    raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
+  names = _read_json(path)
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise UsageError(f'{path} is damaged: it must be a list of names; {_TRAIN_AGAIN}')
   return names
 
 
-def check_owner(config: ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a workdir that belongs to another config; one without checkpoints belongs to nobody.
+def _read_json(path: epath.Path) -> Any:
+  content = read_whole(path, _TRAIN_AGAIN)
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
+
+
+def check_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a workdir with checkpoints of another config; without checkpoints, it may be reused.
 
   Raises:
     UsageError: If the configs differ, where the message names the fields, or if the config is
@@ -163,23 +168,45 @@ def has_checkpoints(workdir: epath.Path) -> bool:
   return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*/*'))
 
 
-def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str]) -> None:
-  """Writes the config and the class names to a workdir, unless a run has saved something there."""
-  contents = {
-    'classes.json': json.dumps(list(class_names), indent=2) + '\n',
-    'config.json': config_lib.to_json(config),
-  }
-  for name, content in contents.items():
-    if jax.process_index() == 0 and not (has_checkpoints(workdir) and (workdir / name).exists()):
-      write_whole(workdir / name, content.encode())
+def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str], **data: Any) -> None:
+  """Writes a run's config, data and devices to its workdir.
+
+  Args:
+    config: A complete config.
+    workdir: The run's folder.
+    class_names: Names of the classes.
+    **data: What else tells its data from other data, as JSON takes it.
+
+  Raises:
+    UsageError: If there are checkpoints of a run on other data; the message names what differs.
+  """
+  found = {'classes.json': list(class_names), 'data.json': data}
+  is_new = not has_checkpoints(workdir)
+  recorded = {}
+  if not is_new:  # Runs of earlier versions have no data.json.
+    recorded = {name: _read_json(workdir / name) for name in found if (workdir / name).exists()}
+  lines = [
+    line
+    for name, content in recorded.items()
+    for line in config_lib.differences(content, found[name], name.removesuffix('.json'))
+  ]
+  if lines:
+    raise UsageError(
+      f'workdir {workdir} was trained on other data ({"; ".join(lines)}): restore the data, or go '
+      f'on from this network in another --workdir, with --config.init_from={workdir}'
+    )
+  if jax.process_index() == 0:
+    contents = {name: json.dumps(content, indent=2) + '\n' for name, content in found.items()}
+    for name, content in {**contents, 'config.json': config_lib.to_json(config)}.items():
+      if is_new or not (workdir / name).exists():
+        write_whole(workdir / name, content.encode())
+    record_environment(workdir)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')
 
 
 def record_environment(workdir: epath.Path) -> None:
   """Adds the devices and versions of this process to environment.jsonl, if they are new there."""
-  if jax.process_index():
-    return
   path = workdir / 'environment.jsonl'
   lines = path.read_text() if path.exists() else ''
   line = json.dumps(

@@ -144,6 +144,24 @@ def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
   assert_trained_alike(workdir, tmp_path)
 
 
+def test_hosts_that_profile_and_take_several_steps_at_once_stop_at_one_step(start, tmp_path):
+  flags = (
+    'steps_per_dispatch=4',
+    'profile_steps=3',
+    'log_every_steps=100',
+    'phases[0].epochs=5000',
+  )
+  hosts = start(2, 1, True, tmp_path, *(f'--config.{flag}' for flag in flags))
+  read_until(hosts[0], 'phase_1 epoch 5/')  # The profile ends at step 13, in the fourth epoch.
+  hosts[1].send_signal(signal.SIGTERM)
+  outputs = [host.communicate(timeout=100)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [128 + signal.SIGTERM] * 2, outputs
+  (saved,) = (
+    int(path.name) for path in tmp_path.glob('checkpoints/phase_1/*') if int(path.name) > 20
+  )
+  assert f'phase_1 was saved at step {saved};' in outputs[0]
+
+
 # The reader of one host hangs when it is opened, or before a batch.
 HANGING = """
 import sys

@@ -124,4 +124,5 @@ def test_several_hosts_ask_jax_and_leave_signals_alone(monkeypatch, restored):
   monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda number: number == 3)
   with StopRequest() as stop:
     assert {number: signal.getsignal(number) for number in SIGNALS} == restored
-    assert [stop.requested() for _ in range(3)] == [False, False, True]
+    # JAX answers yes at one number alone; the request holds, also where a phase ends in between.
+    assert [stop.requested() for _ in range(5)] == [False, False, True, True, True]

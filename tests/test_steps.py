@@ -248,8 +248,7 @@ def test_a_loop_takes_the_steps_one_by_one(trained):
   batches = [make_batch(seed) for seed in range(3)]
   source = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *batches)
 
-  def draw(source, index, step):
-    del index
+  def draw(source, step):
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, step, 0, False), source)
 
   def run(one_step, counts):

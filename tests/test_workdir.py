@@ -35,46 +35,74 @@ def test_a_run_records_each_environment_once(tmp_path, monkeypatch):
   assert first['jax'] == jax.__version__
 
 
+NAMES, DATA = ['a', 'b'], {'num_images': {'train': 8, 'test': 2}, 'fingerprint': 1}
+
+
 def saved(folder):
   (folder / 'checkpoints/phase_1/6').mkdir(parents=True)
   return folder
 
 
-def test_a_workdir_without_checkpoints_belongs_to_nobody(tmp_path):
+def test_a_workdir_without_checkpoints_may_be_reused(tmp_path):
   folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
   other.seed = 1
-  workdir.claim(config, folder, ['a'])
-  workdir.check_owner(other, folder)
-  workdir.claim(other, folder, ['b'])
-  assert workdir.load_config(folder).seed == 1 and workdir.load_class_names(folder) == ['b']
+  workdir.claim(config, folder, NAMES, **DATA)
+  workdir.check_config(other, folder)
+  workdir.claim(other, folder, ['c', 'd'], **DATA)
+  assert workdir.load_config(folder).seed == 1 and workdir.load_class_names(folder) == ['c', 'd']
 
 
 def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
   folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
   other.seed = 1
-  workdir.claim(config, folder, ['a'])
-  workdir.check_owner(config, saved(folder))
+  workdir.claim(config, folder, NAMES, **DATA)
+  workdir.check_config(config, saved(folder))
+  workdir.claim(config, folder, NAMES, **DATA)
   with pytest.raises(UsageError, match='belongs to another config .config.seed'):
-    workdir.check_owner(other, folder)
-  workdir.claim(other, folder, ['b'])
-  assert workdir.load_config(folder).seed == 0 and workdir.load_class_names(folder) == ['a']
+    workdir.check_config(other, folder)
+
+
+@pytest.mark.parametrize(
+  ('names', 'changes', 'difference'),
+  [
+    (['a', 'wolf'], {}, r"classes\[1\]: 'b' → 'wolf'"),
+    (['a', 'b', 'c'], {}, r"classes: \['a', 'b'\] → \['a', 'b', 'c'\]"),
+    (NAMES, {'num_images': {'train': 9, 'test': 2}}, r'data.num_images.train: 8 → 9'),
+    (NAMES, {'fingerprint': 2}, r'data.fingerprint: 1 → 2'),
+  ],
+)
+def test_a_workdir_with_checkpoints_belongs_to_its_data(names, changes, difference, tmp_path):
+  folder = epath.Path(tmp_path)
+  workdir.claim(config_lib.default(), folder, NAMES, **DATA)
+  with pytest.raises(UsageError, match=rf'was trained on other data \({difference}\): restore'):
+    workdir.claim(config_lib.default(), saved(folder), names, **DATA | changes)
+  assert workdir.load_class_names(folder) == NAMES
+
+
+def test_a_workdir_of_an_earlier_version_records_its_data_when_it_goes_on(tmp_path):
+  folder = epath.Path(tmp_path)
+  workdir.claim(config_lib.default(), folder, NAMES, **DATA)
+  (saved(folder) / 'data.json').unlink()
+  workdir.claim(config_lib.default(), folder, NAMES, **DATA | {'fingerprint': 2})
+  with pytest.raises(UsageError, match='data.fingerprint: 2 → 1'):
+    workdir.claim(config_lib.default(), folder, NAMES, **DATA)
 
 
 def test_what_changes_no_result_may_change(tmp_path):
   folder, config = epath.Path(tmp_path), config_lib.default()
-  workdir.claim(config, folder, ['a'])
+  workdir.claim(config, folder, NAMES, **DATA)
   config.dataset.skip_damaged = True
   config.checkpoint_every_minutes = 10.0
   config.profile_steps = 20
-  workdir.check_owner(config, saved(folder))
+  workdir.check_config(config, saved(folder))
 
 
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
   folder = saved(epath.Path(tmp_path))
-  workdir.check_owner(config_lib.default(), folder)  # Another run's phase I, to go on from.
+  workdir.check_config(config_lib.default(), folder)  # Another run's phase I, to go on from.
   workdir.metrics_path(folder).write_text('{}\n')
   with pytest.raises(UsageError, match='has been trained in, but has no config.json'):
-    workdir.check_owner(config_lib.default(), folder)
+    workdir.check_config(config_lib.default(), folder)
 
 
 @pytest.mark.parametrize(

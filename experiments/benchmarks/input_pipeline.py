@@ -145,8 +145,8 @@ def ours(config: Any, num_images: int) -> float:
 
   from imta_jax.data.pipeline import open_dataset
 
-  read = open_dataset(config).train_reader(0)
-  batches = (jax.block_until_ready(read(1)) for _ in itertools.count())
+  read = open_dataset(config).train_reader(phase=0, first_step=0)
+  batches = (jax.block_until_ready(read(step)) for step in itertools.count())
   return _rate(batches, config.batch_size, num_images)
 
 

@@ -84,7 +84,7 @@ class Runs:
     """Returns how long the training steps of a run took."""
     seconds, last_step = 0.0, {}
     for record in self.metrics(run, seed):
-      if 'speed/steps_per_second' in record:
+      if record.get('speed/steps_per_second'):  # 0 for an interval without steps.
         steps = record['step'] - last_step.get(record['phase'], 0)
         seconds += steps / record['speed/steps_per_second']
         last_step[record['phase']] = record['step']

@@ -36,24 +36,25 @@ class Dataset(abc.ABC):
   source_axes: Any
 
   @abc.abstractmethod
-  def train_reader(self, first_step: int) -> Callable[[int], tuple[Any, int]]:
+  def train_reader(self, phase: int, first_step: int) -> Callable[[int], Any]:
     """Starts to read training batches.
 
     Args:
-      first_step: The number of the first step, counted from 0.
+      phase: Index of the training phase, each of which shuffles and crops anew.
+      first_step: The step from which the phase is read, counted from 0.
 
     Returns:
-      A function that takes the largest number of steps wanted and returns what the next steps draw
-      their batches from, for `draw`, and how many steps it is for: at least one, all in one epoch.
+      A function that takes a step, not before that of the last call, and returns what this step and
+      those after it draw their batches from, for `draw`: up to the end of its epoch and to the next
+      multiple of `config.steps_per_dispatch`, or of 1 if images are streamed.
     """
 
   @abc.abstractmethod
-  def draw(self, source: Any, index: jax.Array, step: jax.Array) -> Batch:
+  def draw(self, source: Any, step: jax.Array) -> Batch:
     """Draws this device's part of a training batch; to be called inside a mapped step.
 
     Args:
       source: From the function that `train_reader` returns, the part of this device.
-      index: How many steps have been drawn from it.
       step: The number of the step, counted from 0.
 
     Returns:
@@ -67,6 +68,11 @@ class Dataset(abc.ABC):
   @abc.abstractmethod
   def fingerprint(self) -> int:
     """Returns a checksum of what all hosts must have alike: the images, or the names of files."""
+
+
+def shuffle_number(phase: int, epoch: int) -> int:
+  """Returns a number for the random draws of an epoch that no epoch of another phase has."""
+  return phase * 2**20 + epoch
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
 from imta_jax.data.image_folder import MEND_OR_SKIP, ImageFolder
 from imta_jax.data.streamed import steps_per_epoch
@@ -29,9 +30,9 @@ class FolderReader:
     self._damaged = set()
     self._pool = ThreadPoolExecutor(os.cpu_count())
 
-  def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+  def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
-    images = self._train_images(first_step, batch_size)
+    images = self._train_images(phase, first_step, batch_size)
     return self._decode(images, 'train', batch_size, augments=True)
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
@@ -50,15 +51,16 @@ class FolderReader:
     root = self._config.dataset.data_dir
     return [os.path.relpath(path, root) for path in self._folder.paths[split]]
 
-  def _train_images(self, first_step, batch_size):
+  def _train_images(self, phase, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
     num_images = len(self._folder.paths['train'])
     epoch, position = divmod(first_step, self._steps_per_epoch)
     while True:
-      order = np.random.default_rng([self._config.seed, epoch]).permutation(num_images)
+      seed = [self._config.seed, shuffle_number(phase, epoch)]
+      order = np.random.default_rng(seed).permutation(num_images)
       own = order[jax.process_index() :: jax.process_count()]
       for index in own[position * batch_size : self._steps_per_epoch * batch_size]:
-        yield int(index), [self._config.seed, epoch, int(index)]
+        yield int(index), [*seed, int(index)]
       epoch, position = epoch + 1, 0
 
   def _decode(self, images: Iterable, split: str, batch_size: int, augments: bool):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imta_jax import devices
 from imta_jax.data import preprocess
 from imta_jax.data.arrays import Arrays
-from imta_jax.data.dataset import Batch, Dataset, check_labels
+from imta_jax.data.dataset import Batch, Dataset, check_labels, shuffle_number
 from imta_jax.errors import UsageError
 
 # The axes over devices of what `draw_batch` reads.
@@ -69,23 +69,21 @@ class InMemoryDataset(Dataset):
       static_broadcasted_argnums=3,
     )
 
-  def train_reader(self, first_step: int) -> Callable[[int], tuple[tuple[jax.Array, ...], int]]:
+  def train_reader(self, phase: int, first_step: int) -> Callable[[int], tuple[jax.Array, ...]]:
     images, labels = devices.replicate((self.arrays.images['train'], self.arrays.labels['train']))
-    step, epoch, plan = first_step, None, None
+    epoch, plan = None, None
 
-    def read(most):
-      nonlocal step, epoch, plan
+    def read(step):
+      nonlocal epoch, plan
       if epoch != step // self.steps_per_epoch:
         epoch = step // self.steps_per_epoch
-        plan = self._plan_epoch(np.int32(epoch))
-      num_steps = min(most, self.steps_per_epoch - step % self.steps_per_epoch)
-      step += num_steps
-      return (images, labels, plan, devices.numbers()), num_steps
+        plan = self._plan_epoch(np.int32(shuffle_number(phase, epoch)))
+      return images, labels, plan, devices.numbers()
 
     return read
 
-  def draw(self, source: tuple[jax.Array, ...], index: jax.Array, step: jax.Array) -> Batch:
-    return draw_batch(self._config, source, index, step)
+  def draw(self, source: tuple[jax.Array, ...], step: jax.Array) -> Batch:
+    return draw_batch(self._config, source, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     images, labels = self.arrays.images[split], self.arrays.labels[split]
@@ -113,22 +111,18 @@ class InMemoryDataset(Dataset):
     return checksum
 
 
-def draw_batch(
-  config: ConfigDict, source: tuple[jax.Array, ...], index: jax.Array, step: jax.Array
-) -> Batch:
+def draw_batch(config: ConfigDict, source: tuple[jax.Array, ...], step: jax.Array) -> Batch:
   """Draws this device's part of a training batch, as a pure function of (seed, step).
 
   Args:
     config: A complete config.
     source: Training images, their labels, the plan of the epoch of the step, and the index of this
       device.
-    index: See `Dataset.draw`.
     step: The number of the step, counted from 0.
 
   Returns:
     The batch of this device.
   """
-  del index
   images, labels, plan, device = source
   per_device = config.batch_size // jax.lax.axis_size(devices.AXIS)
   position = step % (len(plan[0]) // config.batch_size)
@@ -141,20 +135,20 @@ def draw_batch(
 
 
 def plan_epoch(
-  config: ConfigDict, num_images: int, epoch: jax.Array
+  config: ConfigDict, num_images: int, number: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws all that is random in an epoch, so that its steps only read their parts.
 
   Args:
     config: A complete config.
     num_images: Number of training images.
-    epoch: The epoch, counted from 0.
+    number: From `shuffle_number`.
 
   Returns:
     For the images of all batches, one after another: which training image it is [image], the corner
     of its crop [image, 2] and whether it is mirrored [image].
   """
-  key = jax.random.fold_in(jax.random.key(config.seed), epoch)
+  key = jax.random.fold_in(jax.random.key(config.seed), number)
   order_key, augment_key = jax.random.split(key)
   num_steps = num_images // config.batch_size
   order = jax.random.permutation(order_key, num_images)[: num_steps * config.batch_size]

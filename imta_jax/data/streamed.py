@@ -19,7 +19,7 @@ from imta_jax.errors import UsageError
 # Number of batches that are sent to the devices before they are needed.
 _BATCHES_AHEAD = 2
 # The axes over devices of what `draw_batch` reads.
-SOURCE_AXES = {'image': 0, 'label': 0, 'start': None}
+SOURCE_AXES = {'image': 0, 'label': 0}
 
 
 class Reader(Protocol):
@@ -29,8 +29,8 @@ class Reader(Protocol):
   'mask': bool}; the mask is False for padding and for damaged images that are skipped.
   """
 
-  def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields training batches from a step on, without end, as a function of seed and step."""
+  def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches from a step on, without end, as a function of seed, phase and step."""
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields all images of a split, the same number of batches on every host."""
@@ -61,25 +61,20 @@ class StreamedDataset(Dataset):
     self._send = jax.pmap(lambda batch: batch, axis_name=devices.AXIS)
     self._normalize = jax.pmap(self._normalize_batch, axis_name=devices.AXIS)
 
-  def train_reader(self, first_step: int) -> Callable[[int], tuple[dict[str, jax.Array], int]]:
-    size = self._steps_per_stack
-    stacks = self._send_ahead(self._train_stacks(first_step))
-    step, stack, position = first_step, None, size
+  def train_reader(self, phase: int, first_step: int) -> Callable[[int], dict[str, jax.Array]]:
+    stacks = self._send_ahead(self._train_stacks(phase, first_step))
+    number, stack = None, None
 
-    def read(most):
-      nonlocal step, stack, position
-      if position == size:
-        stack, position = next(stacks), 0
-      left_in_epoch = self.steps_per_epoch - step % self.steps_per_epoch
-      num_steps = min(most, size - position, left_in_epoch)
-      source = {**stack, 'start': np.int32(position)}
-      step, position = step + num_steps, position + num_steps
-      return source, num_steps
+    def read(step):
+      nonlocal number, stack
+      if number != step // self._steps_per_stack:
+        number, stack = step // self._steps_per_stack, next(stacks)
+      return stack
 
     return read
 
-  def draw(self, source: dict[str, jax.Array], index: jax.Array, step: jax.Array) -> Batch:
-    return draw_batch(self._config, source, index, step)
+  def draw(self, source: dict[str, jax.Array], step: jax.Array) -> Batch:
+    return draw_batch(self._config, source, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
@@ -89,10 +84,16 @@ class StreamedDataset(Dataset):
     files = {split: self._reader.file_names(split) for split in sorted(self.num_images)}
     return zlib.crc32(repr((list(self.class_names), self.num_images, files)).encode())
 
-  def _train_stacks(self, first_step):
-    """Yields batches from a step on without end, stacked [local devices, step, image, …]."""
-    batches = map(partial(self._checked, 'train'), self._reader.train_batches(first_step))
+  def _train_stacks(self, phase, first_step):
+    """Yields batches without end, stacked [local devices, step, image, …].
+
+    Stacks begin at multiples of their size; the batch of the first step fills what lies before it.
+    """
+    batches = map(partial(self._checked, 'train'), self._reader.train_batches(phase, first_step))
     batches = map(fill_gaps, batches)
+    first = next(batches)
+    missing = itertools.repeat(first, first_step % self._steps_per_stack)
+    batches = itertools.chain(missing, [first], batches)
     while stack := list(itertools.islice(batches, self._steps_per_stack)):
       yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
 
@@ -159,24 +160,20 @@ def fill_gaps(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   }
 
 
-def draw_batch(
-  config: ConfigDict, source: dict[str, jax.Array], index: jax.Array, step: jax.Array
-) -> Batch:
+def draw_batch(config: ConfigDict, source: dict[str, jax.Array], step: jax.Array) -> Batch:
   """Takes a batch of a device from a stack of batches, and normalises it.
 
   Args:
     config: A complete config.
-    source: 'image' and 'label', each [step, image, …], and 'start', the first step to be read.
-    index: How many steps after the first one.
-    step: See `Dataset.draw`.
+    source: 'image' and 'label', each [step, image, …].
+    step: The number of the step, counted from 0.
 
   Returns:
     The batch of this device.
   """
-  del step
-  at = source['start'] + index
   image, label = (
-    jax.lax.dynamic_index_in_dim(source[name], at, keepdims=False) for name in ('image', 'label')
+    jax.lax.dynamic_index_in_dim(source[name], step % len(source[name]), keepdims=False)
+    for name in ('image', 'label')
   )
   return {'image': _normalize(config, image), 'label': label}
 

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax.data import preprocess, tfds_files
+from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.streamed import steps_per_epoch
 
 # Number of images in the shuffle buffer of a host, which also shuffles the files.
@@ -35,11 +36,11 @@ class TfdsReader:
     self._steps_per_epoch = steps_per_epoch(splits['train'][1], config)
     self._skipped = tfds_files.SkippedDamage(builder)
 
-  def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+  def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
     epoch, position = divmod(first_step, self._steps_per_epoch)
     while True:
-      open_epoch = partial(self._epoch, epoch)
+      open_epoch = partial(self._epoch, shuffle_number(phase, epoch))
       yield from self._batches('train', open_epoch, batch_size, self._steps_per_epoch, position)
       epoch, position = epoch + 1, 0
 
@@ -54,9 +55,9 @@ class TfdsReader:
     instructions = self._builder.info.splits[self._splits[split][0]].file_instructions
     return [os.path.basename(instruction.filename) for instruction in instructions]
 
-  def _epoch(self, epoch):
+  def _epoch(self, number):
     """Returns this host's images of an epoch and how to decode them, as functions of the seed."""
-    seed = int(np.random.SeedSequence([self._config.seed, epoch]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
     examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
     if self._skipped.has_files:  # The images that are left have to fill all batches.
       examples = examples.repeat()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -151,15 +152,11 @@ def collect():
 def train_batches():
   """A function that yields a data set's training batches, drawn as in a training step."""
 
-  def batches(dataset, first_step, most=1):
-    axes = (dataset.source_axes, None, None)
+  def batches(dataset, first_step, phase=0):
+    axes = (dataset.source_axes, None)
     draw = jax.pmap(dataset.draw, axis_name=devices.AXIS, in_axes=axes)
-    read, step = dataset.train_reader(first_step), first_step
-    while True:
-      source, num_steps = read(most)
-      assert 1 <= num_steps <= most
-      for index in range(num_steps):
-        yield draw(source, np.int32(index), np.int32(step + index))
-      step += num_steps
+    read = dataset.train_reader(phase, first_step)
+    for step in itertools.count(first_step):
+      yield draw(read(step), np.int32(step))
 
   return batches

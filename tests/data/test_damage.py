@@ -116,7 +116,7 @@ def refusal(config, split='train'):
   """Returns the one line with which an epoch or an evaluation ends."""
   with pytest.raises(UsageError) as caught:
     reader = reader_of(config)
-    batches = reader.train_batches(0) if split == 'train' else reader.evaluation_batches(split)
+    batches = reader.train_batches(0, 0) if split == 'train' else reader.evaluation_batches(split)
     list(itertools.islice(batches, STEPS_PER_EPOCH + 1))
   message = str(caught.value)
   assert '\n' not in message
@@ -136,7 +136,7 @@ def labels(batches):
 
 
 def train(config, first_step, count):
-  return list(itertools.islice(reader_of(config).train_batches(first_step), count))
+  return list(itertools.islice(reader_of(config).train_batches(0, first_step), count))
 
 
 def assert_same(batches, others):
@@ -228,14 +228,14 @@ def test_a_record_without_an_image_is_named(config, in_memory):
   path = files_of(config)[1]
   replace_image(path, 3)
   with pytest.raises(UsageError) as caught:
-    open_dataset(config).train_reader(0)(1)
+    open_dataset(config).train_reader(0, 0)(0)
   assert str(caught.value).startswith(f'record 3 (counted from 0) of {path}: its image is damaged')
 
 
 def test_a_file_that_is_gone_is_named(config):
   path = files_of(config)[1]
   reader = reader_of(config)
-  batches = reader.train_batches(0)
+  batches = reader.train_batches(0, 0)
   for _ in range(STEPS_PER_EPOCH):
     next(batches)
   path.unlink()  # Between two epochs.
@@ -247,7 +247,7 @@ def test_a_file_that_is_gone_is_named(config):
 def test_a_folder_that_goes_away_during_a_run_is_named(config, skips):
   config.dataset.skip_damaged = skips
   reader = reader_of(config)
-  batches = reader.train_batches(0)
+  batches = reader.train_batches(0, 0)
   next(batches)
   path = files_of(config)[0]
   shutil.rmtree(config.dataset.data_dir)
@@ -276,7 +276,7 @@ def test_without_a_damaged_file_epochs_are_full_and_the_same_after_resuming(conf
 def test_damage_that_appears_during_a_run_is_passed_over(config):
   config.dataset.skip_damaged = True
   whole = train(config, 0, STEPS_PER_EPOCH)
-  batches = reader_of(config).train_batches(0)
+  batches = reader_of(config).train_batches(0, 0)
   assert_same([next(batches) for _ in range(STEPS_PER_EPOCH)], whole)
   for path in files_of(config)[1:3]:
     cut(path)
@@ -291,7 +291,7 @@ def test_a_set_of_which_nothing_is_intact_is_refused(config):
     path.write_bytes(b'')
   dataset = open_dataset(config)
   with pytest.raises(UsageError, match='all 8 images of a training batch are damaged'):
-    dataset.train_reader(0)(1)
+    dataset.train_reader(0, 0)(0)
   with pytest.raises(UsageError, match='no image .* is intact in the validation split of numbered'):
     list(dataset.evaluation_batches('validation'))
 
@@ -383,8 +383,8 @@ def test_a_label_that_is_no_class_is_refused(config, in_memory, label):
     ):
       dataset = open_dataset(config)
       list(dataset.evaluation_batches('test'))
-      read = dataset.train_reader(0)
-      for _ in range(2 * STEPS_PER_EPOCH):
-        read(1)
+      read = dataset.train_reader(0, 0)
+      for step in range(2 * STEPS_PER_EPOCH):
+        read(step)
     path.write_bytes(before)
   open_dataset(config)  # Wrong labels are not kept in the cache.

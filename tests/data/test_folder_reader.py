@@ -51,17 +51,23 @@ def take(batches, count):
 def test_an_epoch_takes_no_image_twice_and_orders_differ(config, root):
   reader = FolderReader(image_folder.scan(str(root)), config)
   steps = 42 // BATCH_SIZE  # 24 images per class without those for testing, 2 for validation.
-  first, second = np.array(take(reader.train_batches(0), 2 * steps)).reshape(2, -1)
+  first, second = np.array(take(reader.train_batches(0, 0), 2 * steps)).reshape(2, -1)
   assert len(set(first)) == len(set(second)) == steps * BATCH_SIZE
   assert list(first) != list(second)
 
 
+def test_each_phase_shuffles_anew(config, root):
+  reader = FolderReader(image_folder.scan(str(root)), config)
+  first, second = (take(reader.train_batches(phase, 0), 2) for phase in (0, 1))
+  assert first != second
+
+
 def test_batches_after_resuming_are_the_same(config, root):
   reader = FolderReader(image_folder.scan(str(root)), config)
-  batches = list(itertools.islice(reader.train_batches(0), 9))
+  batches = list(itertools.islice(reader.train_batches(0, 0), 9))
   for first_step in (1, 5, 7):
     for expected, batch in zip(
-      batches[first_step:], reader.train_batches(first_step), strict=False
+      batches[first_step:], reader.train_batches(0, first_step), strict=False
     ):
       np.testing.assert_array_equal(batch['image'], expected['image'])
       np.testing.assert_array_equal(batch['label'], expected['label'])
@@ -73,7 +79,7 @@ def test_hosts_share_an_epoch(config, root, as_host):
   seen = []
   for host in range(2):
     as_host(host, 2)
-    seen += sum(take(FolderReader(folder, config).train_batches(0), 2), [])
+    seen += sum(take(FolderReader(folder, config).train_batches(0, 0), 2), [])
   assert len(set(seen)) == 4 * BATCH_SIZE
 
 
@@ -113,9 +119,9 @@ def damaged(config, root, tmp_path):
 
 
 def test_damaged_images_are_masked_and_all_others_keep_their_places(damaged, config, root, caplog):
-  intact = FolderReader(image_folder.scan(str(root)), config).train_batches(0)
+  intact = FolderReader(image_folder.scan(str(root)), config).train_batches(0, 0)
   folder = image_folder.scan(damaged.dataset.data_dir)
-  batches = FolderReader(folder, damaged).train_batches(0)
+  batches = FolderReader(folder, damaged).train_batches(0, 0)
   num_masked = 0
   for batch, expected in itertools.islice(zip(batches, intact, strict=False), 10):
     mask = batch['mask'][0]
@@ -141,7 +147,7 @@ def test_damaged_images_are_not_evaluated(damaged):
 
 def test_a_file_that_is_gone_is_never_skipped(damaged):
   folder = image_folder.scan(damaged.dataset.data_dir)
-  batches = FolderReader(folder, damaged).train_batches(0)
+  batches = FolderReader(folder, damaged).train_batches(0, 0)
   next(batches)
   shutil.rmtree(damaged.dataset.data_dir)
   with pytest.raises(UsageError, match=f'^{damaged.dataset.data_dir}/.*png: .*No such file'):
@@ -158,4 +164,4 @@ def test_a_file_that_breaks_later_is_named(config, tmp_path):
     with open(path, 'wb') as file:
       file.write(b'no image')
   with pytest.raises(UsageError, match=r'\d.png: not an image: .*mend or remove them'):
-    next(FolderReader(folder, config).train_batches(0))
+    next(FolderReader(folder, config).train_batches(0, 0))
