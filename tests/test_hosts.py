@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -156,10 +157,8 @@ def test_hosts_that_profile_and_take_several_steps_at_once_stop_at_one_step(star
   hosts[1].send_signal(signal.SIGTERM)
   outputs = [host.communicate(timeout=100)[0] for host in hosts]
   assert [host.returncode for host in hosts] == [128 + signal.SIGTERM] * 2, outputs
-  (saved,) = (
-    int(path.name) for path in tmp_path.glob('checkpoints/phase_1/*') if int(path.name) > 20
-  )
-  assert f'phase_1 was saved at step {saved};' in outputs[0]
+  saved = re.search(r'phase_1 was saved at step (\d+);', outputs[0])[1]
+  assert (tmp_path / 'checkpoints/phase_1' / saved).exists()
 
 
 # The reader of one host hangs when it is opened, or before a batch.

@@ -4,6 +4,7 @@ Validation accuracies during training are made up, so that the state of a phase 
 accuracy over exits is neither its last state nor the best state of its last exit.
 """
 
+import contextlib
 import itertools
 import shutil
 
@@ -17,6 +18,7 @@ from imta_jax import config as config_lib
 from imta_jax import evaluate, networks, train
 from imta_jax import workdir as layout
 from imta_jax.data.dataset import Dataset
+from imta_jax.errors import UsageError
 
 STEPS_PER_EPOCH = 2
 # Validation accuracy after each epoch, of each exit.
@@ -28,7 +30,7 @@ NUM_IMAGES = 16
 
 
 class RecordingDataset(Dataset):
-  """A data set of noise; `reads` lists what was read: (split, first step or None)."""
+  """A data set of noise; `reads` lists what was read: (split, phase or None)."""
 
   class_names = ('a', 'b', 'c')
   image_shape = (8, 8, 1)
@@ -40,7 +42,7 @@ class RecordingDataset(Dataset):
     self.reads = []
 
   def train_reader(self, phase, first_step):
-    self.reads.append(('train', first_step))
+    self.reads.append(('train', phase))
     return lambda step: self._batch('train', step)
 
   def draw(self, source, step):
@@ -142,8 +144,8 @@ def are_equal(tree, other):
 
 def test_the_test_images_are_read_once_per_network_and_last(finished):
   _, reads, _ = finished
-  of_a_phase = [('train', 0)] + [('validation', None)] * NUM_EPOCHS
-  assert reads == of_a_phase * 2 + [('validation', None), ('test', None)] * 2
+  of_phases = [[('train', phase)] + [('validation', None)] * NUM_EPOCHS for phase in range(2)]
+  assert reads == sum(of_phases, []) + [('validation', None), ('test', None)] * 2
 
 
 def test_phase_two_starts_from_and_keeps_the_best_backbone_of_phase_one(finished):
@@ -192,3 +194,29 @@ def test_image_files_are_cropped_as_the_data_set_was(in_memory, crop, finished, 
   classifier = networks.load_classifier(copy)
   assert classifier.preprocessing == {'crop': crop}
   assert classifier.class_names == ('a', 'b', 'c')
+
+
+def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(finished, tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path / 'copy')
+  shutil.copytree(finished[0], workdir)
+  before = (workdir / 'evaluation/exits.csv').read_bytes()
+  monkeypatch.setattr(RecordingDataset, 'class_names', ('a', 'b', 'wolf'))
+  monkeypatch.setattr(train, 'open_dataset', lambda config: RecordingDataset())
+  with pytest.raises(UsageError, match=r"other data \(classes\[2\]: 'c' → 'wolf'\): restore"):
+    train.train_and_evaluate(make_config(), workdir)
+  assert (workdir / 'evaluation/exits.csv').read_bytes() == before
+
+
+def test_the_config_of_a_workdir_is_read_while_its_lock_is_held(finished, tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path / 'run')
+
+  @contextlib.contextmanager
+  def hold_after_another_run(workdir):
+    shutil.copytree(finished[0], workdir)  # It has trained and ended in the meantime.
+    yield
+
+  monkeypatch.setattr(train.workdir_lock, 'hold', hold_after_another_run)
+  config = make_config()
+  config.seed = 7
+  with pytest.raises(UsageError, match='belongs to another config .config.seed: 0 → 7'):
+    train.train_and_evaluate(config, workdir)
