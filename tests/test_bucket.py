@@ -1,6 +1,5 @@
 """Runs in a bucket: killed and resumed, with a server that fails, and used afterwards."""
 
-import itertools
 import json
 import os
 import socket
@@ -144,130 +143,29 @@ def test_a_bucket_that_refuses_is_told_in_one_line(server, folder):
     Checkpoints(folder)
 
 
-OTHER = b'process 7 on elsewhere, started at 2026-01-01\ntoken\n'
+def test_a_second_run_is_refused_until_the_first_ends_or_its_lock_expires(folder, monkeypatch):
+  workdir = folder.parent.parent
+  monkeypatch.setattr(workdir_lock, '_SECONDS_BETWEEN_HEARTBEATS', 0.1)
+  with workdir_lock.hold(workdir):
+    first = (workdir / '.lock').read_text()
+    time.sleep(1.1)
+    assert (workdir / '.lock').read_text() > first
+    refusal = f'^workdir {workdir} is in use by process {os.getpid()} on .*expires in 1[12].* s'
+    with pytest.raises(UsageError, match=refusal), workdir_lock.hold(workdir):
+      pytest.fail('two runs hold the lock')
+  assert not (workdir / '.lock').exists()
+  (workdir / '.lock').write_text(first)  # As a killed run leaves it.
+  monkeypatch.setattr(workdir_lock, '_SECONDS_TO_EXPIRE', 1)
+  with workdir_lock.hold(workdir):
+    assert (workdir / '.lock').read_text() > first
 
 
-@pytest.fixture
-def locked(folder, monkeypatch):
-  """A workdir for locks, which give a sign of life often."""
-  monkeypatch.setattr(workdir_lock, '_BETWEEN_SIGNS', 0.1)
-  monkeypatch.setattr(workdir_lock, '_BETWEEN_LOOKS', 0.1)
-  return folder.parent.parent
-
-
-@pytest.fixture
-def ended(monkeypatch):
-  """The messages with which the process would have been ended."""
-  messages = []
-  monkeypatch.setattr(workdir_lock, 'end_at_once', lambda message, status: messages.append(message))
-  return messages
-
-
-def lock_of(workdir):
-  return f'{workdir / ".lock"}'.removeprefix('gs://')
-
-
-def put(server, workdir, content):
-  """Writes the lock of a workdir, as somebody else."""
-  server.objects[lock_of(workdir)] = next(server.generations), content
-
-
-def assert_refused(workdir, holder):
+def test_a_lock_that_cannot_be_written_is_refused_in_one_line(server, folder):
+  server.fault = lambda request: None if 'token' in request else HTTPStatus.FORBIDDEN
+  workdir = folder.parent.parent
   with (
-    pytest.raises(UsageError, match=f'^workdir {workdir} is in use by {holder}'),
+    pytest.raises(UsageError, match=f'^{workdir}/.lock cannot be read or written .*403'),
     workdir_lock.hold(workdir),
-  ):
-    pytest.fail('two runs hold the lock')
-
-
-def wait_for(condition):
-  deadline = time.monotonic() + 60
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
-
-
-def test_a_second_run_is_refused_while_the_first_lives(server, locked):
-  with workdir_lock.hold(locked):
-    holder = server.objects[lock_of(locked)][1].decode().partition('\n')[0]
-    assert_refused(locked, f'{holder}: wait for that run')
-    assert lock_of(locked) in server.objects
-  assert lock_of(locked) not in server.objects
-
-
-def test_a_killed_run_refuses_nobody_after_a_minute(server, locked, monkeypatch, capsys):
-  monkeypatch.setattr(workdir_lock, '_UNTIL_KILLED', 0.3)
-  put(server, locked, OTHER)
-  with workdir_lock.hold(locked):
-    assert server.objects[lock_of(locked)][1] != OTHER
-  assert (
-    'in use by process 7 on elsewhere, started at 2026-01-01, unless' in capsys.readouterr().out
-  )
-
-
-def test_a_lock_that_is_written_while_it_is_read_is_read_again(server, locked):
-  put(server, locked, OTHER)
-  downloads = itertools.count()
-
-  def fault(request):
-    if 'alt=media' in request and next(downloads) % 2 == 0:
-      put(server, locked, OTHER)
-
-  server.fault = fault
-  assert_refused(locked, 'process 7 on elsewhere')
-  assert next(downloads) == 4
-
-
-def test_a_run_that_ends_meanwhile_refuses_nobody(server, locked):
-  put(server, locked, OTHER)
-  end = threading.Timer(0.3, server.objects.pop, [lock_of(locked)])
-  end.start()
-  with workdir_lock.hold(locked):
-    assert lock_of(locked) in server.objects
-  end.join()
-
-
-def test_of_two_runs_that_start_together_one_is_refused(server, locked):
-  def fault(request):
-    if 'upload' in request and lock_of(locked) not in server.objects:
-      put(server, locked, OTHER)
-
-  server.fault = fault
-  assert_refused(locked, 'process 7 on elsewhere')
-  assert server.objects[lock_of(locked)][1] == OTHER
-
-
-def test_a_run_ends_when_another_has_taken_its_lock_which_stays(server, locked, ended):
-  with workdir_lock.hold(locked):
-    put(server, locked, OTHER)
-    wait_for(lambda: ended)
-    time.sleep(0.3)  # It does not take the lock back.
-  expected = 'stopped: process 7 on elsewhere, started at 2026-01-01 has taken over workdir'
-  assert ended[0].startswith(expected)
-  assert server.objects[lock_of(locked)][1] == OTHER
-
-
-def test_a_lock_is_held_through_lost_answers_faults_and_deletion(server, locked, ended):
-  with workdir_lock.hold(locked):
-    own = server.objects[lock_of(locked)][1]
-    put(server, locked, own)  # As a write whose answer was lost.
-    written = server.objects[lock_of(locked)][0]
-    wait_for(lambda: server.objects[lock_of(locked)][0] > written)
-    server.fault = lambda request: HTTPStatus.FORBIDDEN
-    time.sleep(0.5)
-    server.fault = lambda request: None
-    del server.objects[lock_of(locked)]
-    wait_for(lambda: server.objects.get(lock_of(locked), (0, b''))[1] == own)
-  assert not ended
-  assert lock_of(locked) not in server.objects
-
-
-@pytest.mark.parametrize('status', [HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND])
-def test_a_lock_that_cannot_be_written_is_told_in_one_line(server, locked, status):
-  server.fault = lambda request: None if 'token' in request else status
-  with (
-    pytest.raises(UsageError, match=f'^{locked}/.lock cannot be read or written .{status.value}'),
-    workdir_lock.hold(locked),
   ):
     pytest.fail('the lock cannot be held')
 
