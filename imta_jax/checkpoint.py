@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import gc
-import logging as std_logging
 import os
-import sys
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,11 +17,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.packing import pack_like, unpack
 
 _LATEST_KEPT = 2
-_QUIET_TO_THE_END: list[contextlib.ExitStack] = []
 
 
 class Checkpoints:
@@ -39,25 +36,16 @@ class Checkpoints:
       UsageError: If it cannot be opened.
     """
     # Orbax needs absolute paths; paths with a scheme, such as gs://, are absolute.
-    folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
-    self._folder, self._read_only = folder, read_only
+    self._folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._accuracies: dict[int, float | None] = {}
-    self._quiet = contextlib.ExitStack()
-    self._quiet.enter_context(_errors_once())
-    # Orbax logs a warning for read-only folders.
-    with self._opening(), _silent() if read_only else contextlib.nullcontext():
-      self._manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-          preservation_policy=_LatestAndBest(self._preference),
-          read_only=read_only,
-          create=not read_only,
-        ),
-        item_handlers={
-          'state': ocp.StandardCheckpointHandler(),
-          'record': ocp.JsonCheckpointHandler(),
-        },
-      )
+    self._manager = None
+    with self._opening():
+      self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()))
+      if not read_only:
+        options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._preference))
+        self._manager = ocp.CheckpointManager(
+          self._folder, options=options, item_handlers=_item_handlers()
+        )
 
   def save(self, step: int, state: Any, validation_accuracy: float | None) -> None:
     """Saves a state in the background.
@@ -68,12 +56,13 @@ class Checkpoints:
       validation_accuracy: The accuracy that ranks checkpoints for 'best'; None if not evaluated.
 
     Raises:
-      UsageError: If an earlier checkpoint could not be saved, or this one cannot.
+      UsageError: If there is no room for it, or an earlier checkpoint could not be saved.
     """
-    if step in self._manager.all_steps():
+    if step in self._all_steps():
       return
     # Copies, because the devices may reuse the memory of the state while it is written.
     state = jax.tree.map(lambda leaf: np.array(leaf, order='C'), unpack(jax.device_get(state)))
+    self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     self._load_accuracies()  # The policy of what is kept needs them.
     self._accuracies[step] = validation_accuracy
     record = {'crc32': _checksum(state), 'validation_accuracy': validation_accuracy}
@@ -89,20 +78,19 @@ class Checkpoints:
         if equal; checkpoints without an accuracy come last.
 
     Raises:
-      UsageError: If an accuracy cannot be read at the moment; where checkpoints are only read, also
-        if it is damaged.
+      UsageError: If an accuracy cannot be read at the moment; in read-only mode, also if it is
+        corrupt.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
     if order == 'last':
-      return steps
+      return sorted(self._all_steps(), reverse=True)
     self._load_accuracies()
-    return sorted(self._manager.all_steps(), key=self._preference)
+    return sorted(self._all_steps(), key=self._preference)
 
   def restore(self, like: Any, order: str = 'last') -> Any | None:
     """Restores the preferred checkpoint.
 
-    A training passes over damaged ones and moves them aside. Where checkpoints are only read, the
-    preferred one is what is asked for, so that another one would silently give other answers.
+    A training skips corrupt checkpoints and moves them to `<phase>_corrupt/`. In read-only mode a
+    corrupt checkpoint is an error, since falling back would silently change predictions.
 
     Args:
       like: A tree with the structure, shapes and types of the state.
@@ -112,14 +100,14 @@ class Checkpoints:
       The state as NumPy arrays, packed as in `like`, or None if there is no intact checkpoint.
 
     Raises:
-      UsageError: If a checkpoint has a different structure or cannot be read at the moment; where
-        checkpoints are only read, also if the preferred one is damaged.
+      UsageError: If a checkpoint has a different structure or cannot be read at the moment; in
+        read-only mode, also if the preferred one is corrupt.
     """
     self.wait()
     packed = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     like = unpack(packed)
     for step in self.steps(order):
-      is_intact, state = self._attempt(step, partial(self._read, step, like))
+      is_intact, state = self._attempt(step, partial(self._read, like))
       if is_intact:
         return pack_like(packed, state)
     return None
@@ -130,8 +118,9 @@ class Checkpoints:
     Raises:
       UsageError: If one could not be saved.
     """
-    with self._saving():
-      self._manager.wait_until_finished()
+    if self._manager is not None:
+      with self._saving():
+        self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits until all saves are on disk, and frees the resources of Orbax.
@@ -139,9 +128,10 @@ class Checkpoints:
     Raises:
       UsageError: If one could not be saved.
     """
-    with self._saving():
-      self._manager.close()
-    self._quiet.close()
+    self._reader.close()
+    if self._manager is not None:
+      with self._saving():
+        self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -163,8 +153,8 @@ class Checkpoints:
       ) from error
     except Exception as error:  # Of the file system, of TensorFlow and of Google's libraries.
       raise UsageError(
-        f'{self._folder} cannot be opened ({_reason(error)}): check that it exists and is yours, '
-        'and for a bucket also network and credentials'
+        f'{self._folder} cannot be opened ({first_line(error)}): check that it exists and is '
+        'yours, and for a bucket also network and credentials'
       ) from error
 
   @contextlib.contextmanager
@@ -174,96 +164,103 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:  # Of the devices or another host.
       raise
     except (OSError, ValueError, RuntimeError) as error:  # Of the file system, and of TensorStore.
-      # The operations that were abandoned report for as long as the process lives.
-      _QUIET_TO_THE_END.append(self._quiet.pop_all())
       raise UsageError(
-        f'a checkpoint in {self._folder} could not be saved ({_reason(error)}), and earlier ones '
-        'are kept: make room or correct permissions, then run the same command again'
+        f'a checkpoint in {self._folder} could not be saved ({first_line(error)}), and earlier '
+        'ones are kept: make room or correct permissions, then run the same command again'
       ) from error
 
-  def _read(self, step: int, like: Any) -> Any:
-    # The manager would take what it saved to a bucket for unfinished, on all hosts but the first.
-    handler = ocp.StandardCheckpointHandler()
-    stored = _structure(handler.metadata(self._folder / str(step) / 'state'))
+  def _check_room(self, num_bytes: int) -> None:
+    """Refuses a save that a full disk would end halfway, of which Orbax reports at length."""
+    if '://' in str(self._folder):
+      return
+    free = shutil.disk_usage(self._folder).free
+    if free < num_bytes:
+      raise UsageError(
+        f'{self._folder} has {free:,} bytes free, but a checkpoint takes {num_bytes:,}; earlier '
+        'ones are kept: make room, then run the same command again'
+      )
+
+  def _all_steps(self) -> list[int]:
+    if self._manager is not None:
+      return list(self._manager.all_steps())
+    return ocp.utils.checkpoint_steps(self._folder) if self._folder.exists() else []
+
+  def _read(self, like: Any, path: epath.Path) -> Any:
+    stored = _structure(_item_handlers()['state'].metadata(path / 'state'))
     expected = _structure(like)
     if not stored:
       raise ValueError('its metadata cannot be read')
     for name in sorted({*stored, *expected}):
       if stored.get(name) != expected.get(name):
         raise UsageError(
-          f'checkpoint {self._folder / str(step)} does not fit the network of this config: its '
-          f'{name} is {stored.get(name, "absent")}, expected {expected.get(name, "absent")}; '
-          'choose another --workdir'
+          f'checkpoint {path} does not fit the network of this config: its {name} is '
+          f'{stored.get(name, "absent")}, expected {expected.get(name, "absent")}; choose another '
+          '--workdir'
         )
-    read = self._manager.restore(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore()),
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
+    read = self._reader.restore(path, args=args)
     if read['record']['crc32'] != _checksum(read['state']):
       raise ValueError('its checksum does not match')
     return read['state']
 
-  def _attempt(self, step: int, read: Callable[[], Any]) -> tuple[bool, Any]:
-    """Reads something of a checkpoint on all hosts, or passes over the checkpoint on all of them.
+  def _read_accuracy(self, path: epath.Path) -> float | None:
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    accuracy = self._reader.restore(path, args=args)['record']['validation_accuracy']
+    return None if accuracy is None else float(accuracy)
+
+  def _attempt(self, step: int, read: Callable[[epath.Path], Any]) -> tuple[bool, Any]:
+    """Reads something of a checkpoint on all hosts, or moves the checkpoint aside for all of them.
 
     Returns:
       Whether it could be read, and what was read.
 
     Raises:
-      UsageError: If a host cannot read it at the moment, or it is damaged and checkpoints are only
-        read.
+      UsageError: If a host cannot read it at the moment, or if it is corrupt in read-only mode.
     """
-    content = error = None
+    path, content, error = self._folder / str(step), None, None
     try:
-      content = read()
+      content = read(path)
     except UsageError:
       raise
     except Exception as caught:
       error = caught
     is_momentary = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     # Hosts must not go on from different steps.
-    is_damaged, is_momentary = (
+    is_corrupt, is_momentary = (
       multihost_utils.process_allgather(np.array([error is not None, is_momentary]))
       .reshape(-1, 2)
       .any(axis=0)
     )
-    if not is_damaged:
+    if not is_corrupt:
       return True, content
-    path = self._folder / str(step)
-    reason = 'on another host' if error is None else _reason(error)
+    reason = 'on another host' if error is None else first_line(error)[:200]
     if is_momentary:
       raise UsageError(f'checkpoint {path} cannot be read ({reason}): try again') from error
-    if self._read_only:
+    if self._manager is None:
       raise UsageError(
-        f'checkpoint {path} is damaged ({reason}): run the training command again, which goes '
-        'on from an intact one'
+        f'checkpoint {path} is corrupt ({reason}): run the training command again, which goes on '
+        'from an intact one'
       ) from error
-    logging.warning('Checkpoint %s is damaged and passed over (%s).', path, reason)
-    self._set_aside(step)
+    logging.warning('Skipping corrupt checkpoint %s (%s).', path, reason)
+    self._move_aside(path)
     return False, None
 
-  def _set_aside(self, step: int) -> None:
-    """Moves a damaged checkpoint to another folder, where it can be inspected."""
-    aside = self._folder.parent / f'{self._folder.name}_damaged'
+  def _move_aside(self, path: epath.Path) -> None:
+    """Moves a corrupt checkpoint to another folder, where it can be inspected."""
+    aside = self._folder.parent / f'{self._folder.name}_corrupt'
     aside.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      number = len(list(aside.iterdir()))
-      (self._folder / str(step)).rename(aside / f'{step}_{number}')
+      path.rename(aside / f'{path.name}_{len(list(aside.iterdir()))}')
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('damaged checkpoint set aside')
+      multihost_utils.sync_global_devices('corrupt checkpoint moved')
     self._manager.reload()
 
   def _load_accuracies(self) -> None:
-    """Loads the accuracies of checkpoints of earlier runs; passes over damaged ones."""
-    for step in sorted(set(self._manager.all_steps()) - set(self._accuracies)):
-      is_intact, accuracy = self._attempt(step, partial(self._read_accuracy, step))
+    """Loads the accuracies of checkpoints of earlier runs; skips corrupt ones."""
+    for step in sorted(set(self._all_steps()) - set(self._accuracies)):
+      is_intact, accuracy = self._attempt(step, self._read_accuracy)
       if is_intact:
         self._accuracies[step] = accuracy
-
-  def _read_accuracy(self, step: int) -> float | None:
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    accuracy = self._manager.restore(step, args=args)['record']['validation_accuracy']
-    return None if accuracy is None else float(accuracy)
 
   def _preference(self, step: int) -> tuple[bool, float, int]:
     """A sort key that puts the best checkpoint first, once the accuracies are loaded."""
@@ -284,6 +281,10 @@ class _LatestAndBest(PreservationPolicy):
     return [step in kept for step in steps]
 
 
+def _item_handlers() -> dict[str, ocp.CheckpointHandler]:
+  return {'state': ocp.StandardCheckpointHandler(), 'record': ocp.JsonCheckpointHandler()}
+
+
 def _structure(tree: Any) -> dict[str, str]:
   """Returns the type and shape of each leaf by name."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -293,49 +294,8 @@ def _structure(tree: Any) -> dict[str, str]:
   }
 
 
-def _reason(error: Exception) -> str:
-  """Returns what is wrong, on one line."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  # TensorStore's messages go from the general to the cause, and end with all that it knows.
-  words = ' '.join(str(error).partition(' [')[0].split()) or type(error).__name__
-  return ': '.join(words.split(': ')[-2:])[:200]
-
-
 def _checksum(tree: Any) -> int:
   total = 0
   for leaf in jax.tree.leaves(tree):
     total = zlib.crc32(np.ascontiguousarray(leaf), total)
   return total
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-  """Suppresses warnings."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _errors_once() -> Iterator[None]:
-  """Keeps Orbax from printing what it also raises, and what became of operations it abandoned."""
-
-  def is_news(record):
-    return record.levelno < std_logging.ERROR or 'orbax' not in record.pathname
-
-  def report(unraisable):
-    if 'Event loop is closed' not in str(unraisable.exc_value):
-      hook(unraisable)
-
-  hook, sys.unraisablehook = sys.unraisablehook, report
-  logging.get_absl_logger().addFilter(is_news)
-  try:
-    yield
-  finally:
-    gc.collect()
-    sys.unraisablehook = hook
-    logging.get_absl_logger().removeFilter(is_news)

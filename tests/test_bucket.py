@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_moved_aside(server, folder):
   server.objects[largest] = generation, bytes(len(content))
   assert restored(folder) == 1
   assert names(server, folder / '2') == []
-  assert {COMMIT, 'state/_METADATA'} <= {*names(server, folder.parent / 'phase_1_damaged' / '2_0')}
+  assert {COMMIT, 'state/_METADATA'} <= {*names(server, folder.parent / 'phase_1_corrupt' / '2_0')}
 
 
 def test_requests_that_fail_are_repeated(server, folder):
@@ -222,7 +222,7 @@ def test_a_run_killed_while_it_saves_goes_on_with_two_hosts_and_can_be_used(serv
       host.kill()
   assert [host.returncode for host in hosts] == [0, 0], outputs
   assert 'phase_1 resumes from step 2.' in outputs[0]
-  assert 'damaged' not in ''.join(outputs)
+  assert 'corrupt' not in ''.join(outputs)
   records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   steps = [record['step'] for record in records if 'train/loss' in record]
   assert steps == [1, 2, 3, 4, 5, 6, 1, 2]
