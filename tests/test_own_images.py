@@ -88,14 +88,14 @@ def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp
   assert np.mean(right) > 0.9
 
 
-def test_a_broken_photograph_is_named(photos, environment, tmp_path):
-  broken = photos / 'sky/broken.jpg'
+def test_a_corrupt_photograph_is_named(photos, environment, tmp_path):
+  corrupt = photos / 'sky/corrupt.jpg'
   content = (photos / 'sky/0.jpg').read_bytes()
-  broken.write_bytes(content[: len(content) // 2])
+  corrupt.write_bytes(content[: len(content) // 2])
   try:
     result = train(environment, photos, tmp_path / 'run')
   finally:
-    broken.unlink()
+    corrupt.unlink()
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('error: ')
-  assert str(broken) in result.stderr and 'Traceback' not in result.stderr
+  assert str(corrupt) in result.stderr and 'Traceback' not in result.stderr

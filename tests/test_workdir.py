@@ -63,7 +63,6 @@ def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
 def test_what_changes_no_result_may_change(tmp_path):
   folder, config = epath.Path(tmp_path), config_lib.default()
   workdir.claim(config, folder, ['a'])
-  config.dataset.skip_damaged = True
   config.checkpoint_every_minutes = 10.0
   config.profile_steps = 20
   workdir.check_owner(config, saved(folder))

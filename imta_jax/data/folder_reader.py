@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
-from imta_jax.data.image_folder import MEND_OR_SKIP, ImageFolder
+from imta_jax.data.image_folder import FIX_HINT, ImageFolder
 from imta_jax.data.streamed import steps_per_epoch
 from imta_jax.errors import UsageError
 
@@ -26,7 +25,6 @@ class FolderReader:
   def __init__(self, folder: ImageFolder, config: ConfigDict):
     self._folder, self._config = folder, config
     self._steps_per_epoch = steps_per_epoch(len(folder.paths['train']), config)
-    self._damaged = set()
     self._pool = ThreadPoolExecutor(os.cpu_count())
 
   def train_batches(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -65,18 +63,16 @@ class FolderReader:
     """Yields batches of decoded images, while threads decode the next ones."""
     paths, labels = self._folder.paths[split], self._folder.labels[split]
     side, flip = self._config.dataset.image_size, self._config.dataset.flip
-    blank = np.zeros((side, side, 3), np.uint8)
 
     def decode(index, seed):
       if index is None:
-        return None
+        return np.zeros((side, side, 3), np.uint8)
       try:
         if augments:
           return read_random_crop(paths[index], side, flip, np.random.default_rng(seed))
         return read_image(paths[index], (side, side, 3), 'center')
       except ImageError as error:
-        self._pass_over(paths[index], error)
-        return None
+        raise UsageError(f'{paths[index]}: {error}: {FIX_HINT}') from error
 
     def start(batch):
       indices = [index for index, _ in batch]
@@ -84,11 +80,10 @@ class FolderReader:
 
     def finish(indices, futures):
       per_device = (jax.local_device_count(), -1)
-      images = [future.result() for future in futures]
       batch = {
-        'image': np.stack([blank if image is None else image for image in images]),
+        'image': np.stack([future.result() for future in futures]),
         'label': np.array([0 if i is None else labels[i] for i in indices], np.int32),
-        'mask': np.array([image is not None for image in images]),
+        'mask': np.array([i is not None for i in indices]),
       }
       return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
 
@@ -99,16 +94,6 @@ class FolderReader:
         yield finish(*pending.popleft())
     for batch in pending:
       yield finish(*batch)
-
-  def _pass_over(self, path, error):
-    """Warns once of a damaged file that is skipped, or refuses it."""
-    if isinstance(error.__cause__, FileNotFoundError):
-      raise UsageError(f'{path}: {error}: restore it') from error
-    if not self._config.dataset.skip_damaged:
-      raise UsageError(f'{path}: {error}: {MEND_OR_SKIP}') from error
-    if path not in self._damaged:
-      self._damaged.add(path)
-      logging.warning('%s: %s: skipped; damaged so far: %d.', path, error, len(self._damaged))
 
 
 def _batched(items, size):

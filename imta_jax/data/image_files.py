@@ -75,7 +75,7 @@ def read_image(
     The image, uint8 of shape `shape`.
 
   Raises:
-    ImageError: If the file is not an image, is damaged or is too large.
+    ImageError: If the file is not an image, is corrupt or is too large.
     ValueError: If `crop` or the number of channels is unknown.
   """
   height, width, channels = shape
@@ -110,7 +110,7 @@ def read_random_crop(
     [size, size, 3], uint8.
 
   Raises:
-    ImageError: If the file is not an image, is damaged or is too large.
+    ImageError: If the file is not an image, is corrupt or is too large.
   """
   with _open(file, MAX_PIXELS) as image:
     image = ImageOps.exif_transpose(image)
@@ -159,7 +159,7 @@ def _open(file, max_pixels):
     raise ImageError(_too_large('it', max_pixels)) from error
   except Image.UnidentifiedImageError as error:
     raise ImageError(f'not an image: expected {", ".join(_FORMATS)}') from error
-  except Exception as error:  # Pillow raises all kinds of exceptions for damaged files.
+  except Exception as error:  # Pillow raises all kinds of exceptions for corrupt files.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     raise ImageError(f'cannot be read: {reason or type(error).__name__}') from error
 

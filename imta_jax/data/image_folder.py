@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from absl import logging
 
 from imta_jax.data.arrays import SPLITS, Arrays
 from imta_jax.data.image_files import ImageError, find_images, image_size_and_channels, read_image
@@ -15,7 +14,7 @@ from imta_jax.errors import UsageError
 
 NAME = 'image_folder'
 # What to do about files that cannot be read, for messages.
-MEND_OR_SKIP = 'mend or remove them, or skip damage with config.dataset.skip_damaged=True'
+FIX_HINT = 'restore or remove such files'
 # Seed of the split of a folder that has none.
 SPLIT_SEED = 0
 # Shares of the images of each class: of all for testing, of the others for validation.
@@ -166,36 +165,28 @@ def check_headers(folder: ImageFolder) -> None:
     _refuse(errors)
 
 
-def read(
-  folder: ImageFolder, image_shape: Sequence[int], crop: str, *, skip_damaged: bool = False
-) -> Arrays:
+def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
   """Reads all images into memory.
 
   Args:
     folder: The files.
     image_shape: (height, width, channels) to which they are brought.
     crop: See `image_files.read_image`.
-    skip_damaged: Whether to leave out files that cannot be read, with a warning.
 
   Returns:
     The arrays.
 
   Raises:
-    UsageError: If images cannot be read and are not skipped, or if no image of a split can be read;
-      the message names files.
+    UsageError: If images cannot be read; the message names files.
   """
   read_one = partial(read_image, shape=image_shape, crop=crop)
-  images, labels = {}, {}
+  images = {}
   for split, paths in folder.paths.items():
     found, errors = _read_all(paths, read_one)
-    is_intact = np.array([image is not None for image in found])
-    if errors and not (skip_damaged and is_intact.any()):
+    if errors:
       _refuse(errors)
-    for number, error in enumerate(errors, start=1):
-      logging.warning('%s: skipped; damaged so far: %d.', error, number)
-    images[split] = np.stack([image for image in found if image is not None])
-    labels[split] = folder.labels[split][is_intact]
-  return Arrays(folder.class_names, images, labels)
+    images[split] = np.stack(found)
+  return Arrays(folder.class_names, images, folder.labels)
 
 
 def _read_headers(folder):
@@ -227,5 +218,5 @@ def _read_all(paths, read_one):
 def _refuse(errors):
   more = f'; and {len(errors) - _NAMED} more' if len(errors) > _NAMED else ''
   raise UsageError(
-    f'{len(errors)} image(s) cannot be read: {"; ".join(errors[:_NAMED])}{more}: ' + MEND_OR_SKIP
+    f'{len(errors)} image(s) cannot be read: {"; ".join(errors[:_NAMED])}{more}: ' + FIX_HINT
   )

@@ -113,7 +113,7 @@ def test_the_central_crop_is_that_of_evaluation(shape):
     assert np.abs(difference).max() <= 1
 
 
-DAMAGED = {
+CORRUPT = {
   'empty': (b'', 'not an image'),
   'text': (b'not an image at all', 'not an image'),
   'half a PNG': (encoded(COLOUR)[:60], 'cannot be read'),
@@ -124,9 +124,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize('name', DAMAGED)
-def test_damaged_images_are_refused(name):
-  content, reason = DAMAGED[name]
+@pytest.mark.parametrize('name', CORRUPT)
+def test_corrupt_images_are_refused(name):
+  content, reason = CORRUPT[name]
   with pytest.raises(ImageError, match=reason) as caught:
     read(content)
   assert '\n' not in str(caught.value)
@@ -135,10 +135,10 @@ def test_damaged_images_are_refused(name):
 def test_bytes_that_are_wrong_anywhere_are_an_image_error_or_an_image():
   content = encoded(SMOOTH, 'TIFF', compression='tiff_lzw')
   for position in RANDOM.integers(0, len(content), 200):
-    damaged = bytearray(content)
-    damaged[position] ^= RANDOM.integers(1, 256)
+    corrupt = bytearray(content)
+    corrupt[position] ^= RANDOM.integers(1, 256)
     with contextlib.suppress(ImageError):
-      assert read(bytes(damaged), max_pixels=1e5).shape == (6, 5, 1)
+      assert read(bytes(corrupt), max_pixels=1e5).shape == (6, 5, 1)
 
 
 @pytest.mark.parametrize('size', [(8192, 8193), (10_000, 10_000), (100_000, 100_000)])

@@ -1,7 +1,6 @@
 """Folders of images: what is found, how it is split, what is read."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,7 +116,7 @@ def test_images_are_read_with_their_labels(tmp_path):
 
 
 @pytest.fixture
-def damaged(tmp_path):
+def corrupt(tmp_path):
   """A folder with 7 of 18 images cut in the middle, so that their headers are intact."""
   write_images(tmp_path, {'a': 9, 'b': 9}, size=(60, 60))
   for number in range(7):
@@ -129,38 +128,15 @@ def cut(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_files_that_cannot_be_read_are_named(damaged):
-  folder = image_folder.scan(str(damaged))
+def test_files_that_cannot_be_read_are_named(corrupt):
+  folder = image_folder.scan(str(corrupt))
   image_folder.check_headers(folder)
-  expected = r'image\(s\) cannot be read: .*/a/\d.png: .*mend or remove them, or skip damage with'
+  expected = r'image\(s\) cannot be read: .*/a/\d.png: .*restore or remove such files'
   with pytest.raises(UsageError, match=expected):
     image_folder.read(folder, (8, 8, 3), 'none')
-  (damaged / 'b/0.png').write_text('no image')
+  (corrupt / 'b/0.png').write_text('no image')
   with pytest.raises(UsageError, match=r'1 image\(s\) cannot be read: .*/b/0.png: not an image'):
     image_folder.check_headers(folder)
-
-
-def test_files_that_cannot_be_read_are_skipped_and_counted(damaged, caplog):
-  folder = image_folder.scan(str(damaged))
-  (damaged / 'b/0.png').write_text('no image')
-  arrays = image_folder.read(folder, (8, 8, 3), 'none', skip_damaged=True)
-  lost = {str(damaged / f'a/{number}.png') for number in range(7)} | {str(damaged / 'b/0.png')}
-  for split, paths in folder.paths.items():
-    kept = [path not in lost for path in paths]
-    np.testing.assert_array_equal(arrays.labels[split], folder.labels[split][kept])
-    assert len(arrays.images[split]) == sum(kept)
-  warned = [record.getMessage() for record in caplog.records]
-  assert {warning.partition(': ')[0] for warning in warned} == lost
-
-
-def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
-  write_images(tmp_path / 'train', {'a': 4, 'b': 4})
-  write_images(tmp_path / 'test', {'a': 1, 'b': 1})
-  folder = image_folder.scan(str(tmp_path))
-  for path in folder.paths['test']:
-    cut(Path(path))
-  with pytest.raises(UsageError, match=r'2 image\(s\) cannot be read: .*/test/a/0.png'):
-    image_folder.read(folder, (8, 8, 3), 'none', skip_damaged=True)
 
 
 def test_a_survey_leaves_out_files_without_a_header(tmp_path):
