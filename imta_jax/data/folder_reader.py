@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
-from imta_jax.data.image_folder import FIX_HINT, ImageFolder
+from imta_jax.data.image_folder import FIX_HINT, ImageFolder, relative_name
 from imta_jax.data.streamed import steps_per_epoch
 from imta_jax.errors import UsageError
 
@@ -44,9 +44,10 @@ class FolderReader:
     images = ((index, [self._config.seed, index or 0]) for index in padded)
     return self._decode(images, split, batch_size, augments)
 
-  def file_names(self, split: str) -> list[str]:
-    root = self._config.dataset.data_dir
-    return [os.path.relpath(path, root) for path in self._folder.paths[split]]
+  def files(self, split: str) -> list[tuple[str, int]]:
+    paths, root = self._folder.paths[split], self._config.dataset.data_dir
+    sizes = self._pool.map(_size, paths)
+    return [(relative_name(path, root), size) for path, size in zip(paths, sizes, strict=True)]
 
   def _train_images(self, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
@@ -94,6 +95,13 @@ class FolderReader:
         yield finish(*pending.popleft())
     for batch in pending:
       yield finish(*batch)
+
+
+def _size(path):
+  try:
+    return os.path.getsize(path)
+  except OSError as error:
+    raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
 
 
 def _batched(items, size):

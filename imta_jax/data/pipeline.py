@@ -85,7 +85,7 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
 
   if config.dataset.name == image_folder.NAME:
     side, channels = config.dataset.image_size, len(config.dataset.mean)
-    folder = image_folder.scan(config.dataset.data_dir)
+    folder = _scan(config.dataset)
     stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
     return in_memory.InMemoryDataset(stored, config)
   stored = arrays.load(config.dataset)
@@ -107,7 +107,7 @@ def _open_streamed(config: ConfigDict) -> Dataset:
   if config.dataset.name == image_folder.NAME:
     from imta_jax.data.folder_reader import FolderReader
 
-    folder = image_folder.scan(config.dataset.data_dir)
+    folder = _scan(config.dataset)
     image_folder.check_headers(folder)  # Better found now than in the middle of an epoch.
     num_images = {split: len(paths) for split, paths in folder.paths.items()}
     reader = FolderReader(folder, config)
@@ -120,6 +120,16 @@ def _open_streamed(config: ConfigDict) -> Dataset:
   num_images = {split: count for split, (_, count) in splits.items()}
   reader = TfdsReader(builder, splits, config)
   return streamed.StreamedDataset(reader, class_names, num_images, config)
+
+
+def _scan(dataset: ConfigDict) -> image_folder.ImageFolder:
+  folder = image_folder.scan(dataset.data_dir)
+  if jax.process_index() == 0:
+    print(
+      f'{dataset.data_dir}: {folder.summary()} → {dataset.image_size} × {dataset.image_size} '
+      f'pixels, {"in memory" if dataset.in_memory else "streamed"}'
+    )
+  return folder
 
 
 def _prepared_builder(dataset: ConfigDict) -> Any:

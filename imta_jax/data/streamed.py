@@ -35,8 +35,8 @@ class Reader(Protocol):
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields all images of a split, the same number of batches on every host."""
 
-  def file_names(self, split: str) -> list[str]:
-    """Returns the names of the files that all hosts together read for a split."""
+  def files(self, split: str) -> list[tuple[str, int]]:
+    """Returns (name, bytes) of the files that all hosts together read for a split."""
 
 
 class StreamedDataset(Dataset):
@@ -86,7 +86,7 @@ class StreamedDataset(Dataset):
     return map(self._normalize, self._send_ahead(batches))
 
   def fingerprint(self) -> int:
-    files = {split: self._reader.file_names(split) for split in sorted(self.num_images)}
+    files = {split: self._reader.files(split) for split in sorted(self.num_images)}
     return zlib.crc32(repr((list(self.class_names), self.num_images, files)).encode())
 
   def _train_stacks(self, first_step):

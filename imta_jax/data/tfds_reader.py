@@ -45,9 +45,11 @@ class TfdsReader:
     num_batches = -(-largest_part // batch_size)
     return self._batches(split, partial(self._evaluation, split), batch_size, num_batches)
 
-  def file_names(self, split: str) -> list[str]:
-    instructions = self._builder.info.splits[self._splits[split][0]].file_instructions
-    return [os.path.basename(instruction.filename) for instruction in instructions]
+  def files(self, split: str) -> list[tuple[str, int]]:
+    info = self._builder.info
+    instructions = info.splits[self._splits[split][0]].file_instructions
+    # TFDS records the size of all files together.
+    return [(os.path.basename(file.filename), info.dataset_size) for file in instructions]
 
   def _epoch(self, epoch):
     """Returns this host's images of an epoch and how to decode them, as functions of the seed."""

@@ -14,6 +14,7 @@ from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
 NUM_PER_CLASS, BATCH_SIZE = 30, 8
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 47, 6, 7  # By the hashes of the paths.
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +51,7 @@ def take(batches, count):
 
 def test_an_epoch_takes_no_image_twice_and_orders_differ(config, root):
   reader = FolderReader(image_folder.scan(str(root)), config)
-  steps = 42 // BATCH_SIZE  # 24 images per class without those for testing, 2 for validation.
+  steps = NUM_TRAIN // BATCH_SIZE
   first, second = np.array(take(reader.train_batches(0), 2 * steps)).reshape(2, -1)
   assert len(set(first)) == len(set(second)) == steps * BATCH_SIZE
   assert list(first) != list(second)
@@ -92,8 +93,12 @@ def test_evaluation_takes_every_image_once(config, root, augment):
 def test_the_data_set_is_opened_by_its_name(config):
   dataset = open_dataset(config)
   assert dataset.class_names == ['even', 'odd']
-  assert dataset.num_images == {'train': 44, 'validation': 4, 'test': 12}
-  assert dataset.steps_per_epoch == 44 // BATCH_SIZE
+  assert dataset.num_images == {
+    'train': NUM_TRAIN,
+    'validation': NUM_VALIDATION,
+    'test': NUM_TEST,
+  }
+  assert dataset.steps_per_epoch == NUM_TRAIN // BATCH_SIZE
   (batch, *_) = dataset.evaluation_batches('test')
   assert batch['image'].dtype == np.float32
 

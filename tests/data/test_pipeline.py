@@ -186,16 +186,30 @@ def fingerprint(config):
   return open_dataset(config).fingerprint()
 
 
+CHANGES = {
+  'renamed class': lambda root: (root / 'dark').rename(root / 'night'),
+  'exchanged classes': lambda root: exchange(root / 'dark', root / 'light'),
+  'added image': lambda root: shutil.copy(root / 'dark/0.png', root / 'dark/new.png'),
+  'removed image': lambda root: (root / 'light/3.png').unlink(),
+  'other image': lambda root: Image.new('RGB', (8, 9), (77, 0, 0)).save(root / 'dark/2.png'),
+}
+
+
+def exchange(one, other):
+  one.rename(one.with_name('temporary'))
+  other.rename(one)
+  one.with_name('temporary').rename(other)
+
+
 @pytest.mark.parametrize('in_memory', [True, False])
-def test_a_fingerprint_tells_folders_apart(in_memory, folder_config, tmp_path):
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_fingerprint_tells_changed_folders_apart(change, in_memory, folder_config, tmp_path):
   folder_config.dataset.in_memory = in_memory
   first = fingerprint(folder_config)
   write_images(tmp_path / 'copy')
   folder_config.dataset.data_dir = str(tmp_path / 'copy')
   assert fingerprint(folder_config) == first
-  write_images(tmp_path / 'other')
-  (tmp_path / 'other/dark/0.png').rename(tmp_path / 'other/dark/9.png')
-  folder_config.dataset.data_dir = str(tmp_path / 'other')
+  change(tmp_path / 'copy')
   assert fingerprint(folder_config) != first
 
 
@@ -249,6 +263,19 @@ def test_the_first_host_opens_a_set_before_the_others(
   monkeypatch.setattr(image_folder, 'scan', lambda path: events.append('opens') or scan(path))
   open_dataset(folder_config)
   assert events == (['pauses', 'waits', 'opens'] if index else ['opens', 'waits'])
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+@pytest.mark.parametrize('index', [0, 1])
+def test_the_first_host_alone_prints_the_classes(
+  index, in_memory, folder_config, as_host, capsys, pauses
+):
+  del pauses
+  folder_config.dataset.in_memory = in_memory
+  as_host(index, 2)
+  open_dataset(folder_config)
+  out = capsys.readouterr().out
+  assert out == '' if index else '2 classes (dark, light); 8 train, ' in out
 
 
 def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):
