@@ -222,7 +222,7 @@ def _find_classes(folder, ignored):
 
 
 def _extension(path):
-  return os.path.splitext(path)[1].lower() or os.path.basename(path)
+  return os.path.splitext(path)[1].lower() or 'no extension'
 
 
 def survey(folder: ImageFolder) -> Survey:

@@ -156,8 +156,8 @@ def test_what_is_no_image_is_ignored_and_counted(tmp_path):
   touch(tmp_path, images + others + hidden + ['.git/a.png', 'cat/Thumbs.db', '.DS_Store'])
   assert split_of(tmp_path).keys() == set(images)
   folder = image_folder.scan(str(tmp_path))
-  assert folder.ignored == {'.heic': 2, 'LICENSE': 1, '.txt': 1, '.png': 1}
-  assert '; ignored: 1 × .png, 1 × .txt, 1 × LICENSE, 2 × .heic' in folder.summary()
+  assert folder.ignored == {'.heic': 2, 'no extension': 1, '.txt': 1, '.png': 1}
+  assert '; ignored: 1 × .png, 1 × .txt, 1 × no extension, 2 × .heic' in folder.summary()
 
 
 def test_linked_folders_are_read(tmp_path):
