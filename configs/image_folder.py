@@ -3,8 +3,9 @@
     python -m imta_jax.main --config=configs/image_folder.py:flowers/
 
 The folder has a folder per class, or train/ and test/ (or val/) with a folder per class each;
-without them, a fixed seed splits the images. Number of classes, image size, network, batch size and
-lengths are chosen from the images; override any of them, as in --config.dataset.image_size=96.
+without them, a hash of their paths splits the images: see docs/image-folders.md. Number of classes,
+image size, network, batch size and lengths are chosen from the images; override any of them, as in
+--config.dataset.image_size=96.
 """
 
 import os
@@ -16,8 +17,10 @@ from imta_jax.errors import UsageError
 
 # Sets of more images are streamed and trained like ImageNet.
 MOST_IN_MEMORY = 100_000
-# Photographs in memory are brought to this size.
-LARGEST_IN_MEMORY = 64
+# Bounds of the size of images in memory: that of photographs, and the least that the networks take.
+LARGEST_IN_MEMORY, SMALLEST = 64, 20
+# Divisible by many numbers of devices.
+BATCH_SIZES, EVALUATION_BATCH_SIZES = (2, 6, 12, 24, 48), (24, 48, 96, 192, 384)
 # Images that phase I sees: each image of a small set 300 times, as in the paper.
 IMAGES_SEEN, EPOCHS = 200_000, (10, 300)
 
@@ -40,18 +43,7 @@ def get_config(argument=''):
   if in_memory:
     choose_small(config, survey)
     choose_lengths(config, num_images['train'])
-  config.batch_size = largest_power_of_two(num_images['train'] // 4, 8, config.batch_size)
-  config.evaluation_batch_size = largest_power_of_two(
-    2 * max(num_images['validation'], num_images['test']), 8, config.evaluation_batch_size
-  )
-  print(
-    f'{root}: {len(folder.class_names)} classes; '
-    + ', '.join(f'{count:,} {split}' for split, count in num_images.items())
-    + f' images{" (split by a fixed seed)" if folder.is_split_here else ""}, '
-    f'{"grey" if survey.channels == 1 else "colour"}, shorter side {survey.shorter_side} pixels → '
-    f'{"in memory" if in_memory else "streamed"} at {config.dataset.image_size} × '
-    f'{config.dataset.image_size} pixels, MSDNet with {config.model.num_exits} exits'
-  )
+    choose_batch_sizes(config, num_images)
   return config
 
 
@@ -61,7 +53,7 @@ def choose_small(config, survey):
   The networks are those whose weights come with the repository, so that training can start from
   them.
   """
-  side = min(LARGEST_IN_MEMORY, max(16, survey.shorter_side // 4 * 4))
+  side = min(LARGEST_IN_MEMORY, max(SMALLEST, survey.shorter_side // 4 * 4))
   is_grey = survey.channels == 1
   if is_grey and side <= 32:
     like = load('mnist5k.py')
@@ -97,6 +89,12 @@ def choose_lengths(config, num_train):
   config.checkpoint_every_epochs = max(1, round(epochs) // 30)
 
 
-def largest_power_of_two(number, lowest, highest):
-  """Returns the largest power of two up to a number, within bounds that are powers of two."""
-  return min(highest, max(lowest, 1 << max(0, number.bit_length() - 1)))
+def choose_batch_sizes(config, num_images):
+  """Chooses batch sizes for images that are kept in memory: at least two batches per epoch."""
+  most = max(2, num_images['train'] // 2)
+  config.batch_size = max(size for size in BATCH_SIZES if size <= most)
+  held_out = max(num_images['validation'], num_images['test'])
+  config.evaluation_batch_size = min(
+    (size for size in EVALUATION_BATCH_SIZES if size >= held_out),
+    default=EVALUATION_BATCH_SIZES[-1],
+  )

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from imta_jax.errors import UsageError
 
 def run(main: Callable[[], int | None]) -> None:
   """Runs a program and exits with its status; bad input exits with one line and status 2."""
+  ignore_pillow_warnings()
   try:
     with checked_output():
       status = main()
@@ -25,6 +27,11 @@ def run(main: Callable[[], int | None]) -> None:
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+
+
+def ignore_pillow_warnings() -> None:
+  """Hides warnings that do not name the file; what matters becomes an ImageError."""
+  warnings.filterwarnings('ignore', module='PIL')
 
 
 @contextlib.contextmanager

@@ -38,11 +38,6 @@ def default() -> ConfigDict:
         'mean': (0.5071, 0.4865, 0.4409),  # Per channel, for pixels between 0 and 1.
         'std': (0.2673, 0.2564, 0.2762),
         'in_memory': True,  # On the devices; False streams images, as for ImageNet.
-        # Whether damaged images are skipped with a warning, instead of ending the run. Of a damaged
-        # TFRecord file, the images after the damage are lost. Sets in memory have fewer images
-        # then. Of streamed sets, epochs keep their length: in a batch, intact images take the
-        # places of damaged ones, and the images of a shortened set go on from their beginning.
-        'skip_damaged': False,
         # How image files that are kept in memory become squares: 'none' stretches the whole image,
         # 'center' takes the central square. Streamed images are cropped at random in training.
         'crop': 'none',
@@ -342,6 +337,7 @@ def from_json(text: str) -> ConfigDict:
   plain, defaults = json.loads(text), to_dict(default())
   phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
   dataset = {**defaults['dataset'], **plain['dataset']}
+  dataset.pop('skip_damaged', None)  # A field of earlier versions.
   return ConfigDict({**defaults, **plain, 'dataset': dataset, 'phases': phases})
 
 

@@ -173,6 +173,7 @@ def _first_line(error: Exception) -> str:
 def run() -> None:
   """Runs the program; invalid input exits with a one-line message and status 1."""
   logging.set_verbosity(logging.WARNING)
+  command_line.ignore_pillow_warnings()
   # Reports what became of operations that Orbax abandons after an error.
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:

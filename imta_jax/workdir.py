@@ -33,11 +33,7 @@ from imta_jax.errors import UsageError, first_line
 _LARGEST = 2**34
 
 # Fields that do not change what an undisturbed run computes.
-_MAY_CHANGE = (
-  'config.checkpoint_every_minutes',
-  'config.dataset.skip_damaged',
-  'config.profile_steps',
-)
+_MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.profile_steps')
 
 _MAKE_ROOM = (
   'make room, correct its permissions or choose another place, then run the same command again'

@@ -1,6 +1,7 @@
 """Configs: the paper's settings, the files in configs/, and what is refused."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,6 @@ def test_default_holds_the_papers_settings_for_cifar_100():
   assert config.dataset.validation_size == 5_000
   assert (config.dataset.padding, config.dataset.flip) == (4, True)
   assert not config.dataset.augment_validation
-  assert config.dataset.skip_damaged is False  # Damaged images end a run, unless asked.
   one, two = config.phases
   for phase in config.phases:
     assert (phase.learning_rate, phase.momentum, phase.nesterov) == (0.1, 0.9, True)
@@ -267,6 +267,13 @@ def test_json_gives_back_the_config(name):
   assert config_lib.to_json(read) == config_lib.to_json(config)
   assert read.phases[1].epochs == config.phases[1].epochs
   assert make_model(read).num_exits == FILES[name]
+
+
+def test_a_config_of_an_earlier_version_with_skip_damaged_is_read():
+  fields = config_lib.to_dict(config_lib.default())
+  fields['dataset']['skip_damaged'] = False
+  config_lib.validate(read := config_lib.from_json(json.dumps(fields)))
+  assert config_lib.to_dict(read) == config_lib.to_dict(config_lib.default())
 
 
 def test_parse_argument_takes_names_and_their_types():

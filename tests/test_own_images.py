@@ -72,7 +72,8 @@ def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp
   result = train(environment, photos, workdir, f'--config.dataset.in_memory={in_memory}')
   assert result.returncode == 0, result.stderr
   assert (
-    '3 classes; 42 train, 6 validation, 12 test images (split by a fixed seed)' in result.stdout
+    '3 classes (lawn, rust, sky); 40 train, 7 validation, 13 test images (split by a hash of their '
+    f'paths) → 32 × 32 pixels, {"in memory" if in_memory else "streamed"}\n' in result.stdout
   )
   evaluation = json.loads((workdir / 'evaluation/evaluation.json').read_text())
   assert evaluation['exits'][-1]['test_top1'] > (0.9 if in_memory else 0.5)
@@ -88,14 +89,14 @@ def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp
   assert np.mean(right) > 0.9
 
 
-def test_a_broken_photograph_is_named(photos, environment, tmp_path):
-  broken = photos / 'sky/broken.jpg'
+def test_a_corrupt_photograph_is_named(photos, environment, tmp_path):
+  corrupt = photos / 'sky/corrupt.jpg'
   content = (photos / 'sky/0.jpg').read_bytes()
-  broken.write_bytes(content[: len(content) // 2])
+  corrupt.write_bytes(content[: len(content) // 2])
   try:
     result = train(environment, photos, tmp_path / 'run')
   finally:
-    broken.unlink()
+    corrupt.unlink()
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('error: ')
-  assert str(broken) in result.stderr and 'Traceback' not in result.stderr
+  assert str(corrupt) in result.stderr and 'Traceback' not in result.stderr

@@ -91,7 +91,6 @@ def test_a_workdir_of_an_earlier_version_records_its_data_when_it_goes_on(tmp_pa
 def test_what_changes_no_result_may_change(tmp_path):
   folder, config = epath.Path(tmp_path), config_lib.default()
   workdir.claim(config, folder, NAMES, **DATA)
-  config.dataset.skip_damaged = True
   config.checkpoint_every_minutes = 10.0
   config.profile_steps = 20
   workdir.check_config(config, saved(folder))

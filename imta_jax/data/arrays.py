@@ -21,8 +21,8 @@ from imta_jax.errors import UsageError
 SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')
 _PART_BYTES = 48_000_000
-# What reading raises if files are missing or damaged.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+# What reading raises if files are missing or corrupt.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load(dataset: ConfigDict) -> Arrays | None:
     if record['stamp'] != _stamp(epath.Path(record['source'])):
       return None
     return _read_parts(folder, record)
-  except _DAMAGE:
+  except _READ_ERRORS:
     return None
 
 
@@ -71,11 +71,11 @@ def _load_arrays_dir(dataset):
   try:
     record = json.loads((folder / 'record.json').read_text())
     arrays = _read_parts(folder, record)
-  except _DAMAGE as error:
+  except _READ_ERRORS as error:
     is_clear = isinstance(error, OSError | ValueError)
     raise UsageError(
       f'config.dataset.arrays_dir is {dataset.arrays_dir}, which does not contain a complete data '
-      f'set ({error if is_clear else f"record.json is damaged: {error!r}"}): {hint}'
+      f'set ({error if is_clear else f"record.json is corrupt: {error!r}"}): {hint}'
     ) from error
   for field in _FIELDS:
     if (value := record.get(field)) != dataset[field]:
@@ -181,9 +181,9 @@ def _load_chunk(path, checksum):
     # Mapped first, because a header may claim more elements than the file or the memory has.
     chunk = np.array(np.lib.format.open_memmap(path, mode='r'))
   except (OSError, ValueError, OverflowError) as error:
-    raise ValueError(f'{path.name} is damaged: {error}') from error
+    raise ValueError(f'{path.name} is corrupt: {error}') from error
   if _checksum(chunk) != checksum:
-    raise ValueError(f'{path.name} is damaged')
+    raise ValueError(f'{path.name} is corrupt')
   return chunk
 
 

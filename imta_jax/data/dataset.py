@@ -67,7 +67,11 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def fingerprint(self) -> int:
-    """Returns a checksum of what all hosts must have alike: the images, or the names of files."""
+    """Returns a checksum of the data, the same on any number of hosts and devices.
+
+    It covers the names of the classes and what is in each split: pixels and labels of images in
+    memory, names and sizes of files that are streamed.
+    """
 
 
 def shuffle_number(phase: int, epoch: int) -> int:

@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
-from imta_jax.data.image_folder import MEND_OR_SKIP, ImageFolder
+from imta_jax.data.image_folder import FIX_HINT, ImageFolder, relative_name
 from imta_jax.data.streamed import steps_per_epoch
 from imta_jax.errors import UsageError
 
@@ -27,7 +26,6 @@ class FolderReader:
   def __init__(self, folder: ImageFolder, config: ConfigDict):
     self._folder, self._config = folder, config
     self._steps_per_epoch = steps_per_epoch(len(folder.paths['train']), config)
-    self._damaged = set()
     self._pool = ThreadPoolExecutor(os.cpu_count())
 
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -47,9 +45,10 @@ class FolderReader:
     images = ((index, [self._config.seed, index or 0]) for index in padded)
     return self._decode(images, split, batch_size, augments)
 
-  def file_names(self, split: str) -> list[str]:
-    root = self._config.dataset.data_dir
-    return [os.path.relpath(path, root) for path in self._folder.paths[split]]
+  def files(self, split: str) -> list[tuple[str, int]]:
+    paths, root = self._folder.paths[split], self._config.dataset.data_dir
+    sizes = self._pool.map(_size, paths)
+    return [(relative_name(path, root), size) for path, size in zip(paths, sizes, strict=True)]
 
   def _train_images(self, phase, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
@@ -67,18 +66,16 @@ class FolderReader:
     """Yields batches of decoded images, while threads decode the next ones."""
     paths, labels = self._folder.paths[split], self._folder.labels[split]
     side, flip = self._config.dataset.image_size, self._config.dataset.flip
-    blank = np.zeros((side, side, 3), np.uint8)
 
     def decode(index, seed):
       if index is None:
-        return None
+        return np.zeros((side, side, 3), np.uint8)
       try:
         if augments:
           return read_random_crop(paths[index], side, flip, np.random.default_rng(seed))
         return read_image(paths[index], (side, side, 3), 'center')
       except ImageError as error:
-        self._pass_over(paths[index], error)
-        return None
+        raise UsageError(f'{paths[index]}: {error}: {FIX_HINT}') from error
 
     def start(batch):
       indices = [index for index, _ in batch]
@@ -86,11 +83,10 @@ class FolderReader:
 
     def finish(indices, futures):
       per_device = (jax.local_device_count(), -1)
-      images = [future.result() for future in futures]
       batch = {
-        'image': np.stack([blank if image is None else image for image in images]),
+        'image': np.stack([future.result() for future in futures]),
         'label': np.array([0 if i is None else labels[i] for i in indices], np.int32),
-        'mask': np.array([image is not None for image in images]),
+        'mask': np.array([i is not None for i in indices]),
       }
       return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
 
@@ -102,15 +98,12 @@ class FolderReader:
     for batch in pending:
       yield finish(*batch)
 
-  def _pass_over(self, path, error):
-    """Warns once of a damaged file that is skipped, or refuses it."""
-    if isinstance(error.__cause__, FileNotFoundError):
-      raise UsageError(f'{path}: {error}: restore it') from error
-    if not self._config.dataset.skip_damaged:
-      raise UsageError(f'{path}: {error}: {MEND_OR_SKIP}') from error
-    if path not in self._damaged:
-      self._damaged.add(path)
-      logging.warning('%s: %s: skipped; damaged so far: %d.', path, error, len(self._damaged))
+
+def _size(path):
+  try:
+    return os.path.getsize(path)
+  except OSError as error:
+    raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
 
 
 def _batched(items, size):

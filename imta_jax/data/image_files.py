@@ -3,8 +3,8 @@
 import contextlib
 import os
 import stat
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +14,10 @@ from imta_jax.errors import UsageError
 
 # Pillow supports more formats, but runs other programs to read some of them.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
-EXTENSIONS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+EXTENSIONS = ('.bmp', '.gif', '.pbm', '.pgm', '.png', '.pnm', '.ppm', '.tif', '.tiff', '.webp')
+EXTENSIONS += ('.jfif', '.jpe', '.jpeg', '.jpg')
+# What systems add to folders, besides hidden files.
+_SYSTEM_NAMES = ('@eadir', '__macosx', 'desktop.ini', 'thumbs.db')
 
 CROPS = ('none', 'center')
 _MODES = {1: 'L', 3: 'RGB'}
@@ -22,10 +25,6 @@ _GREY_MODES = ('1', 'L', 'LA', 'I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N')
 
 # Decoding an image of this many pixels takes about 300 MB.
 MAX_PIXELS = 2**26
-
-# Images that Pillow warns about are refused below; its other warnings are harmless.
-warnings.simplefilter('error', Image.DecompressionBombWarning)
-warnings.filterwarnings('ignore', category=UserWarning, module='PIL')
 
 
 class ImageError(ValueError):
@@ -36,7 +35,7 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
   """Finds image files.
 
   Args:
-    paths: Files, with any extension, and folders, which are searched recursively for `EXTENSIONS`.
+    paths: Files, with any extension, and folders, which are searched for images by `find_files`.
 
   Yields:
     Paths in the given order; the files of a folder are sorted by name.
@@ -45,14 +44,54 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
     UsageError: If a folder cannot be read.
   """
   for path in paths:
-    if not os.path.isdir(path):
+    if os.path.isdir(path):
+      yield from filter(is_image, find_files(path))
+    else:
       yield path
-      continue
-    for folder, folders, files in os.walk(path, onerror=_refuse):
-      folders.sort()
-      for file in sorted(files):
-        if file.lower().endswith(EXTENSIONS):
-          yield os.path.join(folder, file)
+
+
+def is_image(path: str) -> bool:
+  """Whether a file has one of `EXTENSIONS`."""
+  return path.lower().endswith(EXTENSIONS)
+
+
+def find_files(folder: str, seen: set[Path] | None = None) -> Iterator[str]:
+  """Yields the visible files in a folder and its subfolders, sorted by name.
+
+  Args:
+    folder: Where to search. Links to folders are followed.
+    seen: Folders that are left out, to which those that are searched are added; by default the
+      folder and its parents, so that links in a circle end.
+
+  Raises:
+    UsageError: If a folder cannot be read.
+  """
+  if seen is None:
+    start = Path(os.path.realpath(folder))
+    seen = {start, *start.parents}
+  folders, files = list_folder(folder)
+  for name in files:
+    yield os.path.join(folder, name)
+  for name in folders:
+    path = os.path.join(folder, name)
+    target = Path(os.path.realpath(path))
+    if target not in seen:
+      seen.add(target)
+      yield from find_files(path, seen)
+
+
+def list_folder(folder: str) -> tuple[list[str], list[str]]:
+  """Returns the names of the folders and of the files in a folder, without hidden and system ones.
+
+  Raises:
+    UsageError: If the folder cannot be read.
+  """
+  _, folders, files = next(os.walk(folder, onerror=_refuse))
+  return sorted(filter(_is_visible, folders)), sorted(filter(_is_visible, files))
+
+
+def _is_visible(name):
+  return not name.startswith('.') and name.lower() not in _SYSTEM_NAMES
 
 
 def _refuse(error: OSError) -> None:
@@ -63,6 +102,8 @@ def read_image(
   file: str | BinaryIO, shape: Sequence[int], crop: str, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
   """Reads an image, or the first frame of an animation, and applies its EXIF rotation.
+
+  Transparent pixels are composited on white, and 16 bits per channel are scaled to 8.
 
   Args:
     file: A path, or an open file.
@@ -75,7 +116,7 @@ def read_image(
     The image, uint8 of shape `shape`.
 
   Raises:
-    ImageError: If the file is not an image, is damaged or is too large.
+    ImageError: If the file is not an image, is corrupt or is too large.
     ValueError: If `crop` or the number of channels is unknown.
   """
   height, width, channels = shape
@@ -84,7 +125,7 @@ def read_image(
   if channels not in _MODES:
     raise ValueError(f'{channels} channels cannot be read from image files: use 1 or 3')
   with _open(file, max_pixels) as image:
-    image = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
+    image = _decode(image, _MODES[channels])
     if crop == 'center':
       image = image.crop(_central_square(*image.size))
     # Pillow antialiases when it shrinks, as TensorFlow does with antialias=True.
@@ -110,12 +151,12 @@ def read_random_crop(
     [size, size, 3], uint8.
 
   Raises:
-    ImageError: If the file is not an image, is damaged or is too large.
+    ImageError: If the file is not an image, is corrupt or is too large.
   """
   with _open(file, MAX_PIXELS) as image:
-    image = ImageOps.exif_transpose(image)
+    image = _decode(image, 'RGB')
     box = _random_box(image.width, image.height, random)
-    image = _with_mode(image, 'RGB').resize((size, size), Image.Resampling.BILINEAR, box)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
     if flip and random.random() < 0.5:
       image = ImageOps.mirror(image)
     return np.asarray(image)
@@ -152,6 +193,10 @@ def _open(file, max_pixels):
     with Image.open(file, formats=_FORMATS) as image:
       if image.width * image.height > max_pixels:
         raise ImageError(_too_large(f'{image.width} x {image.height}', max_pixels))
+      # Nothing says which value is white. (Portable greymaps of mode I have values up to 65535.)
+      if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):
+        kind = 'floating-point numbers' if image.mode == 'F' else '32-bit integers'
+        raise ImageError(f'pixels are {kind}: save it with 8 or 16 bits per channel')
       yield image
   except ImageError:
     raise
@@ -159,7 +204,7 @@ def _open(file, max_pixels):
     raise ImageError(_too_large('it', max_pixels)) from error
   except Image.UnidentifiedImageError as error:
     raise ImageError(f'not an image: expected {", ".join(_FORMATS)}') from error
-  except Exception as error:  # Pillow raises all kinds of exceptions for damaged files.
+  except Exception as error:  # Pillow raises all kinds of exceptions for corrupt files.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     raise ImageError(f'cannot be read: {reason or type(error).__name__}') from error
 
@@ -173,11 +218,15 @@ def _too_large(size, max_pixels):
   return f'too large: {size} exceeds {max_pixels:,} pixels'
 
 
-def _with_mode(image, mode):
-  if image.mode == 'F':  # Nothing says which value is white.
-    raise ImageError('pixels are floating-point numbers: save it with 8 or 16 bits per channel')
-  if image.mode.startswith('I;16'):  # Pillow would clip values above 255.
-    image = image.point(lambda value: value / 257, 'L')
+def _decode(image, mode):
+  """Returns an image after its EXIF rotation, on white, in a mode of 8 bits per channel."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith('I'):  # Converting to 8 bits clips, so values are scaled before.
+    return image.convert('I').point(lambda value: value / 257 + 0.5).convert('L').convert(mode)
+  if image.has_transparency_data:
+    transparent = image.convert('RGBA')
+    image = Image.new('RGB', image.size, 'white')
+    image.paste(transparent, mask=transparent)
   return image.convert(mode)
 
 

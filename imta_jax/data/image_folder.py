@@ -1,29 +1,43 @@
 """Folders of images: a folder per class, in train/ and test/ or split here."""
 
+import bisect
+import collections
 import dataclasses
+import hashlib
+import itertools
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from absl import logging
 
 from imta_jax.data.arrays import SPLITS, Arrays
-from imta_jax.data.image_files import ImageError, find_images, image_size_and_channels, read_image
+from imta_jax.data.image_files import (
+  ImageError,
+  find_files,
+  image_size_and_channels,
+  is_image,
+  list_folder,
+  read_image,
+)
 from imta_jax.errors import UsageError
 
 NAME = 'image_folder'
 # What to do about files that cannot be read, for messages.
-MEND_OR_SKIP = 'mend or remove them, or skip damage with config.dataset.skip_damaged=True'
-# Seed of the split of a folder that has none.
-SPLIT_SEED = 0
-# Shares of the images of each class: of all for testing, of the others for validation.
-_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
-_TRAIN = 'train'
-_VALIDATION_NAMES, _TEST_NAMES = ('val', 'valid', 'validation'), ('test',)
-# Number of images whose headers `survey` reads, and of bad files that an error names.
-_SURVEYED, _NAMED = 1_000, 5
+FIX_HINT = 'restore or remove such files'
+# Expected shares of the images: of all for testing, of the others for validation.
+_SHARES = {'test': 0.2, 'validation': 0.1}
+# What the folders of the splits are called, in any letter case.
+_SPLIT_OF_FOLDER = {
+  **dict.fromkeys(('train', 'training', 'training_set'), 'train'),
+  **dict.fromkeys(('val', 'valid', 'validation'), 'validation'),
+  **dict.fromkeys(('test', 'testing', 'test_set'), 'test'),
+}
+# Number of images whose headers `survey` reads, of bad files that an error names, and of classes
+# that `ImageFolder.summary` names.
+_SURVEYED, _NAMED, _CLASSES_NAMED = 1_000, 5, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +48,27 @@ class ImageFolder:
     class_names: Names of the classes, sorted.
     paths: {split: [image]}, paths of image files.
     labels: {split: int32 [image]}.
-    is_split_here: Whether test images were split off by SPLIT_SEED.
+    is_split_here: Whether test images were split off by a hash of their paths.
+    ignored: {extension or folder: number} of what is no image of a class.
   """
 
   class_names: list[str]
   paths: dict[str, list[str]]
   labels: dict[str, np.ndarray]
   is_split_here: bool
+  ignored: collections.Counter[str]
+
+  def summary(self) -> str:
+    """Returns the classes, the numbers of images and what was ignored, in one line."""
+    names = self.class_names[:_CLASSES_NAMED]
+    more = ['…'] if len(self.class_names) > len(names) else []
+    counts = ', '.join(f'{len(paths):,} {split}' for split, paths in self.paths.items())
+    ignored = ', '.join(f'{count:,} × {kind}' for kind, count in self.ignored.items())
+    return (
+      f'{len(self.class_names)} classes ({", ".join(names + more)}); {counts} images'
+      + (' (split by a hash of their paths)' if self.is_split_here else '')
+      + (f'; ignored: {ignored}' if ignored else '')
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +91,7 @@ def scan(root: str) -> ImageFolder:
 
   The folder has a folder per class, or train/ and optionally test/ and val/ with a folder per class
   each. Images for validation come from val/ if there is test/ as well, otherwise from the training
-  images; without both, images for testing do, too. Classes are split in equal shares.
+  images; without both, images for testing do, too. See `_split_off`.
 
   Args:
     root: The folder.
@@ -74,53 +102,117 @@ def scan(root: str) -> ImageFolder:
   Raises:
     UsageError: If it does not have that structure, or a class has too few images.
   """
-  if not os.path.isdir(root):
-    raise UsageError(f'image folder {root!r} does not exist: give a folder with a folder per class')
-  has_train = os.path.isdir(os.path.join(root, _TRAIN))
-  train = _find_classes(os.path.join(root, _TRAIN) if has_train else root)
+  if not os.path.isdir(root or ''):
+    raise UsageError(
+      f'image folder {root!r} does not exist: config.dataset.data_dir must be a folder with a '
+      'folder per class'
+    )
+  folders, ignored = _split_folders(root)
+  classes = {split: _find_classes(path, ignored) for split, path in folders.items()}
+  train = classes.pop('train')
   class_names = sorted(train)
-  given = {}
-  if has_train:
-    for split, names in (('validation', _VALIDATION_NAMES), ('test', _TEST_NAMES)):
-      folders = [path for name in names if os.path.isdir(path := os.path.join(root, name))]
-      if folders:
-        given[split] = _of_known_classes(folders[0], class_names)
-    if 'test' not in given and 'validation' in given:
-      given['test'] = given.pop('validation')
-  splits = {split: given.get(split, {name: [] for name in class_names}) for split in SPLITS}
-  random = np.random.default_rng(SPLIT_SEED)
+  for split, found in classes.items():
+    if unknown := sorted(set(found) - set(train)):
+      raise UsageError(
+        f'{folders[split]} has a class {unknown[0]!r} that the training images do not have'
+      )
+  splits = {split: classes.get(split, {}) for split in SPLITS}
+  shares = {split: share for split, share in _SHARES.items() if split not in classes}
   for name in class_names:
-    remaining = [train[name][index] for index in random.permutation(len(train[name]))]
-    for split, share in (('test', _TEST_SHARE), ('validation', _VALIDATION_SHARE)):
-      if split not in given:
-        count = max(1, round(share * len(remaining)))
-        splits[split][name], remaining = remaining[:count], remaining[count:]
-    if not remaining:
+    if len(train[name]) <= len(shares):
       raise UsageError(
         f'class {name!r} of {root} has {len(train[name])} training image(s), too few to hold some '
         'out: add images'
       )
-    splits['train'][name] = remaining
+    parts = _split_off(train[name], root, shares.values())
+    for split, paths in zip((*shares, 'train'), parts, strict=True):
+      splits[split][name] = paths
+  of_classes = {split: [splits[split].get(name, []) for name in class_names] for split in SPLITS}
   return ImageFolder(
     class_names,
-    {split: [path for name in class_names for path in splits[split][name]] for split in SPLITS},
+    {split: list(itertools.chain(*parts)) for split, parts in of_classes.items()},
     {
-      split: np.repeat(
-        np.arange(len(class_names), dtype=np.int32),
-        [len(splits[split][name]) for name in class_names],
-      )
-      for split in SPLITS
+      split: np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, parts)))
+      for split, parts in of_classes.items()
     },
-    'test' not in given,
+    'test' in shares,
+    ignored,
   )
 
 
-def _find_classes(folder: str) -> dict[str, list[str]]:
-  """Returns {class: image files} of the folders in a folder that have images."""
-  with os.scandir(folder) as entries:
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
-  classes = {name: list(find_images([os.path.join(folder, name)])) for name in names}
-  classes = {name: paths for name, paths in classes.items() if paths}
+def _split_folders(root):
+  """Returns {split: folder}, {'train': root} without splits, and a count of what is not used."""
+  folders, others = {}, collections.Counter()
+  names, files = list_folder(root)
+  for name in names:
+    split = _SPLIT_OF_FOLDER.get(name.lower())
+    if split is None:
+      others[f'{name}/'] += 1
+    elif split in folders:
+      raise UsageError(f'{folders[split]} and {name}/ are both for {split}: keep one of them')
+    else:
+      folders[split] = os.path.join(root, name)
+  if not folders:
+    return {'train': root}, collections.Counter()
+  if 'train' not in folders:
+    given = ', '.join(f'{os.path.basename(path)}/' for path in folders.values())
+    raise UsageError(f'{root} has {given} but no train/: add it, or rename a class of this name')
+  if 'test' not in folders and 'validation' in folders:
+    folders['test'] = folders.pop('validation')
+  return folders, others + collections.Counter(map(_extension, files))
+
+
+def relative_name(path: str, root: str) -> str:
+  """Returns the path of a file below a folder, written alike on all systems."""
+  return unicodedata.normalize('NFC', os.path.relpath(path, root).replace(os.sep, '/'))
+
+
+def _split_off(paths, root, shares):
+  """Splits files by thresholds on a hash of their relative paths, a number from 0 to 1.
+
+  So adding or removing a file moves no other one, with one exception: a part that would be empty
+  takes the file with the nearest hash, which goes back when another file comes below the threshold.
+
+  Args:
+    paths: The files, more than there are shares.
+    root: What their paths are relative to.
+    shares: The share of each part but the last in what the parts before it leave.
+
+  Returns:
+    The parts, each with a file or more.
+  """
+  hashed = sorted((_hash(relative_name(path, root)), path) for path in paths)
+  ends, bound = [0], 0
+  for number_left, share in zip(range(len(shares), 0, -1), shares, strict=True):
+    bound += share * (1 - bound)
+    end = bisect.bisect(hashed, (bound,))
+    ends.append(min(max(end, ends[-1] + 1), len(hashed) - number_left))
+  ordered = [path for _, path in hashed]
+  return [ordered[start:end] for start, end in itertools.pairwise([*ends, None])]
+
+
+def _hash(name):
+  digest = hashlib.sha256(name.encode(errors='surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+def _find_classes(folder, ignored):
+  """Returns {class: image files} of the folders in a folder, and counts what is no image."""
+  classes = collections.defaultdict(list)
+  names, files = list_folder(folder)
+  ignored.update(map(_extension, files))
+  for name in names:
+    path = os.path.join(folder, name)
+    files = list(find_files(path))
+    images = list(filter(is_image, files))
+    others = collections.Counter(_extension(path) for path in files if not is_image(path))
+    if not images:
+      raise UsageError(
+        f'class folder {path} has no images that can be read ({", ".join(others) or "empty"}): '
+        'convert them to JPEG or PNG, or remove the folder'
+      )
+    classes[unicodedata.normalize('NFC', name)] += images
+    ignored.update(others)
   if len(classes) < 2:
     raise UsageError(
       f'image folder {folder!r} has {len(classes)} folder(s) with images: it needs a folder per '
@@ -129,12 +221,8 @@ def _find_classes(folder: str) -> dict[str, list[str]]:
   return classes
 
 
-def _of_known_classes(folder, class_names):
-  found = _find_classes(folder)
-  unknown = sorted(set(found) - set(class_names))
-  if unknown:
-    raise UsageError(f'{folder} has a class {unknown[0]!r} that the training images do not have')
-  return {name: found.get(name, []) for name in class_names}
+def _extension(path):
+  return os.path.splitext(path)[1].lower() or 'no extension'
 
 
 def survey(folder: ImageFolder) -> Survey:
@@ -166,42 +254,34 @@ def check_headers(folder: ImageFolder) -> None:
     _refuse(errors)
 
 
-def read(
-  folder: ImageFolder, image_shape: Sequence[int], crop: str, *, skip_damaged: bool = False
-) -> Arrays:
+def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
   """Reads all images into memory.
 
   Args:
     folder: The files.
     image_shape: (height, width, channels) to which they are brought.
     crop: See `image_files.read_image`.
-    skip_damaged: Whether to leave out files that cannot be read, with a warning.
 
   Returns:
     The arrays.
 
   Raises:
-    UsageError: If images cannot be read and are not skipped, or if no image of a split can be read;
-      the message names files.
+    UsageError: If images cannot be read; the message names files.
   """
   read_one = partial(read_image, shape=image_shape, crop=crop)
-  images, labels = {}, {}
+  images = {}
   for split, paths in folder.paths.items():
     found, errors = _read_all(paths, read_one)
-    is_intact = np.array([image is not None for image in found])
-    if errors and not (skip_damaged and is_intact.any()):
+    if errors:
       _refuse(errors)
-    for number, error in enumerate(errors, start=1):
-      logging.warning('%s: skipped; damaged so far: %d.', error, number)
-    images[split] = np.stack([image for image in found if image is not None])
-    labels[split] = folder.labels[split][is_intact]
-  return Arrays(folder.class_names, images, labels)
+    images[split] = np.stack(found)
+  return Arrays(folder.class_names, images, folder.labels)
 
 
 def _read_headers(folder):
   paths = [path for split in SPLITS for path in folder.paths[split]]
   if len(paths) > _SURVEYED:
-    chosen = np.random.default_rng(SPLIT_SEED).choice(len(paths), _SURVEYED, replace=False)
+    chosen = np.random.default_rng(0).choice(len(paths), _SURVEYED, replace=False)
     paths = [paths[index] for index in sorted(chosen)]
   return _read_all(paths, image_size_and_channels)
 
@@ -227,5 +307,5 @@ def _read_all(paths, read_one):
 def _refuse(errors):
   more = f'; and {len(errors) - _NAMED} more' if len(errors) > _NAMED else ''
   raise UsageError(
-    f'{len(errors)} image(s) cannot be read: {"; ".join(errors[:_NAMED])}{more}: ' + MEND_OR_SKIP
+    f'{len(errors)} image(s) cannot be read: {"; ".join(errors[:_NAMED])}{more}: ' + FIX_HINT
   )

@@ -85,9 +85,8 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
 
   if config.dataset.name == image_folder.NAME:
     side, channels = config.dataset.image_size, len(config.dataset.mean)
-    folder = image_folder.scan(config.dataset.data_dir)
-    shape, skip_damaged = (side, side, channels), config.dataset.skip_damaged
-    stored = image_folder.read(folder, shape, config.dataset.crop, skip_damaged=skip_damaged)
+    folder = _scan(config.dataset)
+    stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
     return in_memory.InMemoryDataset(stored, config)
   stored = arrays.load(config.dataset)
   if stored is not None:
@@ -96,10 +95,9 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
   builder = _prepared_builder(config.dataset)
   splits = _splits(builder, config.dataset)
   in_memory.check(builder.info.features['image'].shape, config.dataset)
-  content = tfds_arrays.read(builder, splits, skip_damaged=config.dataset.skip_damaged)
-  dataset = in_memory.InMemoryDataset(content, config)
-  if dataset.num_images == {split: count for split, (_, count) in splits.items()}:
-    arrays.store(config.dataset, content, builder.data_path / 'dataset_info.json')
+  content = tfds_arrays.read(builder, splits)
+  dataset = in_memory.InMemoryDataset(content, config)  # Checks the labels.
+  arrays.store(config.dataset, content, builder.data_path / 'dataset_info.json')
   return dataset
 
 
@@ -109,9 +107,8 @@ def _open_streamed(config: ConfigDict) -> Dataset:
   if config.dataset.name == image_folder.NAME:
     from imta_jax.data.folder_reader import FolderReader
 
-    folder = image_folder.scan(config.dataset.data_dir)
-    if not config.dataset.skip_damaged:  # Better found now than in the middle of an epoch.
-      image_folder.check_headers(folder)
+    folder = _scan(config.dataset)
+    image_folder.check_headers(folder)  # Better found now than in the middle of an epoch.
     num_images = {split: len(paths) for split, paths in folder.paths.items()}
     reader = FolderReader(folder, config)
     return streamed.StreamedDataset(reader, folder.class_names, num_images, config)
@@ -125,6 +122,16 @@ def _open_streamed(config: ConfigDict) -> Dataset:
   return streamed.StreamedDataset(reader, class_names, num_images, config)
 
 
+def _scan(dataset: ConfigDict) -> image_folder.ImageFolder:
+  folder = image_folder.scan(dataset.data_dir)
+  if jax.process_index() == 0:
+    print(
+      f'{dataset.data_dir}: {folder.summary()} → {dataset.image_size} × {dataset.image_size} '
+      f'pixels, {"in memory" if dataset.in_memory else "streamed"}'
+    )
+  return folder
+
+
 def _prepared_builder(dataset: ConfigDict) -> Any:
   import_tensorflow()
   import tensorflow_datasets as tfds
@@ -134,13 +141,13 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
   data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
   try:
     builder = tfds.builder(dataset.name, data_dir=data_dir)
-  except Exception as error:  # Damaged metadata raises all kinds of exceptions.
+  except Exception as error:  # Corrupt metadata raises all kinds of exceptions.
     folder = epath.Path(data_dir or _TFDS_FOLDER).expanduser() / re.split('[/:]', dataset.name)[0]
     is_unknown = isinstance(error, tfds.core.DatasetNotFoundError | ValueError | AssertionError)
-    damaged = _damaged_metadata(folder) or (None if is_unknown else f'the metadata in {folder}')
-    if damaged:
+    corrupt = _corrupt_metadata(folder) or (None if is_unknown else f'the metadata in {folder}')
+    if corrupt:
       raise UsageError(
-        f'{damaged} cannot be read ({first_line(error)}): {tfds_files.MEND}'
+        f'{corrupt} cannot be read ({first_line(error)}): {tfds_files.FIX_HINT}'
       ) from error
     raise UsageError(
       f'config.dataset.name is {dataset.name!r}, which was found neither in TFDS nor in '
@@ -172,7 +179,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
   return builder
 
 
-def _damaged_metadata(folder):
+def _corrupt_metadata(folder):
   """Returns the first file with metadata below a folder that is not JSON, if there is one."""
   for version in ('*', '*/*'):  # A builder's configs have folders of their own.
     for name in ('dataset_info.json', 'features.json'):

@@ -136,7 +136,12 @@ def _decode_window(encoded, window, size):
   import tensorflow as tf
 
   def crop_decoded():
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    is_png = tf.strings.substr(encoded, 0, 4) == b'\x89PNG'
+    image = tf.cond(
+      is_png,
+      lambda: _decode_png_on_white(encoded),
+      lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
     return tf.slice(image, tf.concat([window[:2], [0]], 0), tf.concat([window[2:], [3]], 0))
 
   image = tf.cond(
@@ -146,3 +151,12 @@ def _decode_window(encoded, window, size):
   )
   image = tf.image.resize(image, (size, size), antialias=True)
   return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+
+def _decode_png_on_white(encoded):
+  """Decodes a PNG like imta_jax.data.image_files: transparent pixels are composited on white."""
+  import tensorflow as tf
+
+  pixels = tf.cast(tf.io.decode_png(encoded, channels=4), tf.float32)
+  alpha = pixels[..., 3:] / 255
+  return tf.cast(tf.round(alpha * pixels[..., :3] + (1 - alpha) * 255), tf.uint8)

@@ -26,7 +26,7 @@ class Reader(Protocol):
   """What decodes the images of a set, for this host's part of every batch.
 
   Batches are {'image': uint8 [local devices, batch per device, height, width, 3], 'label': int32,
-  'mask': bool}; the mask is False for padding and for damaged images that are skipped.
+  'mask': bool}; the mask is False for padding.
   """
 
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -35,8 +35,8 @@ class Reader(Protocol):
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields all images of a split, the same number of batches on every host."""
 
-  def file_names(self, split: str) -> list[str]:
-    """Returns the names of the files that all hosts together read for a split."""
+  def files(self, split: str) -> list[tuple[str, int]]:
+    """Returns (name, bytes) of the files that all hosts together read for a split."""
 
 
 class StreamedDataset(Dataset):
@@ -78,10 +78,10 @@ class StreamedDataset(Dataset):
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
-    return map(self._normalize, self._send_ahead(self._not_empty(split, batches)))
+    return map(self._normalize, self._send_ahead(batches))
 
   def fingerprint(self) -> int:
-    files = {split: self._reader.file_names(split) for split in sorted(self.num_images)}
+    files = {split: self._reader.files(split) for split in sorted(self.num_images)}
     return zlib.crc32(repr((list(self.class_names), self.num_images, files)).encode())
 
   def _train_stacks(self, phase, first_step):
@@ -90,7 +90,7 @@ class StreamedDataset(Dataset):
     Stacks begin at multiples of their size; the batch of the first step fills what lies before it.
     """
     batches = map(partial(self._checked, 'train'), self._reader.train_batches(phase, first_step))
-    batches = map(fill_gaps, batches)
+    batches = ({'image': batch['image'], 'label': batch['label']} for batch in batches)
     first = next(batches)
     missing = itertools.repeat(first, first_step % self._steps_per_stack)
     batches = itertools.chain(missing, [first], batches)
@@ -101,18 +101,6 @@ class StreamedDataset(Dataset):
     name = f'the {split} split of {self._config.dataset.name}'
     check_labels(batch['label'], len(self.class_names), name)
     return batch
-
-  def _not_empty(self, split, batches):
-    """Yields evaluation batches, and refuses them if all images are damaged."""
-    is_empty = True
-    for batch in batches:
-      is_empty = is_empty and not batch['mask'].any()
-      yield batch
-    if is_empty and self.num_images[split] >= jax.process_count():  # Each host has a part.
-      raise UsageError(
-        f'no image of this host is intact in the {split} split of {self._config.dataset.name}: '
-        'restore the data'
-      )
 
   def _send_ahead(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
     """Yields batches on the devices, and sends the next ones ahead of time."""
@@ -130,34 +118,6 @@ class StreamedDataset(Dataset):
 def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
   """Returns the training batches per epoch: every host must be able to fill its part of each."""
   return (num_train // jax.process_count()) // (config.batch_size // jax.process_count())
-
-
-def fill_gaps(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Puts intact images of a batch into the places of damaged ones.
-
-  All other images keep their places, so that a batch does not depend on those before it.
-
-  Args:
-    batch: A training batch of a `Reader`.
-
-  Returns:
-    The batch without 'mask'.
-
-  Raises:
-    UsageError: If no image is intact.
-  """
-  mask = batch['mask'].reshape(-1)
-  batch = {name: array for name, array in batch.items() if name != 'mask'}
-  if mask.all():
-    return batch
-  if not mask.any():
-    raise UsageError(f'all {mask.size} images of a training batch are damaged: restore the data')
-  source = np.arange(mask.size)
-  source[~mask] = np.resize(np.flatnonzero(mask), np.count_nonzero(~mask))
-  return {
-    name: array.reshape(-1, *array.shape[2:])[source].reshape(array.shape)
-    for name, array in batch.items()
-  }
 
 
 def draw_batch(config: ConfigDict, source: dict[str, jax.Array], step: jax.Array) -> Batch:

@@ -18,11 +18,7 @@ _SHUFFLE_BUFFER = 16_384
 
 
 class TfdsReader:
-  """Reads this host's part of a prepared data set; see `streamed.Reader`.
-
-  The images before the first damaged record of a file come in the same order whether or not the
-  damage is known, so that a stream can go on with its next batch.
-  """
+  """Reads this host's part of a prepared data set; see `streamed.Reader`."""
 
   def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
     """Opens the data set.
@@ -34,7 +30,6 @@ class TfdsReader:
     """
     self._builder, self._splits, self._config = builder, splits, config
     self._steps_per_epoch = steps_per_epoch(splits['train'][1], config)
-    self._skipped = tfds_files.SkippedDamage(builder)
 
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
@@ -51,16 +46,16 @@ class TfdsReader:
     num_batches = -(-largest_part // batch_size)
     return self._batches(split, partial(self._evaluation, split), batch_size, num_batches)
 
-  def file_names(self, split: str) -> list[str]:
-    instructions = self._builder.info.splits[self._splits[split][0]].file_instructions
-    return [os.path.basename(instruction.filename) for instruction in instructions]
+  def files(self, split: str) -> list[tuple[str, int]]:
+    info = self._builder.info
+    instructions = info.splits[self._splits[split][0]].file_instructions
+    # TFDS records the size of all files together.
+    return [(os.path.basename(file.filename), info.dataset_size) for file in instructions]
 
   def _epoch(self, number):
     """Returns this host's images of an epoch and how to decode them, as functions of the seed."""
     seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
     examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
-    if self._skipped.has_files:  # The images that are left have to fill all batches.
-      examples = examples.repeat()
     return examples, self._random_crop(seed)
 
   def _evaluation(self, split):
@@ -76,59 +71,37 @@ class TfdsReader:
     return self._read(split), decode
 
   def _batches(self, split, open_examples, batch_size, num_batches, position=0):
-    """Yields batches [local devices, batch per device, …], and says what is damaged."""
+    """Yields batches [local devices, batch per device, …]; an error names what is corrupt."""
     import tensorflow as tf
 
     tf.get_logger().setLevel('ERROR')  # TFDS numbers examples with a function that is deprecated.
-    while position < num_batches:
-      try:
-        decoded = self._decode(*_skip(position * batch_size, *open_examples()))
-        batches = _batch(decoded, batch_size).take(num_batches - position)
-        for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-          yield batch
-          position += 1
-      except tf.errors.InvalidArgumentError as error:
-        # Opened again, because a data set is shuffled anew whenever it is read.
-        examples, decode = _skip(position * batch_size, *open_examples())
-        tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
-      except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
-        self._pass_over_damage(split, error)
+    try:
+      decoded = self._decode(*_skip(position * batch_size, *open_examples()))
+      batches = _batch(decoded, batch_size).take(num_batches - position)
+      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+        yield batch
+        position += 1
+    except tf.errors.InvalidArgumentError as error:
+      # Opened again, because a data set is shuffled anew whenever it is read.
+      examples, decode = _skip(position * batch_size, *open_examples())
+      tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
+    except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
+      tfds_files.refuse_files(self._builder, self._part(split), error)
 
   def _decode(self, examples, decode):
-    """Decodes images; 'mask' is False for those that are damaged and skipped."""
+    """Decodes images; 'mask' tells them from the padding."""
     import tensorflow as tf
 
-    side, skips = self._config.dataset.image_size, self._config.dataset.skip_damaged
-    decode_graph = tf.function(decode)
-
-    def attempt(index, encoded, tfds_id):
-      try:
-        return decode_graph(index, encoded), True
-      except tf.errors.InvalidArgumentError:
-        self._skipped.add_example(tfds_id.numpy())
-        return tf.zeros((side, side, 3), tf.uint8), False
+    side = self._config.dataset.image_size
 
     def decode_example(index, example):
-      if skips:
-        arguments = (index, example['image'], example['tfds_id'])
-        image, mask = tf.py_function(attempt, arguments, (tf.uint8, tf.bool))
-      else:
-        image, mask = decode(index, example['image']), True
       return {
-        'image': tf.ensure_shape(image, (side, side, 3)),
+        'image': tf.ensure_shape(decode(index, example['image']), (side, side, 3)),
         'label': tf.cast(example['label'], tf.int32),
-        'mask': tf.ensure_shape(mask, ()),
+        'mask': True,
       }
 
     return examples.map(decode_example, tf.data.AUTOTUNE)
-
-  def _pass_over_damage(self, split, error):
-    """Shortens what is read of damaged files, or refuses them."""
-    damages = tfds_files.find_damage(self._builder, self._part(split))
-    damages = [damage for damage in damages if self._skipped.is_new(damage)]
-    if not (damages and self._config.dataset.skip_damaged):
-      tfds_files.refuse(self._builder, damages, error)
-    self._skipped.add_files(damages)
 
   def _part(self, split):
     """Returns the TFDS instruction for this host's part of a split."""
@@ -149,7 +122,6 @@ class TfdsReader:
         shuffle_seed=shuffle_seed,
         try_autocache=False,
         add_tfds_id=True,
-        experimental_interleave_sort_fn=self._skipped.shorten,
       ),
     )
     options = tf.data.Options()

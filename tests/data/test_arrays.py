@@ -66,7 +66,7 @@ def test_a_data_set_prepared_again_is_read_again(stored):
 @pytest.mark.parametrize(
   'name', ['record.json', 'part_0/train_images_0.npy', 'part_0/test_labels_0.npy']
 )
-def test_damaged_arrays_are_read_again(stored, name):
+def test_corrupt_arrays_are_read_again(stored, name):
   config, folder = stored
   (folder / name).write_bytes((folder / name).read_bytes()[:40])
   assert arrays.load(config.dataset) is None
@@ -92,7 +92,7 @@ def test_carried_arrays_with_other_values_are_refused(carried):
   content = bytearray(path.read_bytes())
   content[-4] ^= 1
   path.write_bytes(bytes(content))
-  with pytest.raises(UsageError, match='test_labels_0.npy is damaged'):
+  with pytest.raises(UsageError, match='test_labels_0.npy is corrupt'):
     arrays.load(config.dataset)
 
 
@@ -293,7 +293,7 @@ def claim(shape):
 def test_an_array_that_claims_more_than_it_has_is_refused(small, content):
   dataset, folder = small
   (folder / 'part_0/train_images_0.npy').write_bytes(content)
-  assert 'train_images_0.npy is damaged' in refusal(dataset)
+  assert 'train_images_0.npy is corrupt' in refusal(dataset)
 
 
 def test_no_object_is_unpickled(small, tmp_path):
@@ -301,7 +301,7 @@ def test_no_object_is_unpickled(small, tmp_path):
   command = Command(f'touch {tmp_path}/ran')
   path = folder / 'part_0/train_images_0.npy'
   path.write_bytes(pickle.dumps(command))
-  assert 'train_images_0.npy is damaged' in refusal(dataset)
+  assert 'train_images_0.npy is corrupt' in refusal(dataset)
   np.save(path, np.array([command], object), allow_pickle=True)
-  assert 'train_images_0.npy is damaged' in refusal(dataset)
+  assert 'train_images_0.npy is corrupt' in refusal(dataset)
   assert not (tmp_path / 'ran').exists()

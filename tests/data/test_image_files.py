@@ -1,12 +1,14 @@
 """Image files: finding them, reading them, and errors."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import resource
 import socket
 import struct
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -14,10 +16,16 @@ import pytest
 from PIL import Image
 
 from imta_jax.data import preprocess
-from imta_jax.data.image_files import ImageError, find_images, read_image
+from imta_jax.data.image_files import (
+  ImageError,
+  find_images,
+  image_size_and_channels,
+  read_image,
+  read_random_crop,
+)
 from imta_jax.errors import UsageError
 
-# Between tests pytest undoes the filters that the module sets.
+# Pillow warns about corrupt and about huge images.
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::RuntimeWarning')
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (6, 5), np.uint8)
@@ -73,16 +81,60 @@ def test_any_mode_becomes_the_networks(mode, channels):
   np.testing.assert_array_equal(read(content, (6, 5, channels)), expected)
 
 
-def test_sixteen_bits_are_scaled_down():
-  content = encoded(GREY.astype(np.uint16) * 257)
-  assert Image.open(io.BytesIO(content)).mode.startswith('I')
-  np.testing.assert_allclose(read(content)[..., 0], GREY, atol=1)
+SIXTEEN_BITS = np.arange(30, dtype=np.uint16).reshape(6, 5) * 2_259
+PORTABLE_GREYMAPS = {
+  '16 bits': b'P5 5 6 65535\n' + SIXTEEN_BITS.astype('>u2').tobytes(),
+  '12 bits': b'P5 5 6 4095\n' + (SIXTEEN_BITS // 16).astype('>u2').tobytes(),
+  'text': b'P2 5 6 65535\n' + ' '.join(map(str, SIXTEEN_BITS.ravel())).encode(),
+}
 
 
-def test_a_palette_may_be_transparent():
-  image = Image.fromarray(GREY).convert('P')
-  content = encoded(image, transparency=bytes([0] * 128 + [255] * 128))
-  np.testing.assert_array_equal(read(content)[..., 0], GREY)
+@pytest.mark.parametrize(
+  'content',
+  [
+    pytest.param(encoded(SIXTEEN_BITS), id='PNG'),
+    pytest.param(encoded(SIXTEEN_BITS.astype('<u2'), 'TIFF'), id='little-endian TIFF'),
+    pytest.param(encoded(SIXTEEN_BITS.astype('>u2'), 'TIFF'), id='big-endian TIFF'),
+    *(pytest.param(content, id=f'PGM, {name}') for name, content in PORTABLE_GREYMAPS.items()),
+  ],
+)
+def test_sixteen_bits_are_scaled_to_eight(content):
+  np.testing.assert_allclose(read(content)[..., 0], SIXTEEN_BITS / 257, atol=0.6)
+  crop = read_random_crop(io.BytesIO(content), 8, False, np.random.default_rng(0))
+  assert 0 < crop.mean() < 255 and crop.std() > 20
+
+
+# Black with an opacity, as ink, that looks like GREY on white; and the same with palettes.
+INK = Image.fromarray(255 - GREY)
+BLACK = Image.new('L', INK.size)
+PALETTE = Image.frombytes('P', INK.size, INK.tobytes())
+PALETTE.putpalette(bytes(768))
+TRANSPARENT = {
+  'LA': encoded(Image.merge('LA', (BLACK, INK))),
+  'RGBA': encoded(Image.merge('RGBA', (BLACK, BLACK, BLACK, INK))),
+  'RGBA TIFF': encoded(Image.merge('RGBA', (BLACK, BLACK, BLACK, INK)), 'TIFF'),
+  'RGBA WebP': encoded(Image.merge('RGBA', (BLACK, BLACK, BLACK, INK)), 'WEBP', lossless=True),
+  'palette': encoded(PALETTE, transparency=bytes(range(256))),
+}
+
+
+@pytest.mark.parametrize('content', TRANSPARENT.values(), ids=TRANSPARENT)
+@pytest.mark.parametrize('channels', [1, 3])
+def test_transparent_images_are_composited_on_white(content, channels):
+  image = read(content, (6, 5, channels))
+  np.testing.assert_allclose(image, np.stack([GREY] * channels, axis=-1), atol=1)
+  crop = read_random_crop(io.BytesIO(content), 8, False, np.random.default_rng(0))
+  assert crop.std() > 20
+
+
+@pytest.mark.parametrize(
+  ('format', 'mode', 'level'),
+  [('PNG', 'L', 0), ('PNG', 'P', 0), ('PNG', 'RGB', (0, 0, 0)), ('GIF', 'P', 0)],
+)
+def test_a_transparent_level_is_white(format, mode, level):
+  pixels = np.where(GREY < 128, 0, 200).astype(np.uint8)
+  content = encoded(Image.fromarray(pixels).convert(mode), format, transparency=level)
+  np.testing.assert_array_equal(read(content)[..., 0], np.where(GREY < 128, 255, 200))
 
 
 def test_images_are_turned_upright():
@@ -113,7 +165,7 @@ def test_the_central_crop_is_that_of_evaluation(shape):
     assert np.abs(difference).max() <= 1
 
 
-DAMAGED = {
+CORRUPT = {
   'empty': (b'', 'not an image'),
   'text': (b'not an image at all', 'not an image'),
   'half a PNG': (encoded(COLOUR)[:60], 'cannot be read'),
@@ -124,9 +176,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize('name', DAMAGED)
-def test_damaged_images_are_refused(name):
-  content, reason = DAMAGED[name]
+@pytest.mark.parametrize('name', CORRUPT)
+def test_corrupt_images_are_refused(name):
+  content, reason = CORRUPT[name]
   with pytest.raises(ImageError, match=reason) as caught:
     read(content)
   assert '\n' not in str(caught.value)
@@ -135,10 +187,10 @@ def test_damaged_images_are_refused(name):
 def test_bytes_that_are_wrong_anywhere_are_an_image_error_or_an_image():
   content = encoded(SMOOTH, 'TIFF', compression='tiff_lzw')
   for position in RANDOM.integers(0, len(content), 200):
-    damaged = bytearray(content)
-    damaged[position] ^= RANDOM.integers(1, 256)
+    corrupt = bytearray(content)
+    corrupt[position] ^= RANDOM.integers(1, 256)
     with contextlib.suppress(ImageError):
-      assert read(bytes(damaged), max_pixels=1e5).shape == (6, 5, 1)
+      assert read(bytes(corrupt), max_pixels=1e5).shape == (6, 5, 1)
 
 
 @pytest.mark.parametrize('size', [(8192, 8193), (10_000, 10_000), (100_000, 100_000)])
@@ -237,12 +289,28 @@ def test_files_that_are_not_there_are_refused(tmp_path):
       read_image(str(path), (6, 5, 1), 'none')
 
 
-@pytest.mark.parametrize('value', [0.5, np.nan, 200.0])
-def test_floating_point_pixels_are_refused(value):
-  content = io.BytesIO()
-  Image.fromarray(np.full((8, 8), value, np.float32)).save(content, 'TIFF')
-  with pytest.raises(ImageError, match='pixels are floating-point numbers'):
-    read_image(content, (8, 8, 1), 'none')
+@pytest.mark.parametrize(
+  ('value', 'kind'),
+  [
+    (np.float32(0.5), 'floating-point numbers'),
+    (np.float32(np.nan), 'floating-point numbers'),
+    (np.float32(200), 'floating-point numbers'),
+    (np.int32(200), '32-bit integers'),
+  ],
+)
+def test_pixels_without_a_known_white_are_refused_by_their_header(value, kind):
+  content = encoded(np.full((8, 8), value), 'TIFF')
+  with pytest.raises(ImageError, match=f'pixels are {kind}: save it with 8 or 16 bits'):
+    read(content, (8, 8, 1))
+  with pytest.raises(ImageError, match=f'pixels are {kind}'):
+    image_size_and_channels(io.BytesIO(content))
+
+
+def test_importing_the_module_changes_no_warning_filter():
+  filters = list(warnings.filters)
+  spec = importlib.util.find_spec('imta_jax.data.image_files')
+  spec.loader.exec_module(importlib.util.module_from_spec(spec))
+  assert warnings.filters == filters
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
@@ -257,6 +325,28 @@ def test_a_socket_is_refused(tmp_path, monkeypatch):
     server.bind('x.png')
     with pytest.raises(ImageError, match='not a regular file'):
       read_image('x.png', (8, 8, 1), 'none')
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+  for name in ('own', 'elsewhere', 'elsewhere/deep'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / '1.png').touch()
+  for name in ('a', 'b'):  # The second one leads to the same images.
+    (tmp_path / 'own' / name).symlink_to(tmp_path / 'elsewhere')
+  (tmp_path / 'elsewhere/deep/back').symlink_to(tmp_path / 'own')
+  found = [os.path.relpath(path, tmp_path) for path in find_images([str(tmp_path / 'own')])]
+  assert found == ['own/1.png', 'own/a/1.png', 'own/a/deep/1.png']
+
+
+def test_hidden_and_system_files_are_left_out_unless_named(tmp_path):
+  hidden = ('.ipynb_checkpoints/1.png', '@eaDir/1.png', 'a/__MACOSX/1.png', 'a/._1.png')
+  for name in (*hidden, 'a/1.png'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  named = str(tmp_path / 'a/._1.png')
+  found = find_images([str(tmp_path), str(tmp_path / '.ipynb_checkpoints'), named])
+  names = [os.path.relpath(path, tmp_path) for path in found]
+  assert names == ['a/1.png', '.ipynb_checkpoints/1.png', 'a/._1.png']
 
 
 def test_links_in_a_circle_are_left_and_refused(tmp_path):

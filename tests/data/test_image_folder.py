@@ -1,7 +1,7 @@
 """Folders of images: what is found, how it is split, what is read."""
 
 import os
-from pathlib import Path
+import unicodedata
 
 import numpy as np
 import pytest
@@ -21,40 +21,180 @@ def write_images(root, counts, mode='RGB', size=(12, 10)):
       Image.fromarray(pixels).convert(mode).save(root / name / f'{number}.png')
 
 
-def test_a_folder_without_splits_is_split_in_equal_shares_and_always_the_same(tmp_path):
-  write_images(tmp_path, {'rose': 20, 'daisy': 40, 'empty': 0, '.hidden': 20})
-  folder = image_folder.scan(str(tmp_path))
+def touch(root, names):
+  """Makes empty files, which are all that `scan` needs."""
+  for name in names:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def numbered(classes, count):
+  return [f'{name}/{number:03}.png' for name in classes for number in range(count)]
+
+
+def split_of(root):
+  """Returns {relative path: split}."""
+  paths = image_folder.scan(str(root)).paths
+  return {
+    image_folder.relative_name(path, str(root)): split for split in paths for path in paths[split]
+  }
+
+
+def test_a_folder_without_splits_is_split_by_hash(tmp_path):
+  touch(tmp_path / 'one', numbered(('rose', 'daisy'), 500))
+  folder = image_folder.scan(str(tmp_path / 'one'))
   assert folder.class_names == ['daisy', 'rose']
   assert folder.is_split_here
-  # A fifth for testing, then a tenth of the rest for validation.
-  counts = {split: np.bincount(labels).tolist() for split, labels in folder.labels.items()}
-  assert counts == {'train': [29, 14], 'validation': [3, 2], 'test': [8, 4]}
   paths = [path for split in folder.paths.values() for path in split]
-  assert len(set(paths)) == 60
-  for split, of_split in folder.paths.items():
+  assert len(set(paths)) == len(paths) == 1_000
+  # A fifth for testing, then a tenth of the rest for validation, each class for itself.
+  for split, share in {'train': 0.72, 'validation': 0.08, 'test': 0.2}.items():
+    assert np.bincount(folder.labels[split]) / 500 == pytest.approx([share] * 2, abs=0.05)
     names = [folder.class_names[label] for label in folder.labels[split]]
-    assert [os.path.basename(os.path.dirname(path)) for path in of_split] == names
-  assert image_folder.scan(str(tmp_path)).paths == folder.paths
+    assert [os.path.basename(os.path.dirname(path)) for path in folder.paths[split]] == names
+  touch(tmp_path / 'copy', numbered(('rose', 'daisy'), 500))
+  assert split_of(tmp_path / 'copy') == split_of(tmp_path / 'one')
+
+
+@pytest.mark.parametrize('given', [(), ('test',)])
+def test_adding_and_removing_images_moves_no_other(tmp_path, given):
+  root = tmp_path / 'train' if given else tmp_path
+  touch(root, numbered(('cat', 'dog'), 100))
+  for name in given:
+    touch(tmp_path / name, numbered(('cat', 'dog'), 3))
+  before = split_of(tmp_path)
+  touch(root, [f'{name}/more/{number}.jpg' for name in ('cat', 'dog') for number in range(50)])
+  for number in range(0, 100, 7):
+    (root / f'cat/{number:03}.png').unlink()
+  after = split_of(tmp_path)
+  common = before.keys() & after.keys()
+  assert len(common) == len(before) - 15 and len(after) == len(common) + 100
+  assert {name: before[name] for name in common} == {name: after[name] for name in common}
+  assert {after[name] for name in after.keys() - common} == {'train', 'validation'} | (
+    set() if given else {'test'}
+  )
+
+
+def test_the_smallest_classes_have_images_in_every_split(tmp_path):
+  names = [
+    f'{count}_{copy}/{n}.png' for count in (3, 4, 9) for copy in range(30) for n in range(count)
+  ]
+  touch(tmp_path, names)
+  folder = image_folder.scan(str(tmp_path))
+  for labels in folder.labels.values():
+    assert set(labels.tolist()) == set(range(90))
+  assert split_of(tmp_path).keys() == set(names)
+
+
+def test_names_in_other_unicode_forms_are_the_same(tmp_path):
+  names = numbered(('Käfer', 'Zebra', 'Zz'), 30)  # Decomposed, Käfer becomes Ka◌̈fer.
+  for form in ('NFC', 'NFD'):
+    touch(tmp_path / form, [unicodedata.normalize(form, name) for name in names])
+  assert split_of(tmp_path / 'NFD') == split_of(tmp_path / 'NFC')
+  class_names = image_folder.scan(str(tmp_path / 'NFD')).class_names
+  assert (
+    class_names
+    == ['Käfer', 'Zebra', 'Zz']
+    == [unicodedata.normalize('NFC', 'Käfer'), *class_names[1:]]
+  )
 
 
 @pytest.mark.parametrize(
-  ('given', 'expected'),
+  ('train', 'validation', 'test'),
+  [('Training', None, 'Testing'), ('TRAIN', 'Valid', 'test'), ('training_set', None, 'test_set')],
+)
+def test_folders_of_splits_may_have_other_names(tmp_path, train, validation, test):
+  counts = {train: 20, validation: 5, test: 6}
+  for name in filter(None, counts):
+    touch(tmp_path / name, numbered(('glioma', 'none'), counts[name]))
+  touch(tmp_path, ['extra/1.png', 'labels.csv'])
+  folder = image_folder.scan(str(tmp_path))
+  assert folder.class_names == ['glioma', 'none'] and not folder.is_split_here
+  assert {os.path.relpath(path, tmp_path).split('/')[0] for path in folder.paths['test']} == {test}
+  assert len(folder.paths['test']) == 12
+  assert (len(folder.paths['validation']) == 10) == bool(validation)
+  assert folder.ignored == {'extra/': 1, '.csv': 1}
+
+
+@pytest.mark.parametrize(
+  ('folders', 'message'),
   [
-    (('test',), {'train': 18, 'validation': 2, 'test': 6}),
-    (('val',), {'train': 18, 'validation': 2, 'test': 6}),
-    (('val', 'test'), {'train': 20, 'validation': 6, 'test': 6}),
-    ((), {'train': 14, 'validation': 2, 'test': 4}),
+    (('test', 'cat', 'dog'), 'has test/ but no train/'),
+    (('Validation', 'Test'), 'has Test/, Validation/ but no train/'),
+    (('train', 'Training'), '.*/Training and train/ are both for train: keep one'),
+    (('train', 'val', 'valid'), '.*/val and valid/ are both for validation: keep one'),
   ],
 )
-def test_given_splits_are_kept(tmp_path, given, expected):
-  write_images(tmp_path / 'train', {'a': 10, 'b': 10})
-  for name in given:
-    write_images(tmp_path / name, {'a': 3, 'b': 3})
+def test_splits_that_are_not_clear_are_refused(tmp_path, folders, message):
+  for name in folders:
+    touch(tmp_path / name, numbered(('a', 'b'), 5))
+  with pytest.raises(UsageError, match=message):
+    image_folder.scan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    (
+      ('1.HEIC', '2.heic', '3.avif', '.DS_Store'),
+      r'rose has no images .* \(.heic, .avif\): convert',
+    ),
+    (('Thumbs.db', '.hidden.png', '.ipynb_checkpoints/1.png'), r'rose has no images .* \(empty\)'),
+  ],
+)
+def test_a_class_without_images_is_named(tmp_path, files, message):
+  touch(tmp_path, numbered(('cat', 'dog'), 5) + [f'rose/{file}' for file in files])
+  with pytest.raises(UsageError, match=message):
+    image_folder.scan(str(tmp_path))
+
+
+def test_what_is_no_image_is_ignored_and_counted(tmp_path):
+  images = [*numbered(('cat', 'dog'), 5), 'cat/a.jfif', 'dog/deep/b.JPE']
+  others = ['cat/a.heic', 'dog/deep/b.HEIC', 'cat/LICENSE', 'readme.txt', 'loose.png']
+  hidden = ['cat/.ipynb_checkpoints/000.png', '@eaDir/cat/000.png', '__MACOSX/cat/._000.png']
+  touch(tmp_path, images + others + hidden + ['.git/a.png', 'cat/Thumbs.db', '.DS_Store'])
+  assert split_of(tmp_path).keys() == set(images)
   folder = image_folder.scan(str(tmp_path))
-  assert {split: len(paths) for split, paths in folder.paths.items()} == expected
+  assert folder.ignored == {'.heic': 2, 'no extension': 1, '.txt': 1, '.png': 1}
+  assert '; ignored: 1 × .png, 1 × .txt, 1 × no extension, 2 × .heic' in folder.summary()
+
+
+def test_linked_folders_are_read(tmp_path):
+  touch(tmp_path / 'elsewhere', numbered(('part', 'dog'), 5))
+  touch(tmp_path / 'root', numbered(('cat',), 5))
+  (tmp_path / 'root/cat/part').symlink_to(tmp_path / 'elsewhere/part')
+  (tmp_path / 'root/dog').symlink_to(tmp_path / 'elsewhere/dog')
+  assert split_of(tmp_path / 'root').keys() == set(numbered(('cat', 'cat/part', 'dog'), 5))
+
+
+def test_a_summary_names_classes_and_numbers(tmp_path):
+  touch(tmp_path / 'train', numbered(map(str, range(30)), 3))
+  touch(tmp_path / 'test', numbered('12', 1))
+  folder = image_folder.scan(str(tmp_path))
+  assert folder.summary() == (
+    '30 classes (0, 1, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 2, 20, 21, 22, 23, 24, 25, 26, …); '
+    '60 train, 30 validation, 2 test images'
+  )
+
+
+@pytest.mark.parametrize('given', [('test',), ('val',), ('val', 'test'), ()])
+def test_given_splits_are_kept(tmp_path, given):
+  touch(tmp_path / 'train', numbered('ab', 10))
+  for name in given:
+    touch(tmp_path / name, numbered('ab', 3))
+  folder = image_folder.scan(str(tmp_path))
   assert folder.is_split_here == (not given)
-  for path in folder.paths['test']:
-    assert f'/{given[-1] if given else "train"}/' in path
+  of_split = {
+    split: {os.path.relpath(path, tmp_path).split('/')[0] for path in paths}
+    for split, paths in folder.paths.items()
+  }
+  assert of_split == {
+    'train': {'train'},
+    'validation': {'val' if len(given) == 2 else 'train'},
+    'test': {given[-1] if given else 'train'},
+  }
+  assert sum(map(len, folder.paths.values())) == 20 + 6 * len(given)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +210,12 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, counts, message):
     image_folder.scan(str(tmp_path))
 
 
-def test_a_folder_that_does_not_exist_is_refused():
-  with pytest.raises(UsageError, match="image folder 'nowhere' does not exist"):
-    image_folder.scan('nowhere')
+@pytest.mark.parametrize('root', ['nowhere', None])
+def test_a_folder_that_does_not_exist_is_refused(root):
+  with pytest.raises(
+    UsageError, match=f'image folder {root!r} does not exist: config.dataset.data'
+  ):
+    image_folder.scan(root)
 
 
 def test_a_class_without_training_images_is_named(tmp_path):
@@ -117,7 +260,7 @@ def test_images_are_read_with_their_labels(tmp_path):
 
 
 @pytest.fixture
-def damaged(tmp_path):
+def corrupt(tmp_path):
   """A folder with 7 of 18 images cut in the middle, so that their headers are intact."""
   write_images(tmp_path, {'a': 9, 'b': 9}, size=(60, 60))
   for number in range(7):
@@ -129,38 +272,15 @@ def cut(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_files_that_cannot_be_read_are_named(damaged):
-  folder = image_folder.scan(str(damaged))
+def test_files_that_cannot_be_read_are_named(corrupt):
+  folder = image_folder.scan(str(corrupt))
   image_folder.check_headers(folder)
-  expected = r'image\(s\) cannot be read: .*/a/\d.png: .*mend or remove them, or skip damage with'
+  expected = r'image\(s\) cannot be read: .*/a/\d.png: .*restore or remove such files'
   with pytest.raises(UsageError, match=expected):
     image_folder.read(folder, (8, 8, 3), 'none')
-  (damaged / 'b/0.png').write_text('no image')
+  (corrupt / 'b/0.png').write_text('no image')
   with pytest.raises(UsageError, match=r'1 image\(s\) cannot be read: .*/b/0.png: not an image'):
     image_folder.check_headers(folder)
-
-
-def test_files_that_cannot_be_read_are_skipped_and_counted(damaged, caplog):
-  folder = image_folder.scan(str(damaged))
-  (damaged / 'b/0.png').write_text('no image')
-  arrays = image_folder.read(folder, (8, 8, 3), 'none', skip_damaged=True)
-  lost = {str(damaged / f'a/{number}.png') for number in range(7)} | {str(damaged / 'b/0.png')}
-  for split, paths in folder.paths.items():
-    kept = [path not in lost for path in paths]
-    np.testing.assert_array_equal(arrays.labels[split], folder.labels[split][kept])
-    assert len(arrays.images[split]) == sum(kept)
-  warned = [record.getMessage() for record in caplog.records]
-  assert {warning.partition(': ')[0] for warning in warned} == lost
-
-
-def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
-  write_images(tmp_path / 'train', {'a': 4, 'b': 4})
-  write_images(tmp_path / 'test', {'a': 1, 'b': 1})
-  folder = image_folder.scan(str(tmp_path))
-  for path in folder.paths['test']:
-    cut(Path(path))
-  with pytest.raises(UsageError, match=r'2 image\(s\) cannot be read: .*/test/a/0.png'):
-    image_folder.read(folder, (8, 8, 3), 'none', skip_damaged=True)
 
 
 def test_a_survey_leaves_out_files_without_a_header(tmp_path):

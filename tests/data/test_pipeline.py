@@ -66,7 +66,7 @@ def test_an_unknown_data_set_is_refused(name, mnist5k_config):
   assert f'config.dataset.name is {name!r}' in refusal(mnist5k_config)
 
 
-DAMAGES = {
+CORRUPTIONS = {
   'cut': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
   'empty': lambda path: path.write_bytes(b''),
   'no_text': lambda path: path.write_bytes(bytes(range(256))),
@@ -75,25 +75,25 @@ DAMAGES = {
 
 @pytest.fixture
 def copied(mnist5k_config, tmp_path, monkeypatch):
-  """A config whose prepared data set may be damaged, and the folder of its files."""
+  """A config whose prepared data set may be corrupt, and the folder of its files."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   shutil.copytree(Path(mnist5k_config.dataset.data_dir) / 'mnist5k', tmp_path / 'mnist5k')
   mnist5k_config.dataset.data_dir = str(tmp_path)
   return mnist5k_config, tmp_path / 'mnist5k/1.0.0'
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_damaged_metadata_is_named(copied, damage):
+@pytest.mark.parametrize('corruption', CORRUPTIONS)
+def test_corrupt_metadata_is_named(copied, corruption):
   config, folder = copied
-  DAMAGES[damage](folder / 'dataset_info.json')
+  CORRUPTIONS[corruption](folder / 'dataset_info.json')
   assert refusal(config).startswith(f'{folder}/dataset_info.json cannot be read (')
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_damaged_features_of_a_set_without_code_are_named(copied, damage):
+@pytest.mark.parametrize('corruption', CORRUPTIONS)
+def test_corrupt_features_of_a_set_without_code_are_named(copied, corruption):
   config, folder = copied
   folder = folder.parent.rename(folder.parent.with_name('digits')) / folder.name
-  DAMAGES[damage](folder / 'features.json')
+  CORRUPTIONS[corruption](folder / 'features.json')
   config.dataset.name = 'digits'
   assert refusal(config).startswith(f'{folder}/features.json cannot be read (')
 
@@ -174,31 +174,42 @@ def folder_config(tmp_path):
 
 
 @pytest.mark.parametrize('in_memory', [True, False])
-def test_a_broken_file_of_a_folder_is_refused_at_once_or_skipped(in_memory, folder_config):
+def test_a_corrupt_file_of_a_folder_is_refused_at_once(in_memory, folder_config):
   folder_config.dataset.in_memory = in_memory
   path = Path(folder_config.dataset.data_dir) / 'dark/0.png'
   path.write_text('no image')
   with pytest.raises(UsageError, match=rf'1 image\(s\) cannot be read: {path}: not an image'):
     open_dataset(folder_config)
-  folder_config.dataset.skip_damaged = True
-  num_images = sum(open_dataset(folder_config).num_images.values())
-  assert num_images == (11 if in_memory else 12)  # Streamed images are not read yet.
 
 
 def fingerprint(config):
   return open_dataset(config).fingerprint()
 
 
+CHANGES = {
+  'renamed class': lambda root: (root / 'dark').rename(root / 'night'),
+  'exchanged classes': lambda root: exchange(root / 'dark', root / 'light'),
+  'added image': lambda root: shutil.copy(root / 'dark/0.png', root / 'dark/new.png'),
+  'removed image': lambda root: (root / 'light/3.png').unlink(),
+  'other image': lambda root: Image.new('RGB', (8, 9), (77, 0, 0)).save(root / 'dark/2.png'),
+}
+
+
+def exchange(one, other):
+  one.rename(one.with_name('temporary'))
+  other.rename(one)
+  one.with_name('temporary').rename(other)
+
+
 @pytest.mark.parametrize('in_memory', [True, False])
-def test_a_fingerprint_tells_folders_apart(in_memory, folder_config, tmp_path):
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_fingerprint_tells_changed_folders_apart(change, in_memory, folder_config, tmp_path):
   folder_config.dataset.in_memory = in_memory
   first = fingerprint(folder_config)
   write_images(tmp_path / 'copy')
   folder_config.dataset.data_dir = str(tmp_path / 'copy')
   assert fingerprint(folder_config) == first
-  write_images(tmp_path / 'other')
-  (tmp_path / 'other/dark/0.png').rename(tmp_path / 'other/dark/9.png')
-  folder_config.dataset.data_dir = str(tmp_path / 'other')
+  change(tmp_path / 'copy')
   assert fingerprint(folder_config) != first
 
 
@@ -252,6 +263,19 @@ def test_the_first_host_opens_a_set_before_the_others(
   monkeypatch.setattr(image_folder, 'scan', lambda path: events.append('opens') or scan(path))
   open_dataset(folder_config)
   assert events == (['pauses', 'waits', 'opens'] if index else ['opens', 'waits'])
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+@pytest.mark.parametrize('index', [0, 1])
+def test_the_first_host_alone_prints_the_classes(
+  index, in_memory, folder_config, as_host, capsys, pauses
+):
+  del pauses
+  folder_config.dataset.in_memory = in_memory
+  as_host(index, 2)
+  open_dataset(folder_config)
+  out = capsys.readouterr().out
+  assert out == '' if index else '2 classes (dark, light); 8 train, ' in out
 
 
 def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):

@@ -224,3 +224,12 @@ def test_grey_images_get_three_channels(kind):
   for image in (center_crop(encoded, 16), random_crop(encoded, (0, 0))):
     assert image.shape == (16, 16, 3)
     np.testing.assert_array_equal(image[..., 0], image[..., 2])
+
+
+def test_transparent_pixels_are_composited_on_white():
+  ink = np.tile(np.repeat(np.array([0, 100, 255], np.uint8), 32), (96, 1))
+  black = Image.new('L', (96, 96))
+  content = io.BytesIO()
+  Image.merge('RGBA', (black, black, black, Image.fromarray(ink))).save(content, 'PNG')
+  image = center_crop(content.getvalue(), 84)  # 7/8 of 96 pixels: nothing is resized.
+  np.testing.assert_array_equal(image, np.stack([255 - ink[6:90, 6:90]] * 3, axis=-1))

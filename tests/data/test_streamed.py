@@ -10,7 +10,7 @@ from PIL import Image
 
 from imta_jax import config as config_lib
 from imta_jax.data.pipeline import open_dataset
-from imta_jax.data.streamed import StreamedDataset, fill_gaps
+from imta_jax.data.streamed import StreamedDataset
 from imta_jax.errors import UsageError
 
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 43, 7, 17
@@ -253,13 +253,3 @@ def test_colours_need_three_means(config):
   config.dataset.mean = (0.5,)
   with pytest.raises(UsageError, match='3 numbers'):
     open_dataset(config)
-
-
-def test_intact_images_take_the_places_of_damaged_ones():
-  mask = np.array([[True, False, False], [True, False, True]])
-  label = np.array([[10, 11, 12], [13, 14, 15]])
-  image = np.broadcast_to(label[..., None, None, None], (2, 3, 4, 4, 3))
-  filled = fill_gaps({'image': image, 'label': label, 'mask': mask})
-  np.testing.assert_array_equal(filled['label'], [[10, 10, 13], [13, 15, 15]])
-  np.testing.assert_array_equal(filled['image'][..., 0, 0, 0], filled['label'])
-  assert 'mask' not in filled

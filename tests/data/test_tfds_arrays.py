@@ -1,4 +1,4 @@
-"""Sets that are read whole through TFDS; test_damage.py has those that are damaged."""
+"""Sets that are read whole through TFDS; test_tfds_reader.py has those that are corrupt."""
 
 import numpy as np
 

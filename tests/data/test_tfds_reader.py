@@ -1,4 +1,4 @@
-"""Damaged data sets: the file is named, or its images are skipped; the same batches every time."""
+"""Data sets of TFDS: a corrupt file or image is named; the same batches every time."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def intact(prepare_numbered, tmp_path_factory):
 
 @pytest.fixture
 def config(intact, tmp_path):
-  """Config of a copy of the data set that a test may damage."""
+  """Config of a copy of the data set that a test may corrupt."""
   config = config_lib.default()
   config.update(batch_size=BATCH_SIZE, evaluation_batch_size=BATCH_SIZE)
   config.dataset.update(
@@ -66,7 +66,7 @@ def cut(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGES = {
+CORRUPTIONS = {
   'cut': cut,
   'empty': lambda path: path.write_bytes(b''),
   'flipped': lambda path: flip(path, path.stat().st_size // 2),
@@ -144,82 +144,34 @@ def assert_same(batches, others):
     jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('corruption', CORRUPTIONS)
 @pytest.mark.parametrize('split', ['train', 'test'])
-def test_a_damaged_file_is_named(config, damage, split):
+def test_a_corrupt_file_is_named(config, corruption, split):
   path = files_of(config, split)[1]
-  DAMAGES[damage](path)
+  CORRUPTIONS[corruption](path)
   message = refusal(config, split)
-  assert message.startswith(f'{path} is damaged: only the first ')
-  assert message.endswith('or skip damage with config.dataset.skip_damaged=True')
+  assert message.startswith(f'{path} is corrupt: only the first ')
+  assert message.endswith('delete the data set and prepare it again')
 
 
-@pytest.mark.parametrize('damage', ['cut', 'empty'])
-def test_a_damaged_file_of_a_set_in_memory_is_named(config, damage):
+@pytest.mark.parametrize('corruption', ['cut', 'empty'])
+def test_a_corrupt_file_of_a_set_in_memory_is_named(config, corruption):
   config.dataset.in_memory = True
   path = files_of(config)[2]
-  DAMAGES[damage](path)
-  with pytest.raises(UsageError, match=f'^{path} is damaged: only the first'):
+  CORRUPTIONS[corruption](path)
+  with pytest.raises(UsageError, match=f'^{path} is corrupt: only the first'):
     open_dataset(config)
 
 
-def numbers_in_memory(config):
-  """Returns {split: numbers of its images}, and checks that labels belong to their images."""
-  dataset = open_dataset(config)
-  numbers = {}
-  for split, found in dataset.arrays.labels.items():
-    images = dataset.arrays.images[split]
-    np.testing.assert_array_equal(
-      images, np.broadcast_to(4 * found[:, None, None, None], images.shape)
-    )
-    assert dataset.num_images[split] == len(images) == len(set(found.tolist()))
-    numbers[split] = set(found.tolist())
-  return numbers
-
-
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_a_set_in_memory_skips_what_is_damaged_until_it_is_mended(config, damage, caplog):
-  config.dataset.update(in_memory=True, skip_damaged=True)
-  damaged, with_bad_image = files_of(config)[:2]
-  contents = {path: path.read_bytes() for path in (damaged, with_bad_image)}
-  in_damaged = list(map(label_of, records_of(damaged)))
-  DAMAGES[damage](damaged)
-  label = replace_image(with_bad_image, 3)
-  numbers = numbers_in_memory(config)
-  found = re.search(rf'{damaged} is damaged: only the first (\d+) of its 12 images', caplog.text)
-  lost = {label, *in_damaged[int(found[1]) :]}
-  assert f'record 3 (counted from 0) of {with_bad_image}: its image is damaged' in caplog.text
-  for path, content in contents.items():
-    path.write_bytes(content)
-  whole = numbers_in_memory(config)  # Nothing incomplete was cached.
-  assert sum(map(len, whole.values())) == NUM_TRAIN + NUM_VALIDATION + NUM_TEST
-  assert (numbers['train'] | numbers['validation']) == set(range(50)) - lost
-  assert numbers['test'] == whole['test']
-
-
-def test_a_set_in_memory_of_which_nothing_is_intact_is_refused(config):
-  config.dataset.update(in_memory=True, skip_damaged=True)
-  for path in files_of(config, 'test'):
-    path.write_bytes(b'')
-  with pytest.raises(UsageError, match='no image of test in .*numbered/1.0.0 is intact'):
-    open_dataset(config)
-
-
-@pytest.mark.parametrize('skips', [False, True])
-def test_an_image_of_another_shape_in_memory_is_damaged(config, skips, caplog):
-  config.dataset.update(in_memory=True, skip_damaged=skips)
+def test_an_image_of_another_shape_in_memory_is_named(config):
+  config.dataset.in_memory = True
   path = files_of(config)[1]
   small = io.BytesIO()
   Image.new('RGB', (2, 2)).save(small, 'PNG')
-  label = replace_image(path, 3, small.getvalue())
-  name = f'record 3 (counted from 0) of {path}: its image is damaged'
-  if skips:
-    numbers = numbers_in_memory(config)
-    assert label not in numbers['train'] | numbers['validation']
-    assert name in caplog.text
-  else:
-    with pytest.raises(UsageError, match=f'^{re.escape(name)}'):
-      open_dataset(config)
+  replace_image(path, 3, small.getvalue())
+  name = f'record 3 (counted from 0) of {path}: its image is corrupt'
+  with pytest.raises(UsageError, match=f'^{re.escape(name)}'):
+    open_dataset(config)
 
 
 @pytest.mark.parametrize('in_memory', [False, True])
@@ -229,7 +181,7 @@ def test_a_record_without_an_image_is_named(config, in_memory):
   replace_image(path, 3)
   with pytest.raises(UsageError) as caught:
     open_dataset(config).train_reader(0, 0)(0)
-  assert str(caught.value).startswith(f'record 3 (counted from 0) of {path}: its image is damaged')
+  assert str(caught.value).startswith(f'record 3 (counted from 0) of {path}: its image is corrupt')
 
 
 def test_a_file_that_is_gone_is_named(config):
@@ -243,9 +195,7 @@ def test_a_file_that_is_gone_is_named(config):
     next(batches)
 
 
-@pytest.mark.parametrize('skips', [False, True])
-def test_a_folder_that_goes_away_during_a_run_is_named(config, skips):
-  config.dataset.skip_damaged = skips
+def test_a_folder_that_goes_away_during_a_run_is_named(config):
   reader = reader_of(config)
   batches = reader.train_batches(0, 0)
   next(batches)
@@ -256,73 +206,6 @@ def test_a_folder_that_goes_away_during_a_run_is_named(config, skips):
       next(reader.evaluation_batches(split))
   with pytest.raises(UsageError, match=f'^{path} cannot be read'):
     list(itertools.islice(batches, STEPS_PER_EPOCH))
-
-
-@pytest.mark.parametrize('damage', ['cut', 'empty', 'flipped'])
-def test_without_a_damaged_file_epochs_are_full_and_the_same_after_resuming(config, damage, caplog):
-  config.dataset.skip_damaged = True
-  path = files_of(config)[1]
-  DAMAGES[damage](path)
-  run = train(config, 0, STEPS_PER_EPOCH + 2)
-  for first_step in (STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH + 1):
-    assert_same(train(config, first_step, 1), run[first_step : first_step + 1])
-  epoch = sum(labels(run[:STEPS_PER_EPOCH]), [])
-  assert len(epoch) == STEPS_PER_EPOCH * BATCH_SIZE
-  lost = [record for record in caplog.records if str(path) in record.getMessage()]
-  assert len(lost) == 3  # Once per reader.
-  assert 'the others are skipped' in lost[0].getMessage()
-
-
-def test_damage_that_appears_during_a_run_is_passed_over(config):
-  config.dataset.skip_damaged = True
-  whole = train(config, 0, STEPS_PER_EPOCH)
-  batches = reader_of(config).train_batches(0, 0)
-  assert_same([next(batches) for _ in range(STEPS_PER_EPOCH)], whole)
-  for path in files_of(config)[1:3]:
-    cut(path)
-    rest = [next(batches) for _ in range(STEPS_PER_EPOCH)]
-    assert sum(map(len, labels(rest)), 0) == STEPS_PER_EPOCH * BATCH_SIZE
-  assert_same(train(config, 2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH), rest)
-
-
-def test_a_set_of_which_nothing_is_intact_is_refused(config):
-  config.dataset.skip_damaged = True
-  for path in files_of(config):
-    path.write_bytes(b'')
-  dataset = open_dataset(config)
-  with pytest.raises(UsageError, match='all 8 images of a training batch are damaged'):
-    dataset.train_reader(0, 0)(0)
-  with pytest.raises(UsageError, match='no image .* is intact in the validation split of numbered'):
-    list(dataset.evaluation_batches('validation'))
-
-
-def test_a_damaged_image_is_replaced_and_all_others_keep_their_places(config, caplog):
-  whole = train(config, 0, 2 * STEPS_PER_EPOCH)
-  config.dataset.skip_damaged = True
-  path = files_of(config)[2]
-  label = replace_image(path, 5)
-  run = train(config, 0, 2 * STEPS_PER_EPOCH)
-  num_masked = 0
-  for batch, expected in zip(run, whole, strict=True):
-    np.testing.assert_array_equal(batch['mask'], expected['label'] != label)
-    np.testing.assert_array_equal(batch['image'][batch['mask']], expected['image'][batch['mask']])
-    num_masked += np.count_nonzero(~batch['mask'])
-  assert num_masked in (1, 2)
-  (warning,) = [r.getMessage() for r in caplog.records if str(path) in r.getMessage()]
-  name = f'record 5 (counted from 0) of {path}'
-  assert warning == f'{name}: its image is damaged: skipped; damaged so far: 1.'
-  assert_same(train(config, 7, 2), run[7:9])
-
-
-def test_evaluation_counts_intact_images_alone(config):
-  config.dataset.skip_damaged = True
-  first, second = files_of(config, 'test')[:2]
-  lost = {replace_image(first, 1), *map(label_of, records_of(second))}
-  second.write_bytes(b'')
-  batches = list(reader_of(config).evaluation_batches('test'))
-  assert len(batches) == 3
-  found = sum(labels(batches), [])
-  assert sorted(found) == sorted(set(range(NUM_TEST)) - lost)
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])
