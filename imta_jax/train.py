@@ -136,8 +136,8 @@ def _train_phase(
   )
   name, num_steps = phase.name, phase.num_steps
   costs = exit_costs(phase.model, dataset.image_shape, phase.state.weights.variables)
-  if config.init_from is not None and not index:
-    reporter.say(f'{name} starts from {config.init_from}, where names and shapes agree.')
+  if phase.loaded:
+    reporter.say(f'{name} starts from {config.init_from}: {phase.loaded}.')
   reporter.overview(
     f'{name}: {phase.config.loss}, trains {phase.config.trained}, {num_steps:,} steps', costs
   )
