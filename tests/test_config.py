@@ -1,6 +1,7 @@
 """Configs: the paper's settings, the files in configs/, and what is refused."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,7 @@ def test_differences_are_a_line_a_field():
     'config.dataset.mean[0]: 0.5071 → 0.1',
     'config.dataset.mean[1]: 0.4865 → 0.2',
     'config.dataset.mean[2]: 0.4409 → 0.3',
-    'config.model.num_exits: None → 5',
+    'config.model.num_exits: 7 → 5',
     'config.phases[1].epochs: 180.0 → 2.0',
     'config.seed: 0 → 1',
   ]
@@ -267,6 +268,17 @@ def test_json_gives_back_the_config(name):
   assert config_lib.to_json(read) == config_lib.to_json(config)
   assert read.phases[1].epochs == config.phases[1].epochs
   assert make_model(read).num_exits == FILES[name]
+
+
+@pytest.mark.parametrize('fields', [{'num_exits': 3}, {'name': 'resnet', 'depth': 20}])
+def test_fields_that_json_of_an_earlier_version_lacks_get_their_defaults(fields):
+  config = config_lib.default()
+  config.model = ConfigDict({**models.defaults(fields.get('name', 'msdnet')), **fields})
+  plain = config_lib.to_dict(config)
+  old = {**plain, 'model': {'name': 'msdnet', 'dtype': 'float32', **fields}}
+  del old['profile_steps'], old['phases'][1]['shared_channels'], old['dataset']['crop']
+  read = config_lib.from_json(json.dumps(old))
+  assert config_lib.differences(config_lib.to_dict(read), config_lib.to_dict(config)) == []
 
 
 def test_parse_argument_takes_names_and_their_types():
