@@ -236,7 +236,7 @@ CHANGES = {
   'axis': lambda state, name: state.update({name: state[name][np.newaxis]}),
   'huge': lambda state, name: state.update({name: np.broadcast_to(1.0, (10**7, 10**7))}),
 }
-HARMLESS = {'prefix', 'counter', 'double', 'fortran'}
+HARMLESS = {'counter', 'double', 'fortran'}
 
 
 @settings(max_examples=30, **FIXED)
