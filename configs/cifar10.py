@@ -21,19 +21,5 @@ def get_config(argument=''):
   if arguments.network != 'msdnet':
     baselines.choose(config, arguments.network, arguments.exits, 'cifar')
     return config
-  config.model.update(
-    name='msdnet',
-    num_exits=arguments.exits,
-    base=1,
-    step=1,
-    step_mode='lin_grow',
-    channels=16,
-    growth_rate=6,
-    scale_factors=(1, 2, 4),
-    bottleneck_factors=(1, 2, 4),
-    prune='max',
-    reduction=0.5,
-    bottleneck=True,
-    stem='cifar',
-  )
+  config.model.num_exits = arguments.exits
   return config

@@ -42,7 +42,6 @@ def get_config(argument=''):
     baselines.choose(config, arguments.network, arguments.exits, 'imagenet')
     return config
   config.model.update(
-    name='msdnet',
     num_exits=5,
     base=arguments.step,
     step=arguments.step,
@@ -51,10 +50,6 @@ def get_config(argument=''):
     growth_rate=16,
     scale_factors=(1, 2, 4, 4),
     bottleneck_factors=(1, 2, 4, 4),
-    prune='max',
-    reduction=0.5,
-    bottleneck=True,
     stem='imagenet',
-    remat=False,  # True takes less memory and a third more computation.
   )
   return config

@@ -20,21 +20,7 @@ def get_config(argument=''):
     padding=2,
     flip=False,
   )
-  config.model.update(
-    name='msdnet',
-    num_exits=arguments.exits,
-    base=1,
-    step=1,
-    step_mode='even',
-    channels=2,
-    growth_rate=2,
-    scale_factors=(1, 2, 4),
-    bottleneck_factors=(1, 2, 4),
-    prune='max',
-    reduction=0.5,
-    bottleneck=True,
-    stem='cifar',
-  )
+  config.model.update(num_exits=arguments.exits, step_mode='even', channels=2, growth_rate=2)
   phase_one, phase_two = config.phases
   phase_one.update(epochs=3.0, schedule='cosine')
   phase_two.update(epochs=3.0, schedule='cosine')

@@ -21,6 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
+from imta_jax import models
 from imta_jax.errors import UsageError
 from imta_jax.models.densenet import num_layers
 from imta_jax.models.resnet import num_blocks
@@ -85,7 +86,8 @@ def choose(config: ConfigDict, network: str, exits: int, stem: str) -> None:
   Raises:
     UsageError: If there is no such network, or it cannot have so many exits.
   """
-  config.model.update(_model_fields(network, exits, stem))
+  fields = _model_fields(network, exits, stem)
+  config.model = ConfigDict({**models.defaults(fields['name']), **fields})
   if exits == 1:
     config.phases = config.phases[:1]
     config.phases[0].gradient_equilibrium = 'off'

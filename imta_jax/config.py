@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from imta_jax import models
 from imta_jax.errors import UsageError
 
 
@@ -45,7 +46,9 @@ def default() -> ConfigDict:
         'flip': True,  # Whether to mirror half of the training images.
         'augment_validation': False,  # The published code augments validation images too.
       },
-      'model': {'name': 'msdnet', 'dtype': 'float32'},  # Plus any field of models.create.
+      # Fields of models.create and of the architecture that it names; for another one than MSDNet,
+      # `config.model = ConfigDict(models.defaults('resnet'))`.
+      'model': models.defaults('msdnet'),
       # Whether batch statistics are over the images of all devices, not of each device, which takes
       # an exchange between devices per batch norm. Needed with few images per device.
       'global_batch_norm': True,
@@ -189,7 +192,8 @@ def validate(config: ConfigDict) -> None:
   fields = to_dict(config)
   model, phases = fields.pop('model', None), fields.pop('phases', None)
   if not isinstance(model, dict) or not isinstance(model.get('name'), str):
-    raise UsageError(f'config.model must name a model, as in {to_dict(default().model)}')
+    choices = ', '.join(models.ARCHITECTURES)
+    raise UsageError(f'config.model must have a name: choose one of {choices}')
   if not phases or not isinstance(phases, list) or not all(isinstance(p, dict) for p in phases):
     raise UsageError('config.phases is empty or no list of phases: add at least one phase')
   _check_fields(fields, default(), 'config')
@@ -338,7 +342,8 @@ def from_json(text: str) -> ConfigDict:
   phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
   dataset = {**defaults['dataset'], **plain['dataset']}
   dataset.pop('skip_damaged', None)  # A field of earlier versions.
-  return ConfigDict({**defaults, **plain, 'dataset': dataset, 'phases': phases})
+  model = {**models.defaults(plain['model']['name']), **plain['model']}
+  return ConfigDict({**defaults, **plain, 'dataset': dataset, 'model': model, 'phases': phases})
 
 
 def load_file(argument: str) -> ConfigDict:

@@ -65,11 +65,14 @@ class Predictions:
   def accuracy(self, k: int = 1) -> np.ndarray:
     """Returns the top-k accuracy per exit, as fractions [exit].
 
-    Ties and NaN logits count as wrong, so a network with constant or invalid output scores 0.
+    Of equal logits the first class ranks highest, as for argmax; NaN logits count as wrong.
     """
-    label_logits = np.take_along_axis(self.logits, self.labels[np.newaxis, :, np.newaxis], axis=-1)
-    in_top_k = (~(self.logits < label_logits)).sum(axis=-1) <= k
-    return (in_top_k & ~np.isnan(label_logits[..., 0])).mean(axis=-1)
+    labels = self.labels[:, np.newaxis]
+    label_logits = np.take_along_axis(self.logits, labels[np.newaxis], axis=-1)
+    is_before = np.arange(self.logits.shape[-1]) < labels
+    ranks_higher = (self.logits > label_logits) | (is_before & (self.logits == label_logits))
+    is_valid = ~np.isnan(self.logits).any(axis=-1)
+    return (is_valid & (ranks_higher.sum(axis=-1) < k)).mean(axis=-1)
 
   def cross_entropy(self) -> np.ndarray:
     """Returns the mean cross-entropy per exit, [exit]."""

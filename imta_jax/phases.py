@@ -26,6 +26,7 @@ class Phase:
     schedule: The learning rate of each step.
     state: The state before the first step.
     teacher: Variables of the teacher if it is the network of the previous phase; otherwise empty.
+    loaded: What was loaded from config.init_from; see `pretrained.start_from`.
     train_step: See `steps.make_train_step`.
     predict_step: See `steps.make_predict_step`.
   """
@@ -37,6 +38,7 @@ class Phase:
   schedule: optax.Schedule
   state: train_state.TrainState
   teacher: Mapping[str, Any]
+  loaded: str
   train_step: Callable
   predict_step: Callable
 
@@ -72,11 +74,11 @@ def set_up_phase(
   """
   phase = config.phases[index]
   model = networks.create_model(config, phase, num_classes)
-  variables = networks.initial_variables(model, config.seed, image_shape)
+  variables, loaded = networks.initial_variables(model, config.seed, image_shape), ''
   if predecessor is not None:
     variables = transplant(predecessor[1], variables)
   elif config.init_from is not None:
-    variables = start_from(config.init_from, variables)
+    variables, loaded = start_from(config.init_from, variables)
   num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
   schedule = train_state.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
   optimizer = train_state.create_optimizer(phase, schedule)
@@ -89,6 +91,7 @@ def set_up_phase(
     schedule=schedule,
     state=train_state.create_state(variables, phase.trained, optimizer),
     teacher=teacher,
+    loaded=loaded,
     train_step=steps.make_train_step(model, teacher_model, phase, optimizer),
     predict_step=steps.make_predict_step(model),
   )

@@ -1,9 +1,9 @@
 """Starts a network from one that was trained before, on other classes or images."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -15,30 +15,37 @@ from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import transplant
 
 
-def start_from(folder: str, fresh: Mapping[str, Any]) -> dict[str, Any]:
+def start_from(folder: str, fresh: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   """Takes the variables of a trained network whose names and shapes agree with a new one's.
+
+  Classifiers of networks with and without ISC have the rows of the embedding in common.
 
   Args:
     folder: The workdir of a run, whose last phase counts, or an export.
     fresh: Initial variables of the new network.
 
   Returns:
-    Variables with the structure of `fresh`.
+    Variables with the structure of `fresh`, and what was loaded: 'loaded 118 of 124 arrays; new:
+    params/classifiers_0/dense/kernel (128, 10), …; unused: 4 of the trained network'.
 
   Raises:
     UsageError: If the folder is neither, or nothing agrees.
   """
   donor = _load_variables(folder)
-  flat_donor, flat_fresh = flatten_dict(donor), flatten_dict(fresh)
-  if not any(
-    name in flat_donor and np.shape(flat_donor[name]) == np.shape(leaf)
-    for name, leaf in flat_fresh.items()
-  ):
+  variables = transplant(donor, fresh)
+  flat_donor, flat, flat_fresh = (flatten_dict(v, sep='/') for v in (donor, variables, fresh))
+  new = [f'{name} {leaf.shape}' for name, leaf in flat_fresh.items() if flat[name] is leaf]
+  if len(new) == len(flat_fresh):
     raise UsageError(
       f'config.init_from is {folder}, whose network has no layer in common with this one: give '
       'config.model the fields of that network'
     )
-  return transplant(donor, fresh)
+  names = textwrap.shorten(', '.join(new) or 'none', 400, placeholder=' …')
+  unused = len(flat_donor.keys() - flat.keys())
+  loaded = len(flat) - len(new)
+  return variables, (
+    f'loaded {loaded} of {len(flat)} arrays; new: {names}; unused: {unused} of the trained network'
+  )
 
 
 def _load_variables(folder):

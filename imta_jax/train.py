@@ -120,8 +120,8 @@ def _train_phase(
     steps_per_epoch=dataset.steps_per_epoch,
   )
   costs = exit_costs(phase.model, dataset.image_shape, phase.state.weights.variables)
-  if run.config.init_from is not None and not index:
-    reporter.say(f'{phase.name} starts from {run.config.init_from}, where names and shapes agree.')
+  if phase.loaded:
+    reporter.say(f'{phase.name} starts from {run.config.init_from}: {phase.loaded}.')
   reporter.overview(
     f'{phase.name}: {phase.config.loss}, trains {phase.config.trained}, {phase.num_steps:,} steps',
     costs,

@@ -1,5 +1,6 @@
 """The train state, and the optimizer that a config describes."""
 
+from collections import Counter
 from typing import Any
 
 import flax.struct
@@ -115,8 +116,10 @@ def create_schedule(
   if phase.schedule == 'cosine':
     main = optax.cosine_decay_schedule(rate, max(1, num_steps - warmup))
   else:
-    milestones = {round(fraction * num_steps) - warmup: 0.1 for fraction in phase.milestones}
-    main = optax.piecewise_constant_schedule(rate, milestones)
+    # In short phases, several milestones round to the same step.
+    drops = Counter(round(fraction * num_steps) - warmup for fraction in phase.milestones)
+    factors = {step: 0.1**count for step, count in drops.items()}
+    main = optax.piecewise_constant_schedule(rate, factors)
   return optax.join_schedules([optax.linear_schedule(0, rate, max(1, warmup)), main], [warmup])
 
 

@@ -244,7 +244,7 @@ def test_differences_are_a_line_a_field():
     'config.dataset.mean[0]: 0.5071 → 0.1',
     'config.dataset.mean[1]: 0.4865 → 0.2',
     'config.dataset.mean[2]: 0.4409 → 0.3',
-    'config.model.num_exits: None → 5',
+    'config.model.num_exits: 7 → 5',
     'config.phases[1].epochs: 180.0 → 2.0',
     'config.seed: 0 → 1',
   ]
@@ -274,6 +274,17 @@ def test_a_config_of_an_earlier_version_with_skip_damaged_is_read():
   fields['dataset']['skip_damaged'] = False
   config_lib.validate(read := config_lib.from_json(json.dumps(fields)))
   assert config_lib.to_dict(read) == config_lib.to_dict(config_lib.default())
+
+
+@pytest.mark.parametrize('fields', [{'num_exits': 3}, {'name': 'resnet', 'depth': 20}])
+def test_fields_that_json_of_an_earlier_version_lacks_get_their_defaults(fields):
+  config = config_lib.default()
+  config.model = ConfigDict({**models.defaults(fields.get('name', 'msdnet')), **fields})
+  plain = config_lib.to_dict(config)
+  old = {**plain, 'model': {'name': 'msdnet', 'dtype': 'float32', **fields}}
+  del old['profile_steps'], old['phases'][1]['shared_channels'], old['dataset']['crop']
+  read = config_lib.from_json(json.dumps(old))
+  assert config_lib.differences(config_lib.to_dict(read), config_lib.to_dict(config)) == []
 
 
 def test_parse_argument_takes_names_and_their_types():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax import networks
+from imta_jax import models, networks
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.errors import UsageError
 
@@ -77,6 +77,27 @@ def test_the_networks_of_comparison_are_trained_like_msdnet(name, argument, num_
     of_msdnet.phases[0].gradient_equilibrium = 'off'
   del config.model, of_msdnet.model
   assert config_lib.to_dict(config) == config_lib.to_dict(of_msdnet)
+
+
+@pytest.mark.parametrize(
+  ('name', 'argument'),
+  [
+    ('mnist5k', ''),
+    ('cifar10', ''),
+    ('cifar100', ''),
+    ('imagenet', ''),
+    ('cifar100', 'network=resnet-20'),
+    ('cifar100', 'network=densenet-40'),
+    ('cifar100', 'network=hydranet-1'),
+    ('imagenet', 'network=googlenet'),
+  ],
+)
+def test_every_field_of_the_network_can_be_overridden(name, argument):
+  config = load(name, argument)
+  for field in models.defaults(config.model.name):
+    config_lib.check_path(config, f'model.{field}')
+  config.model.remat = True
+  assert networks.create_model(config, config.phases[0], 100).remat
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,19 @@ import json
 import os
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from matplotlib.figure import Figure
 
+from imta_jax import models
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import budget_sweep
 from imta_jax.errors import UsageError
 from imta_jax.evaluate import (
   _ROWS,
+  SPLITS,
   Evaluation,
   Predictions,
   assess,
@@ -68,12 +71,14 @@ def test_accuracy_is_top_1_unless_told_otherwise(predictions):
   np.testing.assert_array_equal(predictions['test'].accuracy(), predictions['test'].accuracy(1))
 
 
-def test_ties_with_the_label_count_as_wrong():
-  logits = np.array([[[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]]], np.float32)
-  predictions = Predictions(logits, np.array([0, 0], np.int32))
-  np.testing.assert_array_equal(predictions.accuracy(), [0.5])
+def test_of_equal_logits_the_first_class_ranks_highest():
+  logits = np.array([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]], np.float32)
+  predictions = Predictions(logits, np.array([0, 1, 2], np.int32))
+  np.testing.assert_allclose(predictions.accuracy(), [1 / 3])
   np.testing.assert_array_equal(predictions.accuracy(2), [1])
-  np.testing.assert_array_equal(Predictions(np.zeros((1, 2, 3)), np.array([0, 1])).accuracy(), [0])
+  constant = Predictions(np.zeros((1, 4, 8)), np.array([0, 4, 5, 7]))
+  np.testing.assert_array_equal(constant.accuracy(), [0.25])
+  np.testing.assert_array_equal(constant.accuracy(5), [0.5])
 
 
 def test_logits_that_are_no_numbers_count_as_wrong():
@@ -81,6 +86,38 @@ def test_logits_that_are_no_numbers_count_as_wrong():
   logits = np.array([[[nan, nan, nan], [nan, 1.0, 0.0], [0.0, nan, 1.0], [2.0, 1.0, 0.0]]])
   predictions = Predictions(logits, np.array([0, 1, 1, 0], np.int32))
   np.testing.assert_array_equal(predictions.accuracy(), [0.25])
+  np.testing.assert_array_equal(predictions.accuracy(3), [0.25])
+
+
+def test_accuracies_in_bfloat16_are_those_of_argmax_and_of_the_budget_table(
+  random_variables, tmp_path
+):
+  model = models.create(
+    'msdnet',
+    num_exits=2,
+    step_mode='even',
+    channels=4,
+    growth_rate=4,
+    scale_factors=(1,),
+    bottleneck_factors=(1,),
+    collaboration='network',
+    dtype='bfloat16',
+  )
+  random = np.random.default_rng(0)
+  images = random.standard_normal((500, 8, 8, 3), np.float32)
+  logits = np.asarray(jax.jit(model.apply)(random_variables(model, (8, 8, 3)), images))
+  assert (np.diff(np.sort(logits)) == 0).mean() < 1e-4  # Not rounded to bfloat16.
+  # Half of the labels are right.
+  labels = np.where(random.random(500) < 0.5, logits[-1].argmax(axis=-1), random.integers(100))
+  prediction = Predictions(logits, labels)
+  accuracy = prediction.accuracy()
+  np.testing.assert_array_equal(accuracy, (logits.argmax(axis=-1) == labels).mean(axis=-1))
+  # So large a parameter sends all images to the last exit.
+  evaluation = assess('IMTA', COSTS, dict.fromkeys(SPLITS, prediction), parameters=(0.1, 1e6))
+  write_tables([evaluation], epath.Path(tmp_path))
+  exits, budget = (read_csv(epath.Path(tmp_path) / name) for name in ('exits.csv', 'budget.csv'))
+  assert budget[-1]['thresholds'] == 'inf -inf'
+  assert float(budget[-1]['test_accuracy']) == float(exits[-1]['test_top1']) == accuracy[-1]
 
 
 def test_cross_entropy_is_the_average_negative_log_likelihood(predictions):

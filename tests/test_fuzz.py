@@ -84,7 +84,15 @@ def build(plain):
   return ConfigDict({**plain, 'phases': phases})
 
 
-CONFIG_PATHS = sorted(leaves(config_lib.to_dict(config_lib.default())), key=str)
+# Without the sizes of the network, for which MODEL_FIELDS below are given small numbers.
+CONFIG_PATHS = sorted(
+  (
+    path
+    for path in leaves(config_lib.to_dict(config_lib.default()))
+    if path[0] != 'model' or path[1:] in ((), ('name',), ('dtype',))
+  ),
+  key=str,
+)
 
 
 @fuzz
@@ -228,7 +236,7 @@ CHANGES = {
   'axis': lambda state, name: state.update({name: state[name][np.newaxis]}),
   'huge': lambda state, name: state.update({name: np.broadcast_to(1.0, (10**7, 10**7))}),
 }
-HARMLESS = {'prefix', 'counter', 'double', 'fortran'}
+HARMLESS = {'counter', 'double', 'fortran'}
 
 
 @settings(max_examples=30, **FIXED)

@@ -79,6 +79,18 @@ def test_phase_two_starts_as_phase_one_ended_bit_for_bit(predecessor, phase_two)
   assert new and all('/transfer_' in name for name in new)
 
 
+def test_phase_two_starts_from_phase_one_although_phase_one_had_another_start(
+  predecessor, phase_two
+):
+  config = make_config()
+  config.init_from = 'a folder that phase II does not read'
+  phase = set_up(config, 1, predecessor)
+  jax.tree.map(
+    np.testing.assert_array_equal, phase.state.weights.variables, phase_two.state.weights.variables
+  )
+  assert not phase.loaded
+
+
 def test_exits_give_the_logits_of_phase_one_before_the_first_step(predecessor, phase_two):
   images = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
   model, variables = predecessor

@@ -79,12 +79,53 @@ def workdir(donor, tmp_path_factory):
 def test_all_but_the_last_layers_start_from_a_network_of_other_classes(source, donor, request):
   folder = str(request.getfixturevalue(source))
   fresh = initialize(create(3), 0, SHAPE)
-  started = flatten_dict(pretrained.start_from(folder, fresh), sep='/')
+  started, loaded = pretrained.start_from(folder, fresh)
+  started = flatten_dict(started, sep='/')
   donor, fresh = flatten_dict(donor, sep='/'), flatten_dict(fresh, sep='/')
   assert started.keys() == fresh.keys()
   for name, leaf in started.items():
     expected = fresh if name.startswith('params/classifiers_') else donor
     np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+  assert loaded == (
+    f'loaded {len(fresh) - 4} of {len(fresh)} arrays; new: '
+    'params/classifiers_0/dense/bias (3,), params/classifiers_0/dense/kernel (128, 3), '
+    'params/classifiers_1/dense/bias (3,), params/classifiers_1/dense/kernel (128, 3); '
+    'unused: 0 of the trained network'
+  )
+
+
+@pytest.mark.parametrize('num_exits', [1, 2, 3])
+def test_classifiers_start_from_the_embedding_rows_of_a_network_with_isc(
+  num_exits, random_variables, monkeypatch
+):
+  donor = random_variables(create(5, collaboration='network'), SHAPE)
+  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
+  fresh = initialize(create(5, num_exits=num_exits), 0, SHAPE)
+  started, loaded = pretrained.start_from('', fresh)
+  for index in range(min(num_exits, 2)):
+    dense, donors = (v['params'][f'classifiers_{index}']['dense'] for v in (started, donor))
+    np.testing.assert_array_equal(dense['kernel'], donors['kernel'][:128])
+    np.testing.assert_array_equal(dense['bias'], donors['bias'])
+  count = len(flatten_dict(fresh))
+  if num_exits == 2:
+    # ISC has a dense layer and batch norm of two arrays each, and two running statistics.
+    assert loaded.startswith(f'loaded {count} of {count} arrays; new: none; unused: 6 of')
+  elif num_exits == 3:
+    assert 'new: batch_stats/exits_2/' in loaded
+
+
+def test_embeddings_of_another_size_leave_classifiers_new(random_variables, monkeypatch):
+  # Images twice as large have embeddings four times as large.
+  donor = random_variables(create(5), (16, 16, 3))
+  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
+  small, large = (initialize(create(5), 0, (side, side, 3)) for side in (16, 32))
+  assert len(large['params']['classifiers_0']['dense']['kernel']) > 128
+  assert 'new: none' in pretrained.start_from('', small)[1]
+  started, loaded = pretrained.start_from('', large)
+  assert 'new: params/classifiers_0/dense/kernel' in loaded
+  np.testing.assert_array_equal(
+    *(tree['params']['classifiers_0']['dense']['kernel'] for tree in (started, large))
+  )
 
 
 def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
@@ -94,6 +135,7 @@ def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
   phase = set_up_phase(
     config, 0, None, num_classes=3, image_shape=SHAPE, steps_per_epoch=config.batch_size
   )
+  assert phase.loaded.startswith('loaded ')
   started = flatten_dict(phase.state.weights.variables, sep='/')
   for name, leaf in flatten_dict(donor, sep='/').items():
     if not name.startswith('params/classifiers_'):
@@ -102,7 +144,7 @@ def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
 
 def test_layers_of_another_width_keep_their_initial_values(export, donor):
   fresh = initialize(create(5, growth_rate=8), 0, SHAPE)
-  started = pretrained.start_from(str(export), fresh)
+  started, _ = pretrained.start_from(str(export), fresh)
   (stem,) = (name for name in fresh['params']['stages_0'] if name.endswith('_0'))
   np.testing.assert_array_equal(
     flatten_dict(started['params']['stages_0'][stem])[('scale_0', 'conv', 'kernel')],

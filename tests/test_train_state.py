@@ -34,6 +34,12 @@ def test_multistep_divides_the_rate_by_ten_after_each_drop():
   )
 
 
+def test_milestones_that_round_to_the_same_step_all_count():
+  phase = make_phase(learning_rate=0.1, milestones=(0.5, 0.75))  # 1.5 and 2.25 of 3 steps.
+  schedule = train_state.create_schedule(phase, num_steps=3, steps_per_epoch=3, batch_size=64)
+  np.testing.assert_allclose(rates(schedule, [0, 1, 2]), [0.1, 0.1, 0.001], rtol=1e-5)
+
+
 def test_the_papers_drops_come_after_150_and_225_epochs():
   phase = config_lib.default().phases[0]
   schedule = train_state.create_schedule(phase, 300 * 703, 703, 64)

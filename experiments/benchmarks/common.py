@@ -211,7 +211,7 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
   import torch_peer
 
   phase, fields = task.phase.config, {**config.model}
-  del fields['dtype']
+  del fields['dtype'], fields['remat']
   if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
     raise UsageError(
       "the peer implements only MSDNet with collaboration 'off' or 'network': "
@@ -222,7 +222,6 @@ def peer_network(config: ConfigDict, task: Task) -> Any:
       f'the peer runs on one device, but there are {jax.device_count()}: '
       'run training_step.py with --peers= to measure without it'
     )
-  fields.pop('remat', None)
   num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
   network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
   state = to_state_dict(task.phase.state.weights.variables, task.phase.model)

@@ -7,6 +7,7 @@ work on NumPy arrays; only `load_checkpoint` needs torch.
 
 import dataclasses
 import os
+import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ from imta_jax.errors import UsageError
 from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
 from imta_jax.models.multi_exit import MultiExitNetwork
 
-_PREFIX = 'module.'
 _COUNTER = 'num_batches_tracked'
+# Where files keep the weights that are not at the top level.
+_KEYS = ('state_dict', 'model_state_dict', 'model', 'net')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
   """Converts a published state dict to Flax variables.
 
   Args:
-    state: {published name: array}, with or without the prefix 'module.'.
+    state: {published name: array}. Prefixes that all names share are dropped, such as 'module.' of
+      DataParallel and '_orig_mod.' of torch.compile.
     model: The network: 'msdnet' with the fields of the checkpoint's network; collaboration
       'network' for a checkpoint of phase II, 'off' for one of phase I.
 
@@ -48,18 +51,20 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
     UsageError: If the checkpoint does not match the network, or has values that are no finite
       floating-point numbers.
   """
-  names = [name.removeprefix(_PREFIX) for name in state]
-  if len(set(names)) < len(names):
-    raise UsageError(f'the checkpoint has names with and without {_PREFIX!r}: keep one of both')
-  state = dict(zip(names, state.values(), strict=True))
+  while len({name.partition('.')[0] for name in state}) == 1 and all('.' in name for name in state):
+    state = {name.partition('.')[2]: value for name, value in state.items()}
   pairs = _pairs(model)
   shapes = flatten_dict(_shapes(model), sep='/')
   expected = {pair.theirs for pair in pairs} | _ignored(model)
   surplus = [name for name in state if name not in expected and not name.endswith(_COUNTER)]
   missing = [pair.theirs for pair in pairs if pair.theirs not in state]
   if missing or surplus:
-    wrong = f'it lacks {missing[0]!r}' if missing else f'it also has {surplus[0]!r}'
-    raise UsageError(f"the checkpoint does not match the network: {wrong}; fix the model's fields")
+    wrong = [f'lacks {name!r}' for name in missing[:1]]
+    wrong += [f'also has {name!r}' for name in surplus[:1]]
+    raise UsageError(
+      f"the checkpoint does not match the network: it {' and '.join(wrong)}; fix the model's "
+      'fields, or the names'
+    )
   variables = {}
   for pair in pairs:
     value = _from_torch(np.asarray(state[pair.theirs]))
@@ -124,31 +129,55 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
   """
   try:
     import torch
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
   except ImportError:
-    raise UsageError(f'reading {os.fspath(path)} requires PyTorch: pip install torch') from None
+    raise UsageError(
+      f'reading {os.fspath(path)} requires PyTorch 2.6 or later: pip install --upgrade torch'
+    ) from None
   if not os.path.exists(path):
     raise UsageError(f'checkpoint {os.fspath(path)} does not exist')
   if not os.path.isfile(path):  # Reading a pipe would wait, and of a device never end.
     raise UsageError(f'{os.fspath(path)} is not a regular file: give a checkpoint')
   try:
+    names = []
     if zipfile.is_zipfile(path):
       with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
         untrusted.check_growth(archive, file)
-    content = torch.load(path, map_location='cpu', weights_only=True)
+      names = get_unsafe_globals_in_checkpoint(path)
+    with safe_globals([(_Ignored, name) for name in names]):
+      content = torch.load(path, map_location='cpu', weights_only=True)
   except Exception as error:
     raise UsageError(
       f'{os.fspath(path)} is not a checkpoint that can be read without running code from it '
       f'({type(error).__name__}): save only the state_dict'
     ) from error
-  state = content.get('state_dict', content) if isinstance(content, dict) else {}
-  tensors = {
-    name: value
-    for name, value in (state.items() if isinstance(state, dict) else ())
-    if isinstance(name, str) and isinstance(value, torch.Tensor)
-  }
-  if not tensors:
-    raise UsageError(f'{os.fspath(path)} contains no state_dict: give the checkpoint of a network')
-  return from_state_dict({name: _to_numpy(name, t) for name, t in tensors.items()}, model)
+  content = content if isinstance(content, dict) else {}
+  for state in (*map(content.get, _KEYS), content):
+    tensors = {
+      name: _to_numpy(name, value)
+      for name, value in (state.items() if isinstance(state, dict) else ())
+      if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
+    if tensors:
+      return from_state_dict(tensors, model)
+  found = ', '.join(map(repr, content)) or 'none'
+  raise UsageError(
+    f'{os.fspath(path)} has no tensors under {", ".join(_KEYS)} or at the top level, whose keys '
+    f'are {textwrap.shorten(found, 200, placeholder=" …")}: save a state_dict'
+  )
+
+
+class _Ignored:
+  """Placeholder for the classes and functions that a checkpoint names, none of which is called.
+
+  Files with NumPy numbers or an argparse.Namespace beside the weights can thus be read.
+  """
+
+  def __init__(self, *args):
+    pass
+
+  def __setstate__(self, state):
+    pass
 
 
 def _to_numpy(name, tensor):

@@ -21,6 +21,18 @@ ARCHITECTURES = {
   'googlenet': googlenet,
   'hydranet': hydranet,
 }
+# Others are refused: float16 would need loss scaling.
+DTYPES = (jnp.dtype('float32'), jnp.dtype('bfloat16'))
+
+
+def defaults(name: str) -> dict[str, Any]:
+  """Returns the fields of `config.model` for an architecture, with their defaults.
+
+  The other arguments of `create` follow from the phase and the data.
+  """
+  parameters = inspect.signature(ARCHITECTURES[name]).parameters.values()
+  own = {p.name: p.default for p in parameters if p.kind != p.KEYWORD_ONLY}
+  return {'name': name, 'dtype': 'float32', 'remat': False, **own}
 
 
 def create(
@@ -80,10 +92,9 @@ def create(
       close = difflib.get_close_matches(field, known, 1)
       hint = f'did you mean {close[0]!r}?' if close else f'it has {", ".join(sorted(set(known)))}'
       raise ValueError(f'model {name!r} has no field {field!r}: {hint}')
-  try:
-    dtype = jnp.dtype(dtype)
-  except TypeError:
-    raise ValueError(f"dtype {dtype!r} is unknown: use 'float32' or 'bfloat16'") from None
+  if dtype not in DTYPES:
+    raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(map(str, DTYPES))}')
+  dtype = jnp.dtype(dtype)
   stages, exits = ARCHITECTURES[name](dtype=dtype, batch_norm_axis=batch_norm_axis, **fields)
   return MultiExitNetwork(
     stages=stages,

@@ -81,21 +81,20 @@ class GatedBranches(nn.Module):
     groups: [class], the group of each class, counted from 0; there is a branch per group.
     top_k: Number of branches per image.
     branch: Creates a branch, and the gate up to its scores.
-    dtype: Type of the computation.
   """
 
   groups: Sequence[int]
   top_k: int
   branch: Callable[..., Branch]
-  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps [batch, height, width, channels] to combined features [batch, width]."""
     num_branches = len(set(self.groups))
     features = self.branch(name='gate')(x, train)
-    scores = nn.Dense(num_branches, dtype=self.dtype, kernel_init=_uniform, name='scores')(features)
-    scores = scores.astype(jnp.float32)
+    # In float32, since equal scores would choose branches by their number.
+    dense = nn.Dense(num_branches, dtype=jnp.float32, kernel_init=_uniform, name='scores')
+    scores = dense(features)
     if train:
       self.sow(AUXILIARY, 'group', jax.nn.log_softmax(scores)[:, np.array(self.groups)])
     highest, chosen = jax.lax.top_k(scores, self.top_k)
@@ -242,4 +241,4 @@ def hydranet(
       Block(width, 1 if index else stride, False, False, conv_norm) for index in range(blocks)
     ]
   branch = partial(Branch, 64, blocks, conv_norm, dtype)
-  return [SingleMapStage(stem)], [GatedBranches(groups, top_k, branch, dtype)]
+  return [SingleMapStage(stem)], [GatedBranches(groups, top_k, branch)]

@@ -4,6 +4,7 @@ XLA would take minutes to compile the hundreds of random draws of a large networ
 compile.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,8 +44,9 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
   """Copies the values of a trained network into one that differs only in its last layers.
 
-  If a dense layer has more inputs than in the donor, the rows of the new inputs are zero, so that
-  the network initially computes the same function as the donor.
+  If only one of the networks has ISC, the kernels of their classifiers differ by the rows that read
+  the previous logits, which follow those of the embedding. New ones are zero, so that the network
+  initially computes the same function as the donor; those of the donor are dropped.
 
   Args:
     donor: Variables of the trained network.
@@ -55,17 +57,20 @@ def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, 
   """
   donor, fresh = (flatten_dict(variables, sep='/') for variables in (donor, fresh))
   return unflatten_dict(
-    {name: _transplant_leaf(donor.get(name), leaf) for name, leaf in fresh.items()}, sep='/'
+    {name: _transplant_leaf(name, donor.get(name), leaf) for name, leaf in fresh.items()}, sep='/'
   )
 
 
-def _transplant_leaf(donor, fresh):
+def _transplant_leaf(name, donor, fresh):
   if donor is None:
     return fresh
   if donor.shape == fresh.shape:
     return donor
-  if donor.ndim == 2 and donor.shape[1] == fresh.shape[1] and donor.shape[0] < fresh.shape[0]:
-    return np.concatenate([donor, np.zeros_like(fresh[donor.shape[0] :])])
+  is_classifier = re.fullmatch(r'params/classifiers_\d+/dense/kernel', name)
+  if is_classifier and donor.shape[1] == fresh.shape[1]:
+    width, rows = sorted((len(donor), len(fresh)))
+    if rows == 2 * width:  # Another ratio means embeddings of another size.
+      return np.concatenate([donor[:width], np.zeros_like(fresh[width:])])
   return fresh
 
 

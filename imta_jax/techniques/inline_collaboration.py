@@ -26,7 +26,8 @@ class CollaborativeClassifier(nn.Module):
       as wide as the embedding, batch norm and ReLU; the result is concatenated to the embedding.
     stop_collaboration_gradient: Whether the previous logits are constants in the backward pass, as
       in the paper; the published code does not stop the gradient.
-    dtype: Type of the computation; parameters and returned logits are float32.
+    dtype: Type of the computation up to the dense layer, which computes the logits in float32:
+      rounded to bfloat16, a percent of them would tie. Parameters are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
 
@@ -62,7 +63,7 @@ class CollaborativeClassifier(nn.Module):
     if collaborates and self.stop_collaboration_gradient:
       previous_logits = jax.lax.stop_gradient(previous_logits)
     if collaborates and self.collaboration == 'network':
-      transferred = self._dense(embedding.shape[-1], 'transfer_dense')(previous_logits)
+      transferred = self._dense(embedding.shape[-1], self.dtype, 'transfer_dense')(previous_logits)
       transferred = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
@@ -72,11 +73,11 @@ class CollaborativeClassifier(nn.Module):
         name='transfer_norm',
       )(transferred)
       embedding = jnp.concatenate([embedding, nn.relu(transferred)], axis=-1)
-    logits = self._dense(self.num_classes, 'dense')(embedding).astype(jnp.float32)
+    logits = self._dense(self.num_classes, jnp.float32, 'dense')(embedding)
     if collaborates and self.collaboration == 'identity':
       logits += previous_logits
     return logits
 
-  def _dense(self, features, name):
+  def _dense(self, features, dtype, name):
     uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # ±1/sqrt(inputs)
-    return nn.Dense(features, dtype=self.dtype, kernel_init=uniform, name=name)
+    return nn.Dense(features, dtype=dtype, kernel_init=uniform, name=name)

@@ -1,5 +1,6 @@
 """Checkpoints of the paper's published code: equal results, and round trips."""
 
+import argparse
 import os
 import re
 import sys
@@ -253,14 +254,15 @@ def test_the_imagenet_stem_has_its_bias_and_place(random_variables):
   jax.tree.map(np.testing.assert_array_equal, from_state_dict(state, model), variables)
 
 
-def test_the_prefix_changes_nothing(phase_one):
-  state, _ = phase_one
-  assert all(name.startswith('module.') for name in state)
-  model = create()
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'model.', 'net.', 'module._orig_mod.'])
+@pytest.mark.parametrize('phase', ['phase_one', 'phase_two'])
+def test_a_prefix_of_all_names_changes_nothing(request, phase, prefix):
+  state = without_prefix(request.getfixturevalue(phase)[0])
+  model = create(collaboration='network' if phase == 'phase_two' else 'off')
   jax.tree.map(
     np.testing.assert_array_equal,
+    from_state_dict({f'{prefix}{name}': value for name, value in state.items()}, model),
     from_state_dict(state, model),
-    from_state_dict(without_prefix(state), model),
   )
 
 
@@ -357,10 +359,20 @@ def test_other_floating_point_numbers_become_float32(phase_one):
       np.testing.assert_array_equal(actual, value.astype(dtype).astype(np.float32))
 
 
-def test_a_name_with_and_without_prefix_is_refused(phase_one):
-  state = phase_one[0]
-  with pytest.raises(UsageError, match="names with and without 'module.': keep one of both"):
-    from_state_dict({**state, NAME: state[f'module.{NAME}'] + 1}, create())
+def test_a_surplus_name_is_given_beside_the_missing_one(phase_one):
+  state = without_prefix(phase_one[0])
+  renamed = {name.replace(NAME, 'head.weight'): value for name, value in state.items()}
+  with pytest.raises(UsageError, match=f"it lacks '{NAME}' and also has 'head.weight'; fix"):
+    from_state_dict(renamed, create())
+  # A prefix that only some names have is not dropped.
+  with pytest.raises(UsageError, match=r"it lacks 'blocks\..* and also has 'module\.blocks"):
+    from_state_dict({**phase_one[0], NAME: state[NAME]}, create())
+
+
+@pytest.mark.parametrize('names', [[], ['x'], ['module.'], ['a.b', 'a']])
+def test_names_of_nothing_are_refused(names):
+  with pytest.raises(UsageError, match="it lacks 'blocks"):
+    from_state_dict(dict.fromkeys(names, np.ones(2)), create())
 
 
 @pytest.fixture
@@ -398,6 +410,19 @@ def test_a_file_that_is_a_bare_state_dict_is_read(torch, tmp_path, phase_one):
   jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
 
 
+@pytest.mark.parametrize('key', ['state_dict', 'model_state_dict', 'model', 'net'])
+def test_weights_are_read_beside_numpy_numbers_and_arguments(torch, tmp_path, phase_one, key):
+  state, path = phase_one[0], tmp_path / 'state.pth'
+  content = {
+    key: {name: torch.from_numpy(value) for name, value in state.items()},
+    'best_accuracy': np.float64(31),
+    'args': argparse.Namespace(data=Path('data'), rate=np.float32(0.1)),
+  }
+  torch.save(content, path)
+  loaded = load_checkpoint(path, create())
+  jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
+
+
 class Attack:
   """Unpickling it writes a file."""
 
@@ -413,7 +438,7 @@ def test_code_in_a_file_is_never_executed(torch, tmp_path, zipped):
   path, target = tmp_path / 'attack.pth', tmp_path / 'executed'
   content = {'state_dict': {}, 'attack': Attack(target)}
   torch.save(content, path, _use_new_zipfile_serialization=zipped)
-  with pytest.raises(UsageError, match='attack.pth is not a checkpoint .* without running code'):
+  with pytest.raises(UsageError, match='attack.pth (is not a checkpoint .*|has no tensors under)'):
     load_checkpoint(path, create())
   assert not target.exists()
   torch.load(path, weights_only=False)
@@ -460,8 +485,12 @@ def test_tensors_that_are_no_weights_are_refused_by_name(torch, tmp_path, phase_
 def test_a_file_without_tensors_is_refused(torch, tmp_path, content):
   path = tmp_path / 'state.pth'
   torch.save(content, path)
-  with pytest.raises(UsageError, match='state.pth contains no state_dict'):
+  with pytest.raises(
+    UsageError, match='state.pth has no tensors under state_dict, .* are '
+  ) as error:
     load_checkpoint(path, create())
+  if content == {'state_dict': 3}:
+    assert "whose keys are 'state_dict': save a state_dict" in str(error.value)
 
 
 def test_entries_that_are_no_tensors_are_passed_over(torch, tmp_path, phase_one):
@@ -500,7 +529,7 @@ def test_a_file_that_does_not_exist_is_named(torch, tmp_path):
 
 def test_without_torch_one_is_told_to_install_it(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'torch', None)
-  with pytest.raises(UsageError, match=r'x\.pth requires PyTorch: pip install torch'):
+  with pytest.raises(UsageError, match=r'x\.pth requires PyTorch 2.6 or later: pip install'):
     load_checkpoint(tmp_path / 'x.pth', create())
 
 

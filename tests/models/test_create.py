@@ -63,6 +63,10 @@ def test_fields_reach_the_network():
     ),
     ('msdnet', {'num_classes': 0}, 'num_classes 0 must be an integer above 0'),
     ('msdnet', {'num_classes': 2.0}, 'num_classes 2.0 must be an integer above 0'),
+    *(
+      ('msdnet', {'dtype': dtype}, f"dtype '{dtype}' is unknown: choose one of float32, bfloat16")
+      for dtype in ('float16', 'int32', 'complex64', 'float17')
+    ),
     ('msdnet', {'shared_channels': 1.5}, 'shared_channels 1.5 must be from 0 to 1'),
     ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
     ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
