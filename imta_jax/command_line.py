@@ -39,6 +39,7 @@ def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
     os.environ['HOME'] = home = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
+  jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:
     with _environment_errors():
       status = main()

@@ -7,6 +7,7 @@ import pwd
 import subprocess
 import sys
 
+import jax
 import pytest
 from etils import epath
 
@@ -141,6 +142,16 @@ def test_bugs_keep_their_stack_trace(error):
 def test_ctrl_c_ends_a_program_quietly(capsys):
   assert ended(lambda: fail(KeyboardInterrupt())) == 130
   assert capsys.readouterr().err == ''
+
+
+def test_jax_enable_x64_changes_no_type():
+  jax.config.update('jax_enable_x64', True)
+  try:
+    dtypes = []
+    ended(lambda: dtypes.append(jax.random.uniform(jax.random.key(0)).dtype))
+  finally:
+    jax.config.update('jax_enable_x64', False)
+  assert dtypes == ['float32']
 
 
 def test_without_a_home_caches_are_temporary(monkeypatch, tmp_path):
