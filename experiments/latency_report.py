@@ -26,6 +26,7 @@ from etils import epath
 
 from imta_jax import command_line
 from imta_jax.errors import UsageError
+from imta_jax.figures import new_figure, save_figure
 from imta_jax.workdir import write_whole
 
 NEARLY_AS_ACCURATE = 'within 0.5 points'
@@ -229,10 +230,9 @@ def _rounded(record):
 
 def write_figure(savings: Sequence[Saving], path: epath.Path, title: str) -> None:
   """Draws accuracy against multiply-adds, and against time for each batch size."""
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import LogLocator, NullFormatter
+  figure = new_figure(10, 4.4)
+  from matplotlib.ticker import LogLocator, NullFormatter  # After `new_figure`; see there.
 
-  figure = Figure(figsize=(10, 4.4), layout='constrained')
   by_madds, by_time = figure.subplots(1, 2, sharey=True)
   groups = {}
   for saving in savings:
@@ -257,9 +257,7 @@ def write_figure(savings: Sequence[Saving], path: epath.Path, title: str) -> Non
     axes.grid(alpha=0.3)
     axes.legend()
   figure.suptitle(title)
-  content = io.BytesIO()
-  figure.savefig(content, format='png', dpi=150)
-  write_whole(path, content.getvalue())
+  save_figure(figure, path)
 
 
 def _draw(axes, savings, cost, color, label):

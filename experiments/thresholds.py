@@ -8,13 +8,11 @@ exit rules, and one of thresholds that promise to lose little accuracy.
 """
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from benchmarks import common
 from etils import epath
-from matplotlib.figure import Figure
 
 from imta_jax import command_line, evaluate
 from imta_jax import workdir as layout
@@ -22,6 +20,7 @@ from imta_jax.adaptive import policy
 from imta_jax.adaptive.calibration import fit_temperatures
 from imta_jax.adaptive.engine import RULES, Validation
 from imta_jax.adaptive.engine.promise import safe_thresholds
+from imta_jax.figures import new_figure, save_figure
 
 _SHARES_OF_COST = (0.25, 0.5, 0.75)
 _MAX_LOSSES, _CONFIDENCES = (0.005, 0.01, 0.02), (0.9, 0.95)
@@ -192,7 +191,7 @@ def _answers(scores, correct, point):
 
 def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -> None:
   """Draws accuracy against budget, and below it the gain on test images with its interval."""
-  figure = Figure(figsize=(6.4, 6.0), layout='constrained')
+  figure = new_figure(6.4, 6.0)
   above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
   budgets = [record['budget'] / 1e6 for record in records]
   for kind, color in zip(_KINDS, ('tab:red', 'tab:blue'), strict=True):
@@ -213,9 +212,7 @@ def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -
   )
   for axes in (above, below):
     axes.grid(alpha=0.3)
-  content = io.BytesIO()
-  figure.savefig(content, format='png', dpi=150)
-  layout.write_whole(path, content.getvalue())
+  save_figure(figure, path)
 
 
 def page(

@@ -1,55 +1,99 @@
 """What several command lines share: types of arguments, the network to run, errors in one line."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import os
+import shutil
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from imta_jax.adaptive.engine import DEFAULT_RULE, MANIFEST, RULES, AdaptiveClassifier
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
+
+# That of a program that SIGPIPE ends.
+_SIGPIPE_STATUS = 141
 
 
-def run(main: Callable[[], int | None]) -> None:
-  """Runs a program and exits with its status; bad input exits with one line and status 2."""
-  ignore_pillow_warnings()
+def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
+  """Runs a program and exits with its status; errors that a user can fix are one line.
+
+  Args:
+    main: The program; returns its status, or exits with it.
+    usage_status: The status after a UsageError.
+  """
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # Closed, as by >&-.
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+    getattr(sys, name).reconfigure(errors='backslashreplace')
+  if os.path.expanduser('~') == '~':
+    os.environ['HOME'] = home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
+  warnings.filterwarnings('ignore', module='PIL')  # They do not name the file; errors do.
+  jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:
-    with checked_output():
+    with _environment_errors():
       status = main()
     sys.exit(status)
   except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-
-
-def ignore_pillow_warnings() -> None:
-  """Hides warnings that do not name the file; what matters becomes an ImageError."""
-  warnings.filterwarnings('ignore', module='PIL')
+    print(f'error: {printable(str(error))}', file=sys.stderr)
+    sys.exit(usage_status)
+  except BrokenPipeError:
+    _discard_output()
+    sys.exit(_SIGPIPE_STATUS)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
 
 
 @contextlib.contextmanager
-def checked_output() -> Iterator[None]:
-  """Says in one line that standard output goes to a full disk.
-
-  Raises:
-    UsageError: If it does.
-  """
+def _environment_errors() -> Iterator[None]:
+  """Raises a UsageError for what libraries raise: a full disk, unknown schemes, no devices."""
   try:
-    yield
-    sys.stdout.flush()
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
       raise
-    # Python would fail again when it ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     raise UsageError(f'the output cannot be written ({error.strerror}): make room') from error
+  except KeyError as error:
+    if not str(error).endswith("://'"):
+      raise
+    raise UsageError(
+      f'{error.args[0]} is an unknown scheme: give a folder, or a path in a bucket with gs://'
+    ) from error
+  except (AssertionError, RuntimeError) as error:
+    try:
+      jax.local_devices()
+    except Exception as reason:
+      raise UsageError(
+        f'JAX finds no device for JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")} '
+        f'({first_line(reason)}): unset it, or install JAX and drivers for that device'
+      ) from error
+    raise
+
+
+def _discard_output() -> None:
+  """Spares Python, which flushes standard output when it ends, a second failure."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+  """Escapes line breaks, control characters and bytes of file names that are no text."""
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,13 +121,13 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> Any:
   )
   limits.add_argument(
     '--max_loss',
-    type=positive(float),
+    type=fraction,
     help='by how much the accuracy may lie below that of the last exit, for example 0.01, on '
     'images like the validation images; see docs/thresholds.md',
   )
   parser.add_argument(
     '--confidence',
-    type=positive(float),
+    type=fraction,
     default=0.95,
     help='the probability with which --max_loss is kept; default: %(default)s',
   )
@@ -116,6 +160,13 @@ def positive(number: type) -> Callable[[str], Any]:
 
   parse.__name__ = f'positive {number.__name__}'  # For argparse's messages.
   return parse
+
+
+def fraction(text: str) -> float:
+  """An argparse type: numbers above 0 and below 1."""
+  if not 0 < (value := float(text)) < 1:
+    raise ValueError
+  return value
 
 
 def list_of(parse_item: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -20,6 +20,7 @@ from imta_jax.adaptive.engine import untrusted
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
+from imta_jax.figures import new_figure, save_figure
 from imta_jax.workdir import read_whole, write_csv, write_whole
 
 SPLITS = ('validation', 'test')
@@ -278,9 +279,7 @@ def write_figure(
     title: Heading of the figure.
     labels: What the legend calls each network.
   """
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+  figure = new_figure(6.4, 4.4)
   axes = figure.add_subplot()
   unit, unit_name = 1e6, 'million'
   for evaluation, label in zip(evaluations, labels, strict=True):
@@ -312,6 +311,4 @@ def write_figure(
     axes.set_ylim(middle - _SMALLEST_SPAN / 2, min(100, middle + _SMALLEST_SPAN / 2))
   axes.grid(alpha=0.3)
   axes.legend(loc='lower right')
-  content = io.BytesIO()
-  figure.savefig(content, format='png', dpi=150)
-  write_whole(path, content.getvalue())
+  save_figure(figure, path)

@@ -7,13 +7,15 @@ Run the same command again to resume; a finished run is only re-evaluated.
 """
 
 import collections
+import hashlib
 import importlib.util
 import logging as std_logging
 import os
 import re
-import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 from absl import app, flags, logging
@@ -37,8 +39,13 @@ _COORDINATOR = flags.DEFINE_string(
   None,
   'host:port of the first host. Only needed if the environment does not announce a cluster.',
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of hosts.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Number of hosts; 1 runs alone, whatever the environment announces.'
+)
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this host, counted from 0.')
+
+# After which a process that waits for others says so, and after which it gives up.
+_QUIET_SECONDS, _JOIN_SECONDS = 5, 300
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,21 +62,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_workdir(name: str) -> epath.Path:
-  """Returns the path of a workdir; absolute, as checkpoints need it.
-
-  Raises:
-    UsageError: If its scheme is unknown.
-  """
+  """Returns the path of a workdir; absolute, as checkpoints need it."""
   if '://' not in name:
     return epath.Path(os.path.abspath(name))
   if importlib.util.find_spec('tensorflow'):  # It reads and writes buckets.
     import_tensorflow()
-  try:
-    return epath.Path(name)
-  except KeyError as error:
-    raise UsageError(
-      f'--workdir={name} has an unknown scheme: give a folder, or a path in a bucket with gs://'
-    ) from error
+  return epath.Path(name)
 
 
 def join_cluster(
@@ -78,27 +76,53 @@ def join_cluster(
   """Connects the hosts of a run, which are given by flags or announced by the environment.
 
   Cloud TPU, SLURM and Open MPI announce their hosts; elsewhere, several hosts need all three flags.
+  `num_processes` 1 runs alone, whatever the environment announces.
 
   Raises:
     UsageError: If only some of the flags are given.
   """
+  if num_processes == 1:
+    return
   given = [coordinator_address, num_processes, process_id]
   if any(value is not None for value in given) and None in given:
     raise UsageError(
       'set all three of --coordinator_address, --num_processes and --process_id, or none'
     )
+  joined = threading.Event()
+  threading.Thread(target=_watch_join, args=(joined,), daemon=True).start()
   try:
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator_address, num_processes, process_id, initialization_timeout=2 * _JOIN_SECONDS
+    )
   except ValueError as error:
     if 'coordinator_address' in str(error):
       return  # No cluster was found: this is the only host.
     raise
+  finally:
+    joined.set()
   # On CPU devices, several hosts deadlock if many steps are in flight.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
+def _watch_join(joined: threading.Event) -> None:
+  """Reports that a process waits for others, and ends it with one line where JAX would abort."""
+  if joined.wait(_QUIET_SECONDS):
+    return
+  variables = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_COORDINATOR_ADDRESS')
+  found = [f'{name}={os.environ[name]}' for name in variables if name in os.environ]
+  cluster = ', '.join(found) or 'as the flags or the cluster say'
+  hint = f'start all processes of this run ({cluster}), or run alone with --num_processes=1'
+  print(f'waiting for other processes: {hint}', file=sys.stderr, flush=True)
+  if not joined.wait(_JOIN_SECONDS):
+    late = f'error: other processes did not come within {_JOIN_SECONDS} seconds: {hint}'
+    print(late, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def default_workdir(arguments: Sequence[str]) -> str:
   """Returns a folder in runs/ named after the config file, its argument and its overrides.
+
+  A name that is too long ends in a hash of its whole.
 
   Args:
     arguments: The command-line arguments.
@@ -110,7 +134,11 @@ def default_workdir(arguments: Sequence[str]) -> str:
       parts.insert(0, epath.Path(path).stem + (f'-{config_argument}' if config_argument else ''))
     elif name.startswith('config.'):
       parts.append(f'{name.removeprefix("config.")}={value}')
-  return 'runs/' + re.sub(r'[^\w.,=-]+', '_', '-'.join(parts))
+  overrides = '-'.join(parts)
+  name = re.sub(r'[^\w.,=-]+', '_', overrides)
+  if len(os.fsencode(name)) > 200:  # File systems allow 255 bytes, a character takes up to 4.
+    name = f'{name[:50]}-{hashlib.sha256(os.fsencode(overrides)).hexdigest()[:12]}'
+  return f'runs/{name}'
 
 
 def flag_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -173,14 +201,10 @@ def _first_line(error: Exception) -> str:
 def run() -> None:
   """Runs the program; invalid input exits with a one-line message and status 1."""
   logging.set_verbosity(logging.WARNING)
-  command_line.ignore_pillow_warnings()
   # Reports what became of operations that Orbax abandons after an error.
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:
-    with command_line.checked_output():
-      app.run(main, flags_parser=parse_flags)
-  except UsageError as error:
-    sys.exit(f'error: {error}')
+    command_line.run(partial(app.run, main, flags_parser=parse_flags), usage_status=1)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
@@ -191,8 +215,6 @@ def run() -> None:
       flush=True,
     )
     os._exit(1)  # Leaving the cluster in order would wait for the other host.
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

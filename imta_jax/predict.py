@@ -13,8 +13,6 @@ import collections
 import contextlib
 import itertools
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +32,7 @@ from imta_jax.command_line import (
   describe,
   open_classifier,
   positive,
+  printable,
 )
 from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import EXTENSIONS, ImageError, find_images, read_image
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   for path, outcome in classify_files(classifier, find_images(options.images), options.batch_size):
     if isinstance(outcome, ImageError):
       num_unreadable += 1
-      print(f'error: {path}: {outcome}', file=sys.stderr)
+      print(printable(f'error: {path}: {outcome}'), file=sys.stderr)
     else:
       answer = describe(*outcome, classifier.class_names, options.top)
       exits[answer['exit']] += 1
@@ -141,12 +140,19 @@ def _write_json(path, answer):
   print(json.dumps({'file': path, **answer}))
 
 
+class _Console(Console):
+  """A console whose broken pipe ends the program as any other does."""
+
+  def on_broken_pipe(self):
+    raise BrokenPipeError
+
+
 class _Table:
   """Writes a line per image; columns are as wide as the longest class name."""
 
   def __init__(self, class_names: Sequence[str], top: int):
-    self._console = Console(highlight=False, soft_wrap=True)
-    self._width = max(map(cell_len, class_names))
+    self._console = _Console(highlight=False, soft_wrap=True)
+    self._width = max(cell_len(printable(name)) for name in class_names)
     columns = ('class', *['next'] * (min(top, len(class_names)) - 1))
     header = '  '.join(set_cell_size(column, self._width + 8) for column in columns)
     self._console.print(Text(f'exit  {header}  file', 'bold'))
@@ -155,14 +161,13 @@ class _Table:
     first, *others = map(self._cell, answer['top'])
     line = Text(f'{answer["exit"]:4}  {first}')
     line.append(''.join(f'  {other}' for other in others), 'dim')
-    # File names need not be valid text.
-    line.append('  ' + os.fsencode(path).decode(errors='backslashreplace'))
+    line.append(f'  {printable(path)}')
     self._console.print(line)
 
   def _cell(self, candidate):
     probability = candidate['probability']
     percent = 'nan' if probability is None else f'{probability:.2%}'
-    return f'{set_cell_size(candidate["class"], self._width)} {percent:>7}'
+    return f'{set_cell_size(printable(candidate["class"]), self._width)} {percent:>7}'
 
 
 def _summarize(exits, num_unreadable, seconds):
@@ -176,12 +181,5 @@ def _summarize(exits, num_unreadable, seconds):
   )
 
 
-def run() -> None:
-  """The program."""
-  if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that stops early, as `head` does.
-  command_line.run(main)
-
-
 if __name__ == '__main__':
-  run()
+  command_line.run(main)

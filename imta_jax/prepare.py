@@ -20,6 +20,7 @@ from imta_jax.data import arrays
 from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
+from imta_jax.files import size_and_time
 
 # What to do if a folder could not be written to its end.
 MEND = 'make room, delete what is there and run the command again'
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   with layout.accessing(folder, MEND):
     parts = arrays.write(config.dataset, dataset.arrays, folder)
   for part in parts:
-    size = sum(path.stat().length for path in part.iterdir())
+    size = sum(size_and_time(path)[0] for path in part.iterdir())
     print(f'{part}  {size / 1e6:.1f} MB')
 
 

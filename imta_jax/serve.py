@@ -5,7 +5,8 @@
     curl -F file=@digits/7/0.png -F file=@digits/4/0.png 'localhost:8000/predict?budget=2e6'
 
 POST /predict   an image, or several as multipart/form-data; budget= (multiply-adds) or
-                latency_ms=, both averages per image, apply to this request alone
+                latency_ms=, both averages per image, or max_loss=, with the probability
+                --confidence, apply to this request alone
 GET  /health    200 once the network is compiled
 GET  /metrics   for Prometheus
 
@@ -75,6 +76,7 @@ class Limits:
       client to read its answer, in seconds each.
     overload_budget: Average multiply-adds per image for requests that name no budget, while more
       than half of max_queue is pending. None changes no budget.
+    confidence: The probability with which max_loss= of a request is kept.
   """
 
   max_batch: int = 64
@@ -85,6 +87,7 @@ class Limits:
   max_connections: int = 512
   max_wait: float = 30.0
   overload_budget: float | None = None
+  confidence: float = 0.95
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,6 +207,8 @@ class _Service:
     del app
     limits = self._limits
     await asyncio.to_thread(self._classifier.compile, limits.max_batch)
+    if (validation := self._classifier.validation) is not None:
+      _ = validation.loss_counts  # Takes long once, then max_loss= takes no time.
     self._costs = await asyncio.to_thread(self._classifier.measure_costs)
     self._batcher = Batcher(
       self._classifier, limits.max_batch, limits.max_delay_ms / 1000, self._batch_sizes.observe
@@ -309,7 +314,7 @@ class _Service:
 
   def _find_thresholds(self, name, limit):
     if name == 'max_loss':
-      return self._classifier.thresholds_losing(limit)
+      return self._classifier.thresholds_losing(limit, self._limits.confidence)
     costs = self._classifier.madds if name == 'budget' else 1000 * self._costs
     return self._classifier.thresholds_within(limit, costs)
 

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError, first_line
+from imta_jax.files import size_and_time
 
 # Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
 _LARGEST = 2**34
@@ -246,7 +247,7 @@ def read_whole(path: epath.Path, mend: str) -> bytes:
   if os.path.exists(path) and not os.path.isfile(path):
     raise UsageError(f'{path} is not a regular file: {mend}')
   try:
-    if (size := path.stat().length) > _LARGEST:
+    if (size := size_and_time(path)[0]) > _LARGEST:
       raise UsageError(f'{path} is too large ({size:,} bytes): {mend}')
     return path.read_bytes()
   except file_errors() as error:

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import jax
 import pytest
 from absl.testing import flagsaver
 from etils import epath
@@ -25,7 +27,6 @@ BAD_INPUT = [
   ([MNIST, 'extra'], ["'extra'", '--help']),
   (['--confg=x.py'], ["'confg'", 'config']),
   ([MNIST, '--workdr=x'], ["'workdr'", 'workdir']),
-  ([MNIST, '--workdir=foo://bar'], ['foo://bar', 'unknown scheme', 'gs://']),
   ([MNIST, '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
   ([MNIST, '--config.zzz=3'], ['config.zzz', 'batch_size', 'seed']),
   ([MNIST, '--config.dataset.nme=x'], ['config.dataset.nme', "'name'"]),
@@ -258,6 +259,38 @@ def test_default_workdirs_of_different_overrides_differ():
   ]
   workdirs = [main.default_workdir(['--config=configs/mnist5k.py', *line]) for line in lines]
   assert len(set(workdirs)) == len(lines)
+
+
+def test_long_default_workdirs_are_cut_and_differ():
+  line = [f'--config.phases[{n}].weight_decay=0.000{n}' for n in range(9)]
+  lines = [line, [*line[:-1], line[-1] + '1'], line[:-1], ['--config.name=' + '𝟏' * 99]]
+  workdirs = [main.default_workdir(['--config=configs/mnist5k.py', *line]) for line in lines]
+  assert len(set(workdirs)) == len(lines)
+  assert all(len(os.fsencode(workdir)) < 250 for workdir in workdirs)
+  assert workdirs[0].startswith('runs/mnist5k-phases_0_.weight_decay=0.0000-phases_1_')
+  assert main.default_workdir(['--config=configs/mnist5k.py', *line]) == workdirs[0]
+
+
+def test_one_process_runs_alone_whatever_the_environment_announces(monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **options: calls.append(args))
+  main.join_cluster(None, 1, None)
+  assert not calls
+
+
+def test_who_waits_for_other_processes_says_so_and_gives_up(monkeypatch, capsys):
+  ended = threading.Event()
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **options: ended.wait(20))
+  monkeypatch.setattr(main, '_QUIET_SECONDS', 0.01)
+  monkeypatch.setattr(main, '_JOIN_SECONDS', 0.01)
+  monkeypatch.setattr(os, '_exit', lambda status: ended.set())
+  monkeypatch.setenv('SLURM_NTASKS', '4')
+  main.join_cluster(None, None, None)
+  hint = 'start all processes of this run (SLURM_NTASKS=4), or run alone with --num_processes=1'
+  assert capsys.readouterr().err.splitlines() == [
+    f'waiting for other processes: {hint}',
+    f'error: other processes did not come within 0.01 seconds: {hint}',
+  ]
 
 
 def in_a_process(tmp_path, *arguments, **variables):

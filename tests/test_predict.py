@@ -102,6 +102,16 @@ def test_a_table_has_a_line_an_image(run, folder, classifier):
   assert '2: ' in errors
 
 
+def test_a_line_break_in_a_name_breaks_no_line(run, folder, classifier, monkeypatch):
+  (folder / '00.png').rename(folder / 'a\n\x1b[2Jb.png')
+  (folder / 'c\n.png').touch()
+  monkeypatch.setattr(classifier, 'class_names', [f'{name}\n' for name in NAMES])
+  _, output, errors = run(folder)
+  assert len(output.splitlines()) == 1 + len(IMAGES)
+  assert '/a\\n\\x1b[2Jb.png\n' in output and 'ant\\n ' in output
+  assert f'error: {folder}/c\\n.png: ' in errors and '\x1b' not in output + errors
+
+
 @pytest.mark.parametrize('batch_size', [2, 256])
 def test_unreadable_files_are_named_and_the_others_answered(batch_size, run, folder):
   (folder / '03.png').write_bytes(b'no image')
@@ -169,6 +179,8 @@ def test_reading_keeps_a_bounded_distance(classifier, monkeypatch):
     (['network', 'x', '--rule=hope'], 'invalid choice'),
     (['network', 'x', '--phase=0'], 'positive int'),
     (['network', 'x', '--format=xml'], "'xml'"),
+    (['network', 'x', '--max_loss=1'], "invalid fraction value: '1'"),
+    (['network', 'x', '--confidence=95'], "invalid fraction value: '95'"),
   ],
 )
 def test_wrong_arguments_have_status_2(arguments, expected, capsys):
@@ -194,10 +206,30 @@ def test_the_program_is_light_and_tells_by_its_status(tmp_path):
   program = (
     'import sys; from imta_jax import predict; '
     "heavy = {'tensorflow', 'flax', 'orbax', 'matplotlib', 'optax'} & set(sys.modules); "
-    'assert not heavy, heavy; predict.run()'
+    'assert not heavy, heavy; predict.command_line.run(predict.main)'
   )
   command = [sys.executable, '-c', program, str(tmp_path), 'x.png']
   process = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert process.returncode == 2, process.stderr
   assert process.stderr.startswith('error: ')
   assert process.stderr.count('\n') == 1
+
+
+def test_a_broken_pipe_inside_a_library_does_not_end_the_program():
+  """Event loops wake up through a socket, whose other end may be gone after an error."""
+  program = """
+import runpy, socket
+from imta_jax import command_line, errors
+def open_classifier(*arguments, **choices):
+  end, other_end = socket.socketpair()
+  other_end.close()
+  try:
+    end.send(b'x')
+  except OSError:
+    raise errors.UsageError('refused') from None
+command_line.open_classifier = open_classifier
+runpy.run_module('imta_jax.predict', run_name='__main__')
+"""
+  command = [sys.executable, '-c', program, 'network', 'x.png']
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert (result.returncode, result.stderr) == (2, 'error: refused\n')

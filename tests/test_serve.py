@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import gc
+import gzip
 import io
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -15,7 +17,13 @@ import pytest
 from PIL import Image
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, Answers, OperatingPoint, runner
+from imta_jax.adaptive.engine import (
+  AdaptiveClassifier,
+  Answers,
+  OperatingPoint,
+  Validation,
+  runner,
+)
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
@@ -287,15 +295,93 @@ def jax_compilations_logged():
     jax.config.update('jax_log_compiles', False)
 
 
-def test_a_promise_holds_for_a_request(client_of, network, monkeypatch):
-  monkeypatch.setattr(network, 'thresholds_losing', lambda limit: np.float32([2 - 4 * limit, 0]))
+@pytest.mark.parametrize(
+  'option',
+  [
+    ('--budget', 12.0),
+    ('--latency', 1e4),
+    ('--max_loss', 0.05),
+    ('--confidence', 1 - 1e-12),
+    ('--rule', 'margin'),
+    ('--overload_budget', 12.0),
+  ],
+)
+def test_options_of_a_request_combine_with_those_of_the_command_line(
+  option, tiny_export, monkeypatch
+):
+  small = AdaptiveClassifier.load(tiny_export)
+  # The first exit errs for one image in 100, of which it is less sure.
+  is_hard = np.arange(900) % 100 == 0
+  scores = np.where(is_hard, np.float32(0.9), np.float32(0.99))
+  opened, apps = [], []
+
+  def open_classifier(folder, rule=None, phase=None, sweep=None, **limits):
+    del folder, phase, sweep
+    opened.append(
+      AdaptiveClassifier(
+        small.stages,
+        small.weights,
+        (0.5, -np.inf),
+        small.image,
+        madds=small.madds,
+        rule=rule or 'top_probability',
+        operating_points=[
+          OperatingPoint((-np.inf, -np.inf), (1.0, 0.0), 0.5),
+          OperatingPoint((0.6, -np.inf), (0.5, 0.5), 0.9),
+        ],
+        validation=Validation(np.stack([scores] * 2), np.stack([~is_hard, scores > 0])),
+        class_names=small.class_names,
+        batch_sizes=(1,),
+      ).choose(**limits)
+    )
+    return opened[0]
+
+  monkeypatch.setattr(serve, 'set_up_compilation_cache', lambda: None)
+  monkeypatch.setattr(serve, 'open_classifier', open_classifier)
+  monkeypatch.setattr(serve.Server, 'run', lambda server: apps.append(server.config.app))
+  name, value = option
+  serve.main(['network', f'{name}={value!r}'.replace("'", '')])
+  (network,), (app,) = opened, apps
+  confidence = value if name == '--confidence' else 0.95
+  expected = {
+    '': network.thresholds,
+    '?budget=12': (-np.inf, -np.inf),
+    '?latency_ms=1e7': (0.6, -np.inf),
+    '?max_loss=0.05': network.thresholds_losing(0.05, confidence),
+  }
+  images = np.random.default_rng(0).integers(0, 256, (20, *small.image.shape), np.uint8)
 
   async def scenario():
-    async with client_of() as client:
-      for query, exit in (('?max_loss=0.01', 2), ('?max_loss=0.5', 1)):
-        assert (await post(client, 0, query)).json()['exit'] == exit
+    async with app.router.lifespan_context(app):
+      transport = httpx.ASGITransport(app)
+      async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+        for query, thresholds in expected.items():
+          answers = network.predict(images, np.asarray(thresholds, np.float32))
+          for index, image in enumerate(images):
+            response = await post(client, query=query, content=png(image))
+            assert response.json()['exit'] == answers.exits[index] + 1
 
   asyncio.run(scenario())
+  assert (expected['?max_loss=0.05'][0] > 0) == (name == '--confidence')
+
+
+def test_new_values_of_max_loss_do_not_hold_up_others(network, monkeypatch):
+  random = np.random.default_rng(0)
+  validation = Validation(random.random((2, 50_000), np.float32), random.random((2, 50_000)) < 0.9)
+  monkeypatch.setattr(network, 'validation', validation)
+  app = serve.create_app(network)
+
+  async def scenario():
+    async with app.router.lifespan_context(app):
+      transport = httpx.ASGITransport(app)
+      async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+        start = time.perf_counter()
+        for number in range(20):
+          query = f'?max_loss={0.01 + number / 1000}'
+          assert (await post(client, query=query, content=b'garbage')).status_code == 422
+        return time.perf_counter() - start
+
+  assert asyncio.run(scenario()) < 0.5
 
 
 def test_budgets_hold_for_a_request_alone(client_of):
@@ -348,10 +434,24 @@ REFUSED = {
     422,
     'b.png: cannot be read',
   ),
-  'a form without files': (
-    {'data': {'budget': '3e6'}, 'files': {'a': b''}, 'content': None, 'headers': {}},
-    400,
-    'fields',
+  'a field beside a file': (
+    {'data': {'budget': '3e6'}, 'files': {'a': PNGS[0]}, 'content': None, 'headers': {}},
+    422,
+    "part 'budget' of the form has no filename=: send files alone, and options like budget= in the",
+  ),
+  'a file name in another encoding': (
+    {
+      'content': b'--x\r\nContent-Disposition: form-data; name="f"; filename*=UTF-8\'\'x.png'
+      b'\r\n\r\n@\r\n--x--\r\n',
+      'headers': {'Content-Type': 'multipart/form-data; boundary=x'},
+    },
+    422,
+    "part 'f' of the form has no filename=",
+  ),
+  'a compressed body': (
+    {'content': gzip.compress(PNGS[0]), 'headers': {**PNG, 'Content-Encoding': 'gzip'}},
+    415,
+    "content encoding 'gzip': send the file as it is",
   ),
   'a form that is none': (
     {'headers': {'Content-Type': 'multipart/form-data; boundary=x'}},

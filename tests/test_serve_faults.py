@@ -478,6 +478,16 @@ def test_a_client_that_does_not_read_is_disconnected(port):
       connection.sendall(request)
 
 
+@pytest.mark.parametrize('num_requests', [1, 3])
+def test_a_client_that_closes_its_writing_side_gets_its_answers(num_requests, port):
+  with connected(port) as connection:
+    connection.sendall((head(len(GOOD)) + GOOD) * num_requests)
+    connection.shutdown(socket.SHUT_WR)
+    start = time.monotonic()
+    assert read_all(connection).count(b'"label"') == 4 * num_requests  # One, and each of its top.
+  assert time.monotonic() - start < WAIT
+
+
 def test_connections_are_bounded(port):
   with contextlib.ExitStack() as stack:
     connections = [stack.enter_context(connected(port)) for _ in range(8)]

@@ -8,11 +8,11 @@ import ablation
 import numpy as np
 import report
 from etils import epath
-from matplotlib.figure import Figure
 from runs import Run, Runs, main
 
 from imta_jax import evaluate
 from imta_jax import workdir as layout
+from imta_jax.figures import new_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def write(
   Returns:
     The path of the figure.
   """
-  figure = Figure(figsize=(6.4, 4.8), layout='constrained')
+  figure = new_figure(6.4, 4.8)
   axes = figure.add_subplot()
   records = []
   for curve in curves:

@@ -10,10 +10,10 @@ import numpy as np
 import report
 import runs
 from etils import epath
-from matplotlib.figure import Figure
 
 from imta_jax import command_line
 from imta_jax import workdir as layout
+from imta_jax.figures import new_figure
 
 EXITS = (4, 6, 8)
 RUNS = [
@@ -36,7 +36,7 @@ def validation_curve(chosen: runs.Runs, run: str) -> tuple[np.ndarray, np.ndarra
 
 def write(chosen: runs.Runs, output: epath.Path) -> str:
   """Writes the figure, and returns its path."""
-  figure = Figure(figsize=(10, 3.6), layout='constrained')
+  figure = new_figure(10, 3.6)
   records = []
   for exits, axes in zip(EXITS, figure.subplots(1, len(EXITS), sharey=True), strict=True):
     for label, run, color in (('baseline', 'none', 'red'), ('GE', 'GE+ISC+OFA', 'black')):

@@ -13,9 +13,9 @@ import runs
 import scipy.stats
 import table_2
 from etils import epath
-from matplotlib.figure import Figure
 
 from imta_jax import command_line
+from imta_jax.figures import new_figure
 
 WITHOUT, WITH = f'{table_2.FOLDER}/none', f'{table_2.FOLDER}/ISC'
 RUNS = [run for run in table_2.RUNS if run.name in (WITHOUT, WITH)]
@@ -35,7 +35,7 @@ def confidence_ranks(probabilities: np.ndarray) -> np.ndarray:
 
 def write(chosen: runs.Runs, output: epath.Path) -> str:
   """Writes the figure of the first seed, and the correlations of all."""
-  figure = Figure(figsize=(8.4, 4.4), layout='constrained')
+  figure = new_figure(8.4, 4.4)
   records = []
   panels = zip((WITHOUT, WITH), ('without ISC', 'with ISC'), ('blue', 'red'), strict=True)
   for axes, (run, label, color) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):

@@ -1,18 +1,18 @@
 """Tables and figures of trained runs beside the paper's numbers."""
 
 import dataclasses
-import io
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
 from etils import epath
-from matplotlib.figure import Figure
 from runs import Runs
 
 from imta_jax import workdir as layout
+from imta_jax.figures import save_figure
 from imta_jax.workdir import write_csv, write_whole
 
 
@@ -188,7 +188,7 @@ def write_figure(
   output: epath.Path,
   name: str,
   title: str,
-  figure: Figure,
+  figure: Any,
   records: Sequence[dict[str, object]],
   about: str,
 ) -> str:
@@ -205,9 +205,7 @@ def write_figure(
   Returns:
     The path of the PNG file.
   """
-  content = io.BytesIO()
-  figure.savefig(content, format='png', dpi=150)
-  write_whole(output / f'{name}.png', content.getvalue())
+  save_figure(figure, output / f'{name}.png')
   write_csv(output / f'{name}.csv', records)
   write_whole(output / 'README.md', f'# {title}\n\n![{title}]({name}.png)\n\n{about}'.encode())
   return str(output / f'{name}.png')

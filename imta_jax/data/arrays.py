@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from imta_jax.compilation_cache import cache_folder
 from imta_jax.errors import UsageError
+from imta_jax.files import size_and_time
 
 SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')
@@ -58,7 +59,7 @@ def load(dataset: ConfigDict) -> Arrays | None:
   folder = _cache_folder(dataset)
   try:
     record = json.loads((folder / 'record.json').read_text())
-    if record['stamp'] != _stamp(epath.Path(record['source'])):
+    if record['stamp'] != list(size_and_time(epath.Path(record['source']))):
       return None
     return _read_parts(folder, record)
   except _READ_ERRORS:
@@ -99,7 +100,7 @@ def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
       part = epath.Path(temporary) / 'arrays'
-      write(dataset, arrays, part, {'source': str(source), 'stamp': _stamp(source)})
+      write(dataset, arrays, part, {'source': str(source), 'stamp': size_and_time(source)})
       shutil.rmtree(folder, ignore_errors=True)
       os.replace(part, folder)
   except OSError as error:
@@ -197,8 +198,3 @@ def _cache_folder(dataset: ConfigDict) -> epath.Path:
   key.append(data_dir and os.path.abspath(os.path.expanduser(data_dir)))
   digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
   return cache_folder('data') / f'{dataset.name.replace("/", "_").replace(":", "_")}-{digest}'
-
-
-def _stamp(path: epath.Path) -> list[float]:
-  stat = path.stat()
-  return [stat.mtime, stat.length]

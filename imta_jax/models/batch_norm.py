@@ -135,7 +135,7 @@ def _sums(*values: jax.Array) -> Sequence[jax.Array]:
   axes = tuple(range(values[0].ndim - 1))
 
   def add(*values, axes=axes):
-    return jax.lax.reduce(values, (0.0,) * len(values), _add, axes)
+    return jax.lax.reduce(values, (np.float32(0),) * len(values), _add, axes)
 
   def add_images(*values):
     # XLA adds term by term on CPUs, which loses precision in long sums: two decimal digits if all

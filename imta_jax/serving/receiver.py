@@ -74,12 +74,18 @@ class Receiver:
       raise HTTPException(408, late, {'Connection': 'close'}) from error
 
   async def _files(self, request, tail):
+    if encoding := request.headers.get('content-encoding', '').strip():
+      raise HTTPException(415, f'content encoding {encoding!r}: send the file as it is')
     content_type = request.headers.get('content-type', '')
     kind = content_type.lower()
     if kind.startswith('multipart/form-data'):
       try:
-        async with request.form(max_files=self._max_files, max_fields=0) as form:
+        async with request.form(max_files=self._max_files) as form:
           items = form.multi_items()
+          for field, value in items:
+            if isinstance(value, str):
+              expected = 'send files alone, and options like budget= in the URL'
+              raise HTTPException(422, f'part {field!r} of the form has no filename=: {expected}')
           files = [(file.filename or field, await file.read()) for field, file in items]
       except FormParserError as error:  # Which older versions of Starlette let through.
         raise HTTPException(400, f'the form is damaged: {error}') from error

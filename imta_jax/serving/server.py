@@ -67,6 +67,7 @@ class _Connection(H11Protocol):
     self._max_connections, self._max_seconds = max_connections, max_seconds
     self._waiting_for_request: asyncio.TimerHandle | None = None
     self._waiting_for_reader: asyncio.TimerHandle | None = None
+    self._half_closed = False  # The client sends no more, but reads its answers.
 
   def connection_made(self, transport):
     super().connection_made(transport)
@@ -79,9 +80,16 @@ class _Connection(H11Protocol):
     _cancel(self._waiting_for_reader)
     super().connection_lost(exc)
 
+  def eof_received(self):
+    """Keeps the connection open until the requests that have arrived are answered."""
+    self._half_closed = True
+    return not self._is_idle() and not self.cycle.more_body
+
   def on_response_complete(self):
     self._wait_for_request(self._max_seconds)
     super().on_response_complete()
+    if self._half_closed and self._is_idle():
+      self.timeout_keep_alive_handler()
 
   def pause_writing(self):
     self._waiting_for_reader = self.loop.call_later(self._max_seconds, self.transport.abort)

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import pwd
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from etils import epath
 
 from imta_jax import config as config_lib
+from imta_jax import prepare
 from imta_jax.compilation_cache import cache_folder
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
@@ -171,6 +174,18 @@ def test_a_source_of_another_size_and_the_same_time_is_read_again(stored):
   finally:
     source.write_bytes(content)
     os.utime(source, (times.st_atime, times.st_mtime))
+
+
+def test_data_sets_of_unknown_owners_are_read_and_written(stored, tmp_path, monkeypatch, capsys):
+  config, folder = stored
+  monkeypatch.delattr(pwd, 'getpwuid')
+  assert arrays.load(config.dataset) is not None
+  shutil.rmtree(folder)
+  open_dataset(config)
+  assert arrays.load(config.dataset) is not None
+  monkeypatch.setenv('TFDS_DATA_DIR', str(config.dataset.data_dir))
+  prepare.main(['--config=configs/mnist5k.py', str(tmp_path / 'arrays')])
+  assert capsys.readouterr().out.endswith(' MB\n')
 
 
 @pytest.fixture

@@ -67,6 +67,15 @@ def test_given_statistics_are_applied(relu):
     np.testing.assert_allclose(y, np.maximum(expected, 0) if relu else expected, atol=1e-5)
 
 
+def test_types_do_not_depend_on_x64():
+  operands = jax.tree.map(jnp.asarray, (MAPS, SCALE, BIAS))
+  expected = batch_norm(*operands, True, None)
+  with jax.enable_x64(True):
+    results = batch_norm(*operands, True, None)
+  jax.tree.map(np.testing.assert_array_equal, results, expected)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(results)} == {'float32'}
+
+
 def test_statistics_over_devices_are_those_of_the_whole_batch_in_one_exchange():
   def loss(maps, axis_name):
     results, *_ = batch_norm(maps, SCALE, BIAS, True, axis_name)

@@ -13,6 +13,7 @@ temperatures of the rule 'calibrated'. Watch the exits' shares: if they drift, v
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -39,6 +40,17 @@ class Validation:
   scores: np.ndarray
   correct: np.ndarray
 
+  @functools.cached_property
+  def loss_counts(self) -> np.ndarray:
+    """Number of images with a loss of -1, 0 and 1, [level, 3]; see `loses_less`."""
+    num_exits, num_images = self.scores.shape
+    counts = []
+    for level in LEVELS.astype(np.float32):
+      exits = choose_exits(self.scores, np.full(num_exits, level))
+      losses = self.correct[-1].astype(int) - self.correct[exits, np.arange(num_images)]
+      counts.append(np.bincount(losses + 1, minlength=3))
+    return np.array(counts)
+
 
 def safe_thresholds(validation: Validation, max_loss: float, confidence: float) -> np.ndarray:
   """The loosest thresholds whose accuracy is promised to lie close to the last exit's.
@@ -59,19 +71,13 @@ def safe_thresholds(validation: Validation, max_loss: float, confidence: float) 
   for name, value in (('max_loss', max_loss), ('confidence', confidence)):
     if not 0 < value < 1:
       raise ValueError(f'{name} is {value}: it must be above 0 and below 1')
-  num_exits = len(validation.scores)
-  chosen = np.inf
-  for level in LEVELS.astype(np.float32):
-    exits = choose_exits(validation.scores, np.full(num_exits, level))
-    correct = validation.correct[exits, np.arange(len(exits))]
-    losses = validation.correct[-1].astype(int) - correct
-    if not loses_less(losses, max_loss, confidence):
-      break
-    chosen = level
-  return np.array([chosen] * (num_exits - 1) + [-np.inf], np.float32)
+  accepted = loses_less(validation.loss_counts, max_loss, confidence)
+  num_accepted = np.append(accepted, False).argmin()
+  chosen = LEVELS[num_accepted - 1] if num_accepted else np.inf
+  return np.array([chosen] * (len(validation.scores) - 1) + [-np.inf], np.float32)
 
 
-def loses_less(losses: np.ndarray, max_loss: float, confidence: float) -> bool:
+def loses_less(counts: np.ndarray, max_loss: float, confidence: float) -> np.ndarray:
   """Tests whether the expected loss is below a bound.
 
   Whoever bets a fraction s of their capital against each image's loss L, at odds that are fair if
@@ -82,15 +88,14 @@ def loses_less(losses: np.ndarray, max_loss: float, confidence: float) -> bool:
   Ramdas, 2023). No assumption is made on the distribution of losses.
 
   Args:
-    losses: [image], -1, 0 or 1, of independent images.
+    counts: [..., 3], number of independent images with a loss of -1, 0 and 1.
     max_loss: The bound.
     confidence: The probability of not being wrong if the expected loss is not below the bound.
 
   Returns:
-    Whether the test says that it is.
+    [...], whether the test says that it is.
   """
-  values, counts = np.unique(losses, return_counts=True)
   stakes = _STAKES / (1 - max_loss)
-  logs = np.log1p(stakes[:, np.newaxis] * (max_loss - values)) @ counts
-  capital = np.logaddexp.reduce(logs) - np.log(len(stakes))
-  return bool(capital >= -np.log1p(-confidence))
+  logs = counts @ np.log1p(stakes * (max_loss - np.array([[-1], [0], [1]])))
+  capital = np.logaddexp.reduce(logs, axis=-1) - np.log(len(stakes))
+  return capital >= -np.log1p(-confidence)
