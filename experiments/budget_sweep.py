@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 
 from imta_jax import command_line, evaluate
-from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS
 from imta_jax.errors import UsageError
+from imta_jax.training import workdir as layout
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,7 +102,7 @@ def networks(
     return
   # These are slow to import and not needed for finished runs.
   from imta_jax.data.pipeline import open_dataset
-  from imta_jax.networks import predict_splits, restore_network
+  from imta_jax.training.networks import predict_splits, restore_network
 
   dataset = open_dataset(config)
   for index in indices:

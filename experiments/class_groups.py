@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from imta_jax import command_line, evaluate
-from imta_jax import workdir as layout
 from imta_jax.command_line import positive
 from imta_jax.errors import UsageError
 from imta_jax.models.class_groups import class_groups
+from imta_jax.training import workdir as layout
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,16 +28,17 @@ from etils import epath
 from latency_report import NEARLY_AS_ACCURATE, Timing, report, write_timings
 from ml_collections import ConfigDict
 
-from imta_jax import command_line, evaluate, networks
-from imta_jax import workdir as layout
+from imta_jax import command_line, evaluate
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 from imta_jax.adaptive.engine.compiler import compiler_options
 from imta_jax.command_line import list_of, positive
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.data.preprocess import normalize
 from imta_jax.errors import UsageError
+from imta_jax.runtime import set_up_compilation_cache
+from imta_jax.training import networks
+from imta_jax.training import workdir as layout
 
 ALL_EXITS, AS_ACCURATE = 'all exits', 'as accurate'
 

@@ -27,7 +27,7 @@ from etils import epath
 from imta_jax import command_line
 from imta_jax.errors import UsageError
 from imta_jax.figures import new_figure, save_figure
-from imta_jax.workdir import write_whole
+from imta_jax.files import write_whole
 
 NEARLY_AS_ACCURATE = 'within 0.5 points'
 

@@ -33,9 +33,9 @@ import numpy as np
 from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier, Answers
 from imta_jax.command_line import open_classifier, positive
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import find_images, read_image
 from imta_jax.errors import UsageError
+from imta_jax.runtime import set_up_compilation_cache
 
 _SECONDS_TO_START, _SECONDS_TO_STOP = 300, 60
 _SECONDS_BEFORE_RETRY = 0.05

@@ -29,12 +29,13 @@ from benchmarks import common, limits
 from ml_collections import ConfigDict
 from planning import counts, targets
 
-from imta_jax import command_line, steps
+from imta_jax import command_line
 from imta_jax import config as config_lib
 from imta_jax.command_line import list_of, positive
 from imta_jax.data import in_memory, streamed
 from imta_jax.errors import UsageError
-from imta_jax.packing import pack
+from imta_jax.training import steps
+from imta_jax.training.packing import pack
 
 
 @dataclasses.dataclass(frozen=True)

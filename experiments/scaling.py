@@ -29,9 +29,8 @@ from benchmarks import common
 from etils import epath
 from planning.targets import CHIPS
 
-from imta_jax import command_line
+from imta_jax import command_line, files
 from imta_jax import config as config_lib
-from imta_jax import workdir as layout
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 
@@ -104,10 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   plans = {path: json.loads(epath.Path(path).read_text()) for path in options.plans}
   steps = extrapolate(list(plans.values()), options.slices, options.gradient_bytes)
   text = page(steps, plans, options)
-  layout.write_csv(
+  files.write_csv(
     epath.Path(options.output) / 'scaling.csv', [dataclasses.asdict(s) for s in steps]
   )
-  layout.write_whole(epath.Path(options.output) / 'README.md', text.encode())
+  files.write_whole(epath.Path(options.output) / 'README.md', text.encode())
   print(text)
 
 

@@ -26,8 +26,7 @@ import orbax.checkpoint as ocp
 from benchmarks import common
 from etils import epath
 
-from imta_jax import command_line
-from imta_jax import workdir as layout
+from imta_jax import command_line, files
 from imta_jax.command_line import positive
 
 _ROOT = Path(__file__).parents[1]
@@ -99,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       if len(kills) == options.kills:
         break
   folder = epath.Path(options.output)
-  layout.write_csv(folder / 'kills.csv', [dataclasses.asdict(kill) for kill in kills])
+  files.write_csv(folder / 'kills.csv', [dataclasses.asdict(kill) for kill in kills])
   text = _page(kills, differences, num_aside, duration, options)
-  layout.write_whole(folder / 'README.md', text.encode())
+  files.write_whole(folder / 'README.md', text.encode())
   print(text)
   return 1 if differences else 0
 

@@ -14,13 +14,13 @@ import numpy as np
 from benchmarks import common
 from etils import epath
 
-from imta_jax import command_line, evaluate
-from imta_jax import workdir as layout
+from imta_jax import command_line, evaluate, files
 from imta_jax.adaptive import policy
 from imta_jax.adaptive.calibration import fit_temperatures
 from imta_jax.adaptive.engine import RULES, Validation
 from imta_jax.adaptive.engine.promise import safe_thresholds
 from imta_jax.figures import new_figure, save_figure
+from imta_jax.training import workdir as layout
 
 _SHARES_OF_COST = (0.25, 0.5, 0.75)
 _MAX_LOSSES, _CONFIDENCES = (0.005, 0.01, 0.02), (0.9, 0.95)
@@ -84,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   }
   output = epath.Path(options.output) if options.output else folder / 'thresholds'
   records = compare_sweeps(splits, madds)
-  layout.write_csv(output / 'sweeps.csv', records)
+  files.write_csv(output / 'sweeps.csv', records)
   rules = compare_rules(splits, madds)
-  layout.write_csv(output / 'rules.csv', rules)
+  files.write_csv(output / 'rules.csv', rules)
   promises = compare_promises(splits, madds)
-  layout.write_csv(output / 'promises.csv', promises)
+  files.write_csv(output / 'promises.csv', promises)
   draw(records, config.dataset.name, output / 'sweeps.png')
   text = page(records, rules, promises, config.dataset.name, splits, options)
-  layout.write_whole(output / 'README.md', text.encode())
+  files.write_whole(output / 'README.md', text.encode())
   print(text)
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from imta_jax import command_line, prepare
-from imta_jax import workdir as layout
+from imta_jax import command_line, files, prepare
 from imta_jax.data.arrays import SPLITS
 
 
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   folder = epath.Path(options.folder)
   _, dataset = prepare.open_for(options.config, folder)
   images, labels = dataset.arrays.images[options.split], dataset.arrays.labels[options.split]
-  with layout.accessing(folder, prepare.MEND):
+  with files.accessing(folder, prepare.MEND):
     count = write(folder, images, labels, dataset.class_names, options.per_class)
   print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
 

@@ -21,7 +21,7 @@ from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.figures import new_figure, save_figure
-from imta_jax.workdir import read_whole, write_csv, write_whole
+from imta_jax.files import read_whole, write_csv, write_whole
 
 SPLITS = ('validation', 'test')
 

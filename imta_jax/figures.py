@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from imta_jax.workdir import write_whole
+from imta_jax.files import write_whole
 
 
 def new_figure(width: float, height: float) -> Any:

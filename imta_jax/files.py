@@ -1,8 +1,94 @@
-"""Files, local or in buckets."""
+"""Files that may come from elsewhere, local or in buckets, read and written whole."""
 
+import contextlib
+import csv
+import io
 import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
+
+from imta_jax.errors import UsageError, first_line
+
+# Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
+_LARGEST = 2**34
+
+_MAKE_ROOM = (
+  'make room, correct its permissions or choose another place, then run the same command again'
+)
+
+
+def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with the same fields as a table."""
+  table = io.StringIO()
+  writer = csv.DictWriter(table, rows[0], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_whole(path, table.getvalue().encode())
+
+
+def read_whole(path: epath.Path, mend: str) -> bytes:
+  """Reads a file that may come from elsewhere.
+
+  Args:
+    path: The file.
+    mend: What to do if it cannot be used, for the message.
+
+  Raises:
+    UsageError: If it is not a regular file, is too large or cannot be read.
+  """
+  # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise UsageError(f'{path} is not a regular file: {mend}')
+  try:
+    if (size := size_and_time(path)[0]) > _LARGEST:
+      raise UsageError(f'{path} is too large ({size:,} bytes): {mend}')
+    return path.read_bytes()
+  except file_errors() as error:
+    raise UsageError(f'{path} cannot be read ({reason_of(error)}): {mend}') from error
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+  """Writes a file atomically: it is complete or absent.
+
+  Raises:
+    UsageError: If it cannot be written.
+  """
+  part = path.with_name(path.name + '.part')
+  with accessing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(content)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def accessing(path: epath.Path, mend: str = _MAKE_ROOM) -> Iterator[None]:
+  """Says in one line what could not be read or written inside, as on a full disk.
+
+  Args:
+    path: What is read or written.
+    mend: What to do, for the message.
+
+  Raises:
+    UsageError: If the file system fails.
+  """
+  try:
+    yield
+  except file_errors() as error:
+    raise UsageError(f'{path} cannot be read or written ({reason_of(error)}): {mend}') from error
+
+
+def file_errors() -> tuple[type[Exception], ...]:
+  """Returns what file systems raise; buckets raise TensorFlow's errors, once it is imported."""
+  tensorflow = sys.modules.get('tensorflow')
+  return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+
+
+def reason_of(error: Exception) -> str:
+  """Returns what an error of a file system says, on one line."""
+  return getattr(error, 'strerror', None) or first_line(error)
 
 
 def size_and_time(path: epath.Path) -> tuple[int, int]:

@@ -22,11 +22,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from imta_jax import command_line, train
+from imta_jax import command_line
 from imta_jax import config as config_lib
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.errors import UsageError
-from imta_jax.import_tensorflow import import_tensorflow
+from imta_jax.runtime import import_tensorflow, set_up_compilation_cache
+from imta_jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, optionally with arguments after a colon.', lock_config=True
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--config is missing: pass a config file, as in --config=configs/mnist5k.py')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  train.train_and_evaluate(
+  loop.train_and_evaluate(
     _CONFIG.value, open_workdir(_WORKDIR.value or default_workdir(sys.argv[1:]))
   )
 

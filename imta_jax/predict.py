@@ -34,9 +34,9 @@ from imta_jax.command_line import (
   positive,
   printable,
 )
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import EXTENSIONS, ImageError, find_images, read_image
 from imta_jax.errors import UsageError
+from imta_jax.runtime import set_up_compilation_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

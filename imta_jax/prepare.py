@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax import command_line
+from imta_jax import command_line, files
 from imta_jax import config as config_lib
-from imta_jax import workdir as layout
 from imta_jax.data import arrays
 from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.pipeline import open_dataset
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   folder = epath.Path(options.folder)
   config, dataset = open_for(options.config, folder)
-  with layout.accessing(folder, MEND):
+  with files.accessing(folder, MEND):
     parts = arrays.write(config.dataset, dataset.arrays, folder)
   for part in parts:
     size = sum(size_and_time(path)[0] for path in part.iterdir())

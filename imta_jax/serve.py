@@ -47,9 +47,9 @@ from imta_jax.command_line import (
   open_classifier,
   positive,
 )
-from imta_jax.compilation_cache import set_up_compilation_cache
 from imta_jax.data.image_files import MAX_PIXELS, ImageError, read_image
 from imta_jax.errors import UsageError
+from imta_jax.runtime import set_up_compilation_cache
 from imta_jax.serving.batcher import Batcher
 from imta_jax.serving.decoder import Decoder
 from imta_jax.serving.receiver import Receiver

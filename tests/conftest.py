@@ -11,13 +11,16 @@ from etils import epath
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, Validation
 from imta_jax.models.initial_values import initialize
 
-# Tests compile much and run little.
+# Tests compile much and run little. Programs that they start share the cache of compiled programs.
+_COMPILED = Path(__file__).parents[1] / '.pytest_cache/compiled'
 jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_compilation_cache_dir', str(_COMPILED))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 def pytest_collection_modifyitems(items):
   """Puts the file that takes longest first, beside which the others run."""
-  items.sort(key=lambda item: item.path.name != 'test_train.py')
+  items.sort(key=lambda item: item.path.name != 'test_loop.py')
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -25,6 +28,8 @@ def cache(tmp_path_factory):
   """Keeps what the package stores between runs out of the user's folders."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(_COMPILED))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     yield
 
 

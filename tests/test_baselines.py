@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from imta_jax import baselines, devices, networks, steps
+from imta_jax import baselines, runtime
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
-from imta_jax.packing import unpack
-from imta_jax.phases import set_up_phase
+from imta_jax.training import networks, steps
+from imta_jax.training.packing import unpack
+from imta_jax.training.phases import set_up_phase
 
 SHAPE = (8, 8, 3)
 
@@ -126,7 +127,7 @@ def test_both_phases_train_a_network_with_exits(network):
       config, index, predecessor, num_classes=3, image_shape=SHAPE, steps_per_epoch=10
     )
     step = steps.on_devices(phase.train_step, (None, None, 0))
-    after = step(devices.replicate(phase.state), devices.replicate(phase.teacher), batch)
+    after = step(runtime.replicate(phase.state), runtime.replicate(phase.teacher), batch)
     return phase.model, phase.state, after
 
   model, before, after = take_a_step(0, None)

@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from imta_jax import command_line
-from imta_jax.compilation_cache import cache_folder
 from imta_jax.errors import UsageError
+from imta_jax.runtime import cache_folder
 
 PROGRAM = """
 import sys

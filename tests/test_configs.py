@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax import models, networks
+from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.errors import UsageError
+from imta_jax.training import networks
 
 FOLDER = Path(__file__).parents[1] / 'configs'
 

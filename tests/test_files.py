@@ -5,7 +5,7 @@ import pwd
 
 from etils import epath
 
-from imta_jax import workdir
+from imta_jax import files
 from imta_jax.files import size_and_time
 
 
@@ -20,5 +20,5 @@ def test_size_and_time(tmp_path, monkeypatch):
 def test_workdirs_of_unknown_owners_are_read(tmp_path, monkeypatch):
   monkeypatch.delattr(pwd, 'getpwuid')
   path = epath.Path(tmp_path) / 'config.json'
-  workdir.write_whole(path, b'{}')
-  assert workdir.read_whole(path, 'fix it') == b'{}'
+  files.write_whole(path, b'{}')
+  assert files.read_whole(path, 'fix it') == b'{}'

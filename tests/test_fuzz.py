@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
-from imta_jax import models, networks, train_state
+from imta_jax import models
 from imta_jax.adaptive.engine import RULES, AdaptiveClassifier, manifest_checksum
 from imta_jax.adaptive.policy import (
   budget_sweep,
@@ -27,6 +27,7 @@ from imta_jax.adaptive.policy import (
 )
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import from_state_dict, to_state_dict
+from imta_jax.training import networks, train_state
 
 # The same examples at every run.
 FIXED = {

@@ -11,10 +11,11 @@ import pytest
 from absl.testing import flagsaver
 from etils import epath
 
-from imta_jax import checkpoint, main, train
 from imta_jax import config as config_lib
-from imta_jax import workdir as layout
+from imta_jax import main
 from imta_jax.errors import UsageError
+from imta_jax.training import checkpoint, loop
+from imta_jax.training import workdir as layout
 
 ROOT = Path(__file__).parents[1]
 # ml_collections loads config files so.
@@ -102,7 +103,7 @@ def refusal(call):
 def trained(call, monkeypatch):
   """A function that returns the config and the workdir that a command line would train."""
   calls = []
-  monkeypatch.setattr(train, 'train_and_evaluate', lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(loop, 'train_and_evaluate', lambda *arguments: calls.append(arguments))
 
   def arguments_of(*arguments):
     call(*arguments)

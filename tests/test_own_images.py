@@ -37,7 +37,6 @@ def environment(tmp_path_factory):
   return {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
     'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',  # Compiling takes longer than running here.
     'XLA_FLAGS': '',
   }

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax import devices, phases, steps, train_state
-from imta_jax.compilation_cache import set_up_compilation_cache
+from imta_jax import runtime
 from imta_jax.data import image_folder
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
 from imta_jax.models.multi_exit import MultiExitNetwork
-from imta_jax.packing import pack
+from imta_jax.runtime import set_up_compilation_cache
+from imta_jax.training import phases, steps, train_state
+from imta_jax.training.packing import pack
 
 # Number of training images, before any are held out for validation, and number of classes.
 DATASETS = {
@@ -81,7 +82,7 @@ class Task:
       self.phase.train_step, draw, dtype=self.phase.model.dtype, one_step=on_cpu
     )
     loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
-    return loop, *devices.replicate((self.phase.state, pack(self.phase.teacher))), source
+    return loop, *runtime.replicate((self.phase.state, pack(self.phase.teacher))), source
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:

@@ -20,10 +20,11 @@ import common
 import jax
 import numpy as np
 
-from imta_jax import command_line, devices, evaluate, steps
+from imta_jax import command_line, evaluate, runtime
 from imta_jax import config as config_lib
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep, optimal_sweep
 from imta_jax.errors import UsageError
+from imta_jax.training import steps
 
 
 def main() -> None:
@@ -110,7 +111,7 @@ def main() -> None:
 def ours(task: common.Task) -> Callable[[int], None]:
   """Returns a function that predicts a given number of batches."""
   predict = steps.on_devices(task.phase.predict_step, (None, 0))
-  weights = devices.replicate(task.phase.state.weights)
+  weights = runtime.replicate(task.phase.state.weights)
   mask = np.ones((jax.local_device_count(), len(task.images) // jax.device_count()), bool)
   batch = {**task.batch, 'mask': mask}
   return lambda count: evaluate.predict(predict, weights, itertools.repeat(batch, count))

@@ -7,7 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 
 from imta_jax.models.convolution import convolve, convolve_pair
-from imta_jax.phases import Phase
+from imta_jax.training.phases import Phase
 
 
 def work(phase: Phase, batch_size: int, image_shape: tuple[int, int, int]) -> dict[str, float]:

@@ -11,8 +11,8 @@ from etils import epath
 from runs import Run, Runs, main
 
 from imta_jax import evaluate
-from imta_jax import workdir as layout
 from imta_jax.figures import new_figure
+from imta_jax.training import workdir as layout
 
 
 @dataclasses.dataclass(frozen=True)

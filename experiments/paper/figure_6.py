@@ -12,8 +12,8 @@ import runs
 from etils import epath
 
 from imta_jax import command_line
-from imta_jax import workdir as layout
 from imta_jax.figures import new_figure
+from imta_jax.training import workdir as layout
 
 EXITS = (4, 6, 8)
 RUNS = [

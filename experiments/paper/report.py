@@ -11,9 +11,9 @@ import scipy.stats
 from etils import epath
 from runs import Runs
 
-from imta_jax import workdir as layout
 from imta_jax.figures import save_figure
-from imta_jax.workdir import write_csv, write_whole
+from imta_jax.files import write_csv, write_whole
+from imta_jax.training import workdir as layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from imta_jax import command_line, evaluate
+from imta_jax import command_line, evaluate, files
 from imta_jax import config as config_lib
-from imta_jax import workdir as layout
 from imta_jax.errors import UsageError
+from imta_jax.training import workdir as layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +152,7 @@ def main(
   output = epath.Path(known.output or folder / name)
   for run in runs:
     content = (chosen.workdir(run.name, 0) / 'config.json').read_bytes()
-    layout.write_whole(output / 'configs' / f'{run.name.replace("/", "_")}.json', content)
+    files.write_whole(output / 'configs' / f'{run.name.replace("/", "_")}.json', content)
   print(write(chosen, output))
 
 

@@ -15,9 +15,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax.compilation_cache import cache_folder
 from imta_jax.errors import UsageError
 from imta_jax.files import size_and_time
+from imta_jax.runtime import cache_folder
 
 SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')

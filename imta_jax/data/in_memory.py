@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax import devices
+from imta_jax import runtime
 from imta_jax.data import preprocess
 from imta_jax.data.arrays import Arrays
 from imta_jax.data.dataset import Batch, Dataset, check_labels, shuffle_number
@@ -60,17 +60,17 @@ class InMemoryDataset(Dataset):
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}
     self.steps_per_epoch = self.num_images['train'] // config.batch_size
     self._plan_epoch = jax.jit(
-      partial(plan_epoch, config, self.num_images['train']), out_shardings=devices.replicated()
+      partial(plan_epoch, config, self.num_images['train']), out_shardings=runtime.replicated()
     )
     self._prepare = jax.pmap(
       partial(_prepare, config),
-      axis_name=devices.AXIS,
+      axis_name=runtime.AXIS,
       in_axes=(0, None, 0),
       static_broadcasted_argnums=3,
     )
 
   def train_reader(self, phase: int, first_step: int) -> Callable[[int], tuple[jax.Array, ...]]:
-    images, labels = devices.replicate((self.arrays.images['train'], self.arrays.labels['train']))
+    images, labels = runtime.replicate((self.arrays.images['train'], self.arrays.labels['train']))
     epoch, plan = None, None
 
     def read(step):
@@ -78,7 +78,7 @@ class InMemoryDataset(Dataset):
       if epoch != step // self.steps_per_epoch:
         epoch = step // self.steps_per_epoch
         plan = self._plan_epoch(np.int32(shuffle_number(phase, epoch)))
-      return images, labels, plan, devices.numbers()
+      return images, labels, plan, runtime.device_numbers()
 
     return read
 
@@ -98,10 +98,10 @@ class InMemoryDataset(Dataset):
         'mask': np.arange(batch_size) < len(labels[part]),
       }
       batch = {
-        name: array.reshape(jax.device_count(), -1, *array.shape[1:])[devices.numbers()]
+        name: array.reshape(jax.device_count(), -1, *array.shape[1:])[runtime.device_numbers()]
         for name, array in batch.items()
       }
-      yield self._prepare(devices.numbers(), np.int32(start), batch, augments)
+      yield self._prepare(runtime.device_numbers(), np.int32(start), batch, augments)
 
   def fingerprint(self) -> int:
     checksum = zlib.crc32(repr(list(self.class_names)).encode())
@@ -124,7 +124,7 @@ def draw_batch(config: ConfigDict, source: tuple[jax.Array, ...], step: jax.Arra
     The batch of this device.
   """
   images, labels, plan, device = source
-  per_device = config.batch_size // jax.lax.axis_size(devices.AXIS)
+  per_device = config.batch_size // jax.lax.axis_size(runtime.AXIS)
   position = step % (len(plan[0]) // config.batch_size)
   start = position * config.batch_size + device * per_device
   indices, corners, mirrored = (

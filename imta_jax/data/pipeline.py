@@ -17,11 +17,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from imta_jax import hang_watch
+from imta_jax import runtime
 from imta_jax.data import image_folder, tfds_files
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError, first_line
-from imta_jax.import_tensorflow import import_tensorflow
+from imta_jax.runtime import import_tensorflow
 
 _TFDS_FOLDER = '~/tensorflow_datasets'  # The default of TFDS.
 
@@ -60,7 +60,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
 def _first_host_first() -> Iterator[None]:
   """Lets other hosts wait for the first one, which prepares what is missing where they share it."""
   if jax.process_index():
-    with hang_watch.paused():
+    with runtime.watchdog_paused():
       multihost_utils.sync_global_devices('data set opened')
   yield
   if jax.process_index() == 0 and jax.process_count() > 1:
@@ -163,7 +163,7 @@ def _prepared_builder(dataset: ConfigDict) -> Any:
     if not sys.stderr.isatty():
       tfds.disable_progress_bar()
     try:
-      with hang_watch.paused():
+      with runtime.watchdog_paused():
         builder.download_and_prepare()
     except Exception as error:
       raise UsageError(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax import devices
+from imta_jax import runtime
 from imta_jax.data import preprocess
 from imta_jax.data.dataset import Batch, Dataset, check_labels
 from imta_jax.errors import UsageError
@@ -58,8 +58,8 @@ class StreamedDataset(Dataset):
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
     self.steps_per_epoch = steps_per_epoch(num_images['train'], config)
     self._steps_per_stack = config.steps_per_dispatch or 1
-    self._send = jax.pmap(lambda batch: batch, axis_name=devices.AXIS)
-    self._normalize = jax.pmap(self._normalize_batch, axis_name=devices.AXIS)
+    self._send = jax.pmap(lambda batch: batch, axis_name=runtime.AXIS)
+    self._normalize = jax.pmap(self._normalize_batch, axis_name=runtime.AXIS)
 
   def train_reader(self, phase: int, first_step: int) -> Callable[[int], dict[str, jax.Array]]:
     stacks = self._send_ahead(self._train_stacks(phase, first_step))

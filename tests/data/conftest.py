@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from imta_jax import config as config_lib
-from imta_jax import devices
+from imta_jax import runtime
 from imta_jax.data.pipeline import open_dataset
 
 
@@ -154,7 +154,7 @@ def train_batches():
 
   def batches(dataset, first_step, phase=0):
     axes = (dataset.source_axes, None)
-    draw = jax.pmap(dataset.draw, axis_name=devices.AXIS, in_axes=axes)
+    draw = jax.pmap(dataset.draw, axis_name=runtime.AXIS, in_axes=axes)
     read = dataset.train_reader(phase, first_step)
     for step in itertools.count(first_step):
       yield draw(read(step), np.int32(step))

@@ -16,10 +16,10 @@ from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax import prepare
-from imta_jax.compilation_cache import cache_folder
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
+from imta_jax.runtime import cache_folder
 
 
 @pytest.fixture

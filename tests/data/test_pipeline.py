@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax import hang_watch
+from imta_jax import runtime
 from imta_jax.data import image_folder, pipeline
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
@@ -134,7 +134,7 @@ def pauses(monkeypatch):
     events.append('pauses')
     yield
 
-  monkeypatch.setattr(hang_watch, 'paused', paused)
+  monkeypatch.setattr(runtime, 'watchdog_paused', paused)
   return events
 
 

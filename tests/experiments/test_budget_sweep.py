@@ -9,11 +9,11 @@ import pytest
 from etils import epath
 
 from imta_jax import config as config_lib
-from imta_jax import networks
-from imta_jax import workdir as layout
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.errors import UsageError
 from imta_jax.evaluate import SPLITS, Predictions, assess, save_predictions, write_tables
+from imta_jax.training import networks
+from imta_jax.training import workdir as layout
 
 PATH = Path(__file__).parents[2] / 'experiments' / 'budget_sweep.py'
 

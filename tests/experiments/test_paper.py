@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from imta_jax import workdir as layout
 from imta_jax.errors import UsageError
+from imta_jax.training import workdir as layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments/paper'))
 import figure_6

@@ -9,9 +9,9 @@ from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate
-from imta_jax import workdir as layout
 from imta_jax.errors import UsageError
 from imta_jax.models.class_groups import class_groups
+from imta_jax.training import workdir as layout
 
 RANDOM = np.random.default_rng(0)
 SCRIPT = Path(__file__).parents[2] / 'experiments' / 'class_groups.py'

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from imta_jax import config as config_lib
-from imta_jax import devices, models, steps, train_state
+from imta_jax import models, runtime
 from imta_jax.adaptive.cost import count_madds, exit_costs
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 from imta_jax.models.hydranet import Branch, block_size, plan_blocks
 from imta_jax.models.initial_values import initialize
 from imta_jax.models.layers import ConvNorm
+from imta_jax.training import steps, train_state
 
 SHAPE = (8, 8, 3)
 GROUPS = (0, 1, 2, 0, 1, 2)
@@ -274,11 +275,11 @@ def run_in_training(params, batch_stats):
 @pytest.fixture(scope='module')
 def training():
   """Takes a training step on the images, without momentum; the states before and after one."""
-  model, phase = create(batch_norm_axis=devices.AXIS), config_lib.phase_one()
+  model, phase = create(batch_norm_axis=runtime.AXIS), config_lib.phase_one()
   phase.update(momentum=0.0, nesterov=False, weight_decay=0.0)
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.make_train_step(model, None, phase, optimizer)
-  step = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name=devices.AXIS))
+  step = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name=runtime.AXIS))
   batch = {'image': IMAGES[np.newaxis], 'label': LABELS[np.newaxis]}
   before = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
   return lambda state: step(state, {}, batch), before, step(before, {}, batch)
@@ -357,7 +358,7 @@ def test_groups_of_another_data_set_are_refused():
   message = '^config.model gives exits_0/group 6 classes, but the data set has 4: correct'
   with pytest.raises(UsageError, match=message):
     jax.eval_shape(
-      jax.vmap(step, in_axes=(None, None, 0), axis_name=devices.AXIS),
+      jax.vmap(step, in_axes=(None, None, 0), axis_name=runtime.AXIS),
       state,
       {},
       {'image': IMAGES[np.newaxis], 'label': LABELS[np.newaxis]},

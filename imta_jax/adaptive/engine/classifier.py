@@ -152,7 +152,7 @@ class AdaptiveClassifier:
     Raises:
       UsageError: If the folder is not a workdir, or the run has not been evaluated.
     """
-    from imta_jax import networks
+    from imta_jax.training import networks
 
     classifier = networks.load_classifier(workdir, phase, rule, sweep)
     return classifier.choose(budget, latency, max_loss=max_loss, confidence=confidence)

@@ -1,0 +1,213 @@
+"""The folder of a run: its layout and its config.
+
+config.json                       the config as it ran
+classes.json                      the names of the classes
+data.json                         number of images per split, and a checksum of the data
+environment.jsonl                 devices and versions: one line per kind of machine that trained
+checkpoints/phase_1/<step>/       the latest states and the best one
+metrics.jsonl                     metrics: one line per write, with step and phase
+tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
+evaluation/                       tables, a figure, and the predictions behind them
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
+from imta_jax.files import accessing, read_whole, write_whole
+
+# Fields that do not change what an undisturbed run computes.
+_MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.profile_steps')
+
+_TRAIN_AGAIN = 'remove it and run the training command again'
+
+
+def phase_name(index: int) -> str:
+  """Returns the name of a phase, counted from 0, for folders and output."""
+  return f'phase_{index + 1}'
+
+
+def phase_label(name: str, phase: ConfigDict) -> str:
+  """Returns what figures call the network of a phase: its name and the techniques in it."""
+  techniques = [
+    technique
+    for technique, is_used in (
+      ('GE', phase.gradient_equilibrium != 'off' and phase.trained == 'everything'),
+      ('ISC', phase.collaboration != 'off'),
+      ('OFA', phase.loss == 'one_for_all'),
+    )
+    if is_used
+  ]
+  return f'{name} (with {" and ".join(techniques)})' if techniques else name
+
+
+def checkpoint_folder(workdir: epath.Path, phase: str) -> epath.Path:
+  """Returns the folder of a phase's checkpoints."""
+  return workdir / 'checkpoints' / phase
+
+
+def metrics_path(workdir: epath.Path) -> epath.Path:
+  """Returns the path of the metrics of all phases."""
+  return workdir / 'metrics.jsonl'
+
+
+def tensorboard_folder(workdir: epath.Path, phase: str) -> epath.Path:
+  """Returns the folder of a phase's metrics and profiles for TensorBoard."""
+  return workdir / 'tensorboard' / phase
+
+
+def evaluation_folder(workdir: epath.Path) -> epath.Path:
+  """Returns the folder of the tables, figures and predictions."""
+  return workdir / 'evaluation'
+
+
+def predictions_path(workdir: epath.Path, phase: str, split: str) -> epath.Path:
+  """Returns the path of the predictions of a phase's network for a split."""
+  return evaluation_folder(workdir) / f'{phase}_{split}.npz'
+
+
+def load_config(workdir: epath.Path) -> ConfigDict:
+  """Loads the config of a run.
+
+  Raises:
+    UsageError: If the folder is not a workdir, or its config is damaged.
+  """
+  path = workdir / 'config.json'
+  with accessing(path):
+    is_workdir = path.exists()
+  if not is_workdir:
+    raise UsageError(f'{workdir} is not a workdir: it has no config.json')
+  mend = 'restore it, or choose another workdir'
+  content = read_whole(path, mend)
+  try:
+    config = config_lib.from_json(content.decode())
+    config_lib.validate(config)
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    reason = error if isinstance(error, UsageError) else f'{type(error).__name__}: {error}'
+    raise UsageError(f'{path} is damaged ({reason}): {mend}') from error
+  return config
+
+
+def load_class_names(workdir: epath.Path) -> list[str]:
+  """Loads the class names of a run's data set.
+
+  Raises:
+    UsageError: If the run has not written its class names, or they are damaged.
+  """
+  path = workdir / 'classes.json'
+  if not path.exists():
+    raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
+  names = _read_json(path)
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UsageError(f'{path} is damaged: it must be a list of names; {_TRAIN_AGAIN}')
+  return names
+
+
+def _read_json(path: epath.Path) -> Any:
+  content = read_whole(path, _TRAIN_AGAIN)
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
+
+
+def check_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a workdir with checkpoints of another config; without checkpoints, it may be reused.
+
+  Raises:
+    UsageError: If the configs differ, where the message names the fields, or if the config is
+      missing.
+  """
+  with accessing(workdir):
+    is_free = not has_checkpoints(workdir)
+  if is_free:
+    return
+  if not (workdir / 'config.json').exists():
+    if metrics_path(workdir).exists():
+      raise UsageError(
+        f'workdir {workdir} has been trained in, but has no config.json that says what: put it '
+        'back, or choose another --workdir'
+      )
+    return  # Checkpoints alone were put there to go on from.
+  lines = config_lib.differences(
+    config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
+  )
+  lines = [line for line in lines if line.partition(':')[0] not in _MAY_CHANGE]
+  if lines:
+    raise UsageError(
+      f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
+      'choose another --workdir, or revert these fields'
+    )
+
+
+def has_checkpoints(workdir: epath.Path) -> bool:
+  """Whether a run has saved anything in a workdir."""
+  return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*/*'))
+
+
+def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str], **data: Any) -> None:
+  """Writes a run's config, data and devices to its workdir.
+
+  Args:
+    config: A complete config.
+    workdir: The run's folder.
+    class_names: Names of the classes.
+    **data: What else tells its data from other data, as JSON takes it.
+
+  Raises:
+    UsageError: If there are checkpoints of a run on other data; the message names what differs.
+  """
+  found = {'classes.json': list(class_names), 'data.json': data}
+  is_new = not has_checkpoints(workdir)
+  recorded = {}
+  if not is_new:  # Runs of earlier versions have no data.json.
+    recorded = {name: _read_json(workdir / name) for name in found if (workdir / name).exists()}
+  lines = [
+    line
+    for name, content in recorded.items()
+    for line in config_lib.differences(content, found[name], name.removesuffix('.json'))
+  ]
+  if lines:
+    raise UsageError(
+      f'workdir {workdir} was trained on other data ({"; ".join(lines)}): restore the data, or go '
+      f'on from this network in another --workdir, with --config.init_from={workdir}'
+    )
+  if jax.process_index() == 0:
+    contents = {name: json.dumps(content, indent=2) + '\n' for name, content in found.items()}
+    for name, content in {**contents, 'config.json': config_lib.to_json(config)}.items():
+      if is_new or not (workdir / name).exists():
+        write_whole(workdir / name, content.encode())
+    record_environment(workdir)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('workdir claimed')
+
+
+def record_environment(workdir: epath.Path) -> None:
+  """Adds the devices and versions of this process to environment.jsonl, if they are new there."""
+  path = workdir / 'environment.jsonl'
+  lines = path.read_text() if path.exists() else ''
+  line = json.dumps(
+    {
+      'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
+      'python': platform.python_version(),
+      **{name: metadata.version(name) for name in ('jax', 'flax', 'optax')},
+    },
+    ensure_ascii=False,
+  )
+  if line not in lines.splitlines():
+    write_whole(path, f'{lines}{line}\n'.encode())
+
+
+def load_environments(workdir: epath.Path) -> list[dict[str, str]]:
+  """Loads what `record_environment` wrote; empty for a run of a version without it."""
+  path = workdir / 'environment.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

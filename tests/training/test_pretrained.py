@@ -1,0 +1,183 @@
+"""Starting from a trained network: an export, a workdir, and what does not fit."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from imta_jax import config as config_lib
+from imta_jax import models
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.errors import UsageError
+from imta_jax.models.initial_values import initialize
+from imta_jax.training import pretrained, train_state
+from imta_jax.training import workdir as layout
+from imta_jax.training.checkpoint import Checkpoints
+from imta_jax.training.phases import set_up_phase
+
+PATH = Path(__file__).parents[2] / 'experiments/export.py'
+SHAPE = (8, 8, 3)
+FIELDS = {
+  'num_exits': 2,
+  'step_mode': 'even',
+  'channels': 4,
+  'growth_rate': 4,
+  'scale_factors': (1,),
+  'bottleneck_factors': (1,),
+}
+
+
+def create(num_classes, **fields):
+  return models.create('msdnet', **(FIELDS | fields), num_classes=num_classes)
+
+
+@pytest.fixture(scope='module')
+def donor(random_variables):
+  return random_variables(create(5), SHAPE)
+
+
+@pytest.fixture(scope='module')
+def export(donor, tmp_path_factory):
+  spec = importlib.util.spec_from_file_location('export', PATH)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  folder = tmp_path_factory.mktemp('pretrained') / 'export'
+  classifier = AdaptiveClassifier.from_model(
+    create(5),
+    donor,
+    (0.5, -np.inf),
+    SHAPE,
+    mean=(0.5,) * 3,
+    std=(0.2,) * 3,
+    class_names=list('abcde'),
+    preprocessing={'crop': 'none'},
+  )
+  module.write_export(classifier, epath.Path(folder))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def workdir(donor, tmp_path_factory):
+  """A run whose phase II has the donor's variables as its best state."""
+  workdir = epath.Path(tmp_path_factory.mktemp('pretrained')) / 'run'
+  config = config_lib.default()
+  config.dataset.image_size = SHAPE[0]
+  config.model.update(name='msdnet', **FIELDS)
+  config.phases = config.phases[:1]
+  layout.claim(config, workdir, list('abcde'))
+  optimizer = train_state.create_optimizer(config.phases[0], lambda step: 0.1)
+  state = train_state.create_state(donor, 'everything', optimizer)
+  with Checkpoints(layout.checkpoint_folder(workdir, layout.phase_name(0))) as checkpoints:
+    checkpoints.save(1, state, 0.5)
+  return workdir
+
+
+@pytest.mark.parametrize('source', ['export', 'workdir'])
+def test_all_but_the_last_layers_start_from_a_network_of_other_classes(source, donor, request):
+  folder = str(request.getfixturevalue(source))
+  fresh = initialize(create(3), 0, SHAPE)
+  started, loaded = pretrained.start_from(folder, fresh)
+  started = flatten_dict(started, sep='/')
+  donor, fresh = flatten_dict(donor, sep='/'), flatten_dict(fresh, sep='/')
+  assert started.keys() == fresh.keys()
+  for name, leaf in started.items():
+    expected = fresh if name.startswith('params/classifiers_') else donor
+    np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+  assert loaded == (
+    f'loaded {len(fresh) - 4} of {len(fresh)} arrays; new: '
+    'params/classifiers_0/dense/bias (3,), params/classifiers_0/dense/kernel (128, 3), '
+    'params/classifiers_1/dense/bias (3,), params/classifiers_1/dense/kernel (128, 3); '
+    'unused: 0 of the trained network'
+  )
+
+
+@pytest.mark.parametrize('num_exits', [1, 2, 3])
+def test_classifiers_start_from_the_embedding_rows_of_a_network_with_isc(
+  num_exits, random_variables, monkeypatch
+):
+  donor = random_variables(create(5, collaboration='network'), SHAPE)
+  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
+  fresh = initialize(create(5, num_exits=num_exits), 0, SHAPE)
+  started, loaded = pretrained.start_from('', fresh)
+  for index in range(min(num_exits, 2)):
+    dense, donors = (v['params'][f'classifiers_{index}']['dense'] for v in (started, donor))
+    np.testing.assert_array_equal(dense['kernel'], donors['kernel'][:128])
+    np.testing.assert_array_equal(dense['bias'], donors['bias'])
+  count = len(flatten_dict(fresh))
+  if num_exits == 2:
+    # ISC has a dense layer and batch norm of two arrays each, and two running statistics.
+    assert loaded.startswith(f'loaded {count} of {count} arrays; new: none; unused: 6 of')
+  elif num_exits == 3:
+    assert 'new: batch_stats/exits_2/' in loaded
+
+
+def test_embeddings_of_another_size_leave_classifiers_new(random_variables, monkeypatch):
+  # Images twice as large have embeddings four times as large.
+  donor = random_variables(create(5), (16, 16, 3))
+  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
+  small, large = (initialize(create(5), 0, (side, side, 3)) for side in (16, 32))
+  assert len(large['params']['classifiers_0']['dense']['kernel']) > 128
+  assert 'new: none' in pretrained.start_from('', small)[1]
+  started, loaded = pretrained.start_from('', large)
+  assert 'new: params/classifiers_0/dense/kernel' in loaded
+  np.testing.assert_array_equal(
+    *(tree['params']['classifiers_0']['dense']['kernel'] for tree in (started, large))
+  )
+
+
+def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
+  config = config_lib.default()
+  config.model.update(name='msdnet', **FIELDS)
+  config.init_from = str(export)
+  phase = set_up_phase(
+    config, 0, None, num_classes=3, image_shape=SHAPE, steps_per_epoch=config.batch_size
+  )
+  assert phase.loaded.startswith('loaded ')
+  started = flatten_dict(phase.state.weights.variables, sep='/')
+  for name, leaf in flatten_dict(donor, sep='/').items():
+    if not name.startswith('params/classifiers_'):
+      np.testing.assert_array_equal(started[name], leaf, err_msg=name)
+
+
+def test_layers_of_another_width_keep_their_initial_values(export, donor):
+  fresh = initialize(create(5, growth_rate=8), 0, SHAPE)
+  started, _ = pretrained.start_from(str(export), fresh)
+  (stem,) = (name for name in fresh['params']['stages_0'] if name.endswith('_0'))
+  np.testing.assert_array_equal(
+    flatten_dict(started['params']['stages_0'][stem])[('scale_0', 'conv', 'kernel')],
+    flatten_dict(donor['params']['stages_0'][stem])[('scale_0', 'conv', 'kernel')],
+  )
+  shapes = [
+    {name: np.shape(leaf) for name, leaf in flatten_dict(tree).items()} for tree in (started, fresh)
+  ]
+  assert shapes[0] == shapes[1]
+
+
+def test_a_network_with_nothing_in_common_is_refused(export):
+  model = models.create('resnet', depth=8, num_classes=3)
+  with pytest.raises(UsageError, match='has no layer in common with this one'):
+    pretrained.start_from(str(export), initialize(model, 0, SHAPE))
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path):
+  with pytest.raises(UsageError, match='is not a workdir: it has no config.json'):
+    pretrained.start_from(str(tmp_path), {})
+
+
+def test_an_export_without_names_is_refused(export, tmp_path, monkeypatch):
+  (tmp_path / 'manifest.json').write_text('{}')
+  manifest, _, weights, _ = pretrained.read_export(export)
+  manifest.pop('variables')
+  monkeypatch.setattr(pretrained, 'read_export', lambda folder: (manifest, [], weights, None))
+  with pytest.raises(UsageError, match='without the names of its variables: export it again'):
+    pretrained.start_from(str(tmp_path), {})
+
+
+def test_a_damaged_export_is_refused(tmp_path):
+  (tmp_path / 'manifest.json').write_text(json.dumps({'format': 1}))
+  with pytest.raises(UsageError, match='is damaged: export again'):
+    pretrained.start_from(str(tmp_path), {})
