@@ -40,50 +40,80 @@ def make_train_step(
     A function (state, variables of the teacher, batch) → state, for `on_devices`: it takes the
     batch of one device and averages over the mapped axis.
   """
-  return partial(_train_step, model, teacher_model, phase, optimizer)
+  train = _train_everything if phase.trained == 'everything' else _train_last_layers
+  return partial(train, model, teacher_model, phase, optimizer)
 
 
-def _train_step(model, teacher_model, phase, optimizer, state, teacher, batch):
-  images, labels = batch['image'], batch['label']
-  keeps_stats = phase.trained == 'last_layers' and phase.frozen_batch_norm == 'evaluation'
-  stats = state.batch_stats.tree
-  if not keeps_stats:
-    # A new running average is MOMENTUM times the old one plus what the batch adds. With zeros for
-    # the old ones the network returns what the batch adds; the sum is one kernel, not hundreds.
-    stats = jax.tree.map(jnp.zeros_like, stats)
-  frozen = unpack(state.frozen)
-  embeddings = None
-  if phase.trained == 'last_layers':
-    variables = {'params': {**frozen, **state.trained.tree}, 'batch_stats': stats}
-    embeddings, stats = _embed_frozen(model, phase, variables, images)
-
+def _train_everything(model, teacher_model, phase, optimizer, state, teacher, batch):
+  """A step of all layers."""
+  images = batch['image']
   teacher_logits = None
   if teacher_model is not None:
-    teacher_logits = _run_teacher(teacher_model, unpack(teacher), images, embeddings)
+    teacher_logits = teacher_model.apply(unpack(teacher), images)[-1]
+  stats = _zeros(state.batch_stats)
+
+  def forward(params):
+    variables = {'params': params, 'batch_stats': stats}
+    return model.apply(variables, images, train=True, mutable=['batch_stats', AUXILIARY])
+
+  losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
+  return _update(model, optimizer, state, *losses, adds_stats=True)
+
+
+def _train_last_layers(model, teacher_model, phase, optimizer, state, teacher, batch):
+  """A step of the classifiers, on embeddings of the frozen backbone, which a teacher shares."""
+  images, frozen = batch['image'], unpack(state.frozen)
+  adds_stats = phase.frozen_batch_norm == 'training'
+  stats = _zeros(state.batch_stats) if adds_stats else state.batch_stats.tree
+  variables = {'params': {**frozen, **state.trained.tree}, 'batch_stats': stats}
+  if adds_stats:
+    embeddings, updated = model.apply(
+      variables, images, train=True, mutable=['batch_stats'], method='embed'
+    )
+    stats = updated['batch_stats']
+  else:
+    embeddings = model.apply(variables, images, method='embed')
+  teacher_logits = (
+    teacher_model and (teacher_model.apply(unpack(teacher), embeddings, method='classify')[-1])
+  )
+
+  def forward(params):
+    variables = {'params': {**frozen, **params}, 'batch_stats': stats}
+    mutable = ['batch_stats', AUXILIARY]
+    return model.apply(variables, embeddings, train=True, mutable=mutable, method='classify')
+
+  losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
+  return _update(model, optimizer, state, *losses, adds_stats=adds_stats)
+
+
+def _zeros(stats):
+  """Old statistics for which a network returns what the batch adds to the running averages.
+
+  A new average is MOMENTUM times the old one plus that; the sum is one kernel, not hundreds.
+  """
+  return jax.tree.map(jnp.zeros_like, stats.tree)
+
+
+def _differentiate(model, phase, forward, state, stats, labels, teacher_logits):
+  """Returns gradient, loss, accuracy [exit] and batch statistics of this device's images."""
 
   def loss_fn(trained):
-    params = {**frozen, **_cast_kernels(trained, model.dtype).tree}
-    inputs, method = (images, '__call__') if embeddings is None else (embeddings, 'classify')
-    logits, updated = model.apply(
-      {'params': params, 'batch_stats': stats},
-      inputs,
-      train=True,
-      mutable=['batch_stats', AUXILIARY],
-      method=method,
-    )
+    logits, updated = forward(_cast_kernels(trained, model.dtype).tree)
     loss = _loss(phase, logits, labels, teacher_logits)
     loss += _auxiliary_loss(updated.get(AUXILIARY, {}), labels, model.num_classes)
     return loss, (logits, updated.get('batch_stats', stats))
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, (logits, stats)), gradient = grad_fn(state.trained)
-  accuracy = (logits.argmax(-1) == labels).mean(-1)
-  stats = pack(stats)
-  # Averaging over devices keeps the state the same on every device.
+  return gradient, loss, (logits.argmax(-1) == labels).mean(-1), pack(stats)
+
+
+def _update(model, optimizer, state, gradient, loss, accuracy, stats, *, adds_stats):
+  """Returns the state after a step; averages over devices keep it the same on every device."""
   gradient, loss, accuracy = jax.lax.pmean((gradient, loss, accuracy), AXIS)
   if model.batch_norm_axis is None:
     stats = jax.lax.pmean(stats, AXIS)
-  if not keeps_stats:
+  if adds_stats:
     stats = jax.tree.map(lambda old, added: MOMENTUM * old + added, state.batch_stats, stats)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
@@ -109,23 +139,6 @@ def _cast_kernels(packed, dtype):
     for name, vector in packed.vectors.items()
   }
   return packed.replace(vectors=vectors)
-
-
-def _embed_frozen(model, phase, variables, images):
-  """Returns the embeddings of the frozen backbone and the updated batch statistics."""
-  if phase.frozen_batch_norm == 'evaluation':
-    return model.apply(variables, images, method='embed'), variables['batch_stats']
-  embeddings, updated = model.apply(
-    variables, images, train=True, mutable=['batch_stats'], method='embed'
-  )
-  return embeddings, updated['batch_stats']
-
-
-def _run_teacher(teacher_model, teacher, images, embeddings):
-  """Returns the logits of the teacher's last exit; a shared backbone is not run again."""
-  if embeddings is None:
-    return teacher_model.apply(teacher, images)[-1]
-  return teacher_model.apply(teacher, embeddings, method='classify')[-1]
 
 
 def _loss(phase, logits, labels, teacher_logits):
