@@ -121,33 +121,31 @@ class Runner:
   def _run(self, source, total):
     """See `run`; the source is a `ReadAhead`."""
     queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
-    first_index, open_source, started = 0, True, collections.deque()
+    in_flight, num_read, is_open = collections.deque(), 0, True
     while True:
-      waiting = [index for index, queue in enumerate(queues) if queue.count]
-      full = [index for index in waiting if queues[index].count >= self.plan.full_batch]
-      if full:
-        if open_source:
+      full = [i for i, queue in enumerate(queues) if queue.count >= self.plan.full_batch]
+      if full:  # Run the deepest full queue, and keep one batch in flight.
+        if is_open:
           source.fetch()
-        started.append(self._start(full[-1], queues, total))
-      elif open_source and (source.is_ready() or not started):
+        in_flight.append(self._start(full[-1], queues, total))
+        if len(in_flight) == 1:
+          continue
+      elif is_open and (source.is_ready() or not in_flight):  # Else read.
         item = source.take()
         if item is not None:
-          images, thresholds = item
-          indices = np.arange(first_index, first_index + len(images))
-          queues[0].put(Batch(images, np.arange(len(images)), indices, thresholds))
-          first_index += len(images)
-        open_source = item is not None and first_index < total
+          num_read += _put_images(queues[0], *item, num_read)
+        is_open = item is not None and num_read < total
         continue
-      elif waiting and not started:
-        started.append(self._start(waiting[0], queues, total))
-      elif not started:
-        return
-      if not full or len(started) > 1:
-        next_queue, results = started.popleft()
-        answers, remaining = results()
-        next_queue.put(remaining)
-        if answers is not None:
-          yield answers
+      elif not in_flight:  # Else flush the shallowest queue.
+        waiting = [i for i, queue in enumerate(queues) if queue.count]
+        if not waiting:
+          return
+        in_flight.append(self._start(waiting[0], queues, total))
+      next_queue, results = in_flight.popleft()
+      answers, remaining = results()
+      next_queue.put(remaining)
+      if answers is not None:
+        yield answers
 
   def compile(self, largest: int | None = None) -> None:
     """Compiles everything that `run` can need, times it, and plans by these times.
@@ -237,3 +235,10 @@ class Runner:
     """Starts all stages on a batch of images; see `_run_stage`."""
     probabilities, exits = self.all_stages(batch.carry, batch.bounds())
     return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
+
+
+def _put_images(queue, images, thresholds, first_index):
+  """Queues images for the first stage, and returns their number."""
+  rows = np.arange(len(images))
+  queue.put(Batch(images, rows, first_index + rows, thresholds))
+  return len(images)
