@@ -148,12 +148,11 @@ def test_the_slowest_thresholds_are_told():
   assert f'by up to\n{-100 * min(savings):.0f} %' in TEXT
 
 
-@pytest.mark.parametrize('folder', ['', 'before'])
-def test_the_tables_of_plans_follow_from_the_committed_plans(folder):
-  now, before = (RESULTS / 'plans/README.md').read_text(encoding='utf-8').split('\n## ')
+def test_the_table_of_plans_follows_from_the_committed_plans():
+  table = (RESULTS / 'plans/README.md').read_text(encoding='utf-8')
   records = [
     record
-    for path in sorted((RESULTS / 'plans' / folder).glob('*.json'))
+    for path in sorted((RESULTS / 'plans').glob('*.json'))
     for record in json.loads(path.read_text())
   ]
   assert len(records) >= 10
@@ -165,12 +164,7 @@ def test_the_tables_of_plans_follow_from_the_committed_plans(folder):
       'yes' if record['fits'] else 'no',
       f'{record["peak_bytes"] / 1e9:.2f} of {record["memory_bytes"] / 1e9:.0f} GB',
       f'{record["bytes"] / 1e9:.2f} GB',
-      f'{record["hbm_bytes"] / 1e9:.2f} GB',
       f'{record["launches"]:,}',
       record['collectives'],
-      f'{1000 * record["floor_seconds"]:.2f} ms',
-      record['bound_by'],
-      f'{record["images_per_second"]:,.0f}',
-      f'{record["hours"]:.2f}',
     )
-    assert f'| {" | ".join(map(str, cells))} |' in (before if folder else now)
+    assert f'| {" | ".join(map(str, cells))} |' in table

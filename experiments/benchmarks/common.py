@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import devices, phases, steps, train_state
 from imta_jax.compilation_cache import set_up_compilation_cache
-from imta_jax.data import image_folder
+from imta_jax.data import image_folder, in_memory, streamed
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
@@ -149,6 +149,45 @@ def set_up_without_data(
     }
     phase = dataclasses.replace(phase, state=phase.state.replace(**changed))
   return phase, predecessor
+
+
+def abstract_train_loop(
+  config: ConfigDict, phase: phases.Phase, devices: Sequence[jax.Device], *, one_step: bool
+) -> tuple[Any, tuple]:
+  """Returns the mapped training loop of a phase for devices that need not be present.
+
+  Args:
+    config: The phase's config.
+    phase: The phase.
+    devices: The devices to compile for.
+    one_step: Whether the loop takes one step, as on CPUs.
+
+  Returns:
+    The loop, which can be lowered, and the shapes of its arguments.
+  """
+  shape, num_devices = image_shape(config), len(devices)
+  if config.dataset.in_memory:
+    draw, axes = functools.partial(in_memory.draw_batch, config), in_memory.SOURCE_AXES
+    num_images = num_train_images(config)
+    source = (
+      jax.ShapeDtypeStruct((num_images, *shape), np.uint8),
+      jax.ShapeDtypeStruct((num_images,), np.int32),
+      jax.eval_shape(functools.partial(in_memory.plan_epoch, config, num_images), np.int32(0)),
+      jax.ShapeDtypeStruct((num_devices,), np.int32),
+    )
+  else:
+    draw, axes = functools.partial(streamed.draw_batch, config), streamed.SOURCE_AXES
+    leading = (num_devices, 1, config.batch_size // num_devices)
+    source = {
+      'image': jax.ShapeDtypeStruct((*leading, *shape), np.uint8),
+      'label': jax.ShapeDtypeStruct(leading, np.int32),
+    }
+  loop = steps.make_train_loop(phase.train_step, draw, dtype=phase.model.dtype, one_step=one_step)
+  loop = steps.on_devices(loop, (None, None, axes, None), donated=(0,), devices=devices)
+  state, teacher = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (phase.state, pack(phase.teacher))
+  )
+  return loop, (state, teacher, source, jax.ShapeDtypeStruct((), np.int32))
 
 
 def num_train_images(config: ConfigDict) -> int:
