@@ -34,6 +34,8 @@ DATASETS = {
   'imagenet2012': (1_281_167, 1000),
   'mnist5k': (4_000, 10),
 }
+# A network and its variables.
+Network = tuple[MultiExitNetwork, Mapping[str, Any]]
 # Seconds that a turn takes, approximately, if its number of runs is not given.
 _SECONDS_PER_TURN = 0.5
 
@@ -50,9 +52,14 @@ class Task:
   """
 
   phase: phases.Phase
-  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
+  predecessor: Network | None
   images: np.ndarray
   labels: np.ndarray
+
+  @property
+  def network(self) -> Network:
+    """Network and variables of the phase."""
+    return self.phase.model, self.phase.state.weights.variables
 
   @property
   def batch(self) -> dict[str, jax.Array]:
@@ -111,7 +118,7 @@ def set_up_without_data(
   index: int,
   batch_size: int,
   change: Callable[[np.ndarray], np.ndarray] = lambda variable: variable,
-) -> tuple[phases.Phase, tuple[MultiExitNetwork, Mapping[str, Any]] | None]:
+) -> tuple[phases.Phase, Network | None]:
   """Sets up a phase as training does, without its data set.
 
   Args:
@@ -236,42 +243,49 @@ def ours(task: Task) -> Callable[[int], None]:
   return run
 
 
+def is_installed(package: str) -> bool:
+  """Returns whether a package is installed."""
+  return importlib.util.find_spec(package) is not None
+
+
 def has_torch() -> bool:
   """Returns whether PyTorch, which the peer needs, is installed."""
-  return importlib.util.find_spec('torch') is not None
+  return is_installed('torch')
 
 
-def peer_network(config: ConfigDict, task: Task) -> Any:
-  """Returns the task's network in PyTorch, with the same weights, on the device.
+def peer_network(
+  config: ConfigDict, phase: ConfigDict, network: Network, predecessor: Network | None
+) -> Any:
+  """Returns a network in PyTorch, with the same weights, on the device.
+
+  Args:
+    config: A complete config.
+    phase: The config of the phase.
+    network: Network and variables.
+    predecessor: Those of the previous phase, or None for the first phase.
 
   Raises:
-    UsageError: If the peer does not implement this network or would need several devices.
+    UsageError: If the peer does not implement this network.
   """
   import torch_peer
 
-  phase, fields = task.phase.config, {**config.model}
-  del fields['dtype']
+  fields = {**config.model}
   if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
-    raise UsageError(
-      "the peer implements only MSDNet with collaboration 'off' or 'network': "
-      'run training_step.py with --peers= to measure without it'
-    )
-  if jax.device_count() > 1:
-    raise UsageError(
-      f'the peer runs on one device, but there are {jax.device_count()}: '
-      'run training_step.py with --peers= to measure without it'
-    )
+    raise UsageError("the peer implements only MSDNet with collaboration 'off' or 'network'")
+  del fields['dtype']
   fields.pop('remat', None)
-  num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
-  network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
-  state = to_state_dict(task.phase.state.weights.variables, task.phase.model)
+  model, variables = network
+  peer = torch_peer.msdnet(
+    model.num_classes, phase.gradient_equilibrium, len(config.dataset.mean), **fields
+  )
+  state = to_state_dict(variables, model)
   if phase.collaboration == 'network':
-    network = torch_peer.PhaseTwoNetwork(network, phase.stop_collaboration_gradient)
-    model, variables = task.predecessor
+    peer = torch_peer.PhaseTwoNetwork(peer, phase.stop_collaboration_gradient)
+    model, variables = predecessor
     teacher = to_state_dict(variables, model)
     state = {f'net.{name}': value for name, value in teacher.items()} | state
-  torch_peer.load(network, state)
-  return network.to(torch_device())
+  torch_peer.load(peer, state)
+  return peer.to(torch_device())
 
 
 def torch_device() -> str:
@@ -307,14 +321,14 @@ def check_peer(config: ConfigDict, index: int) -> float:
   config.model.dtype = 'float32'
   task = make_task(config, index, 4)
   with jax.default_matmul_precision('highest'):
-    logits = np.asarray(
-      jax.jit(task.phase.model.apply)(task.phase.state.weights.variables, task.images)
-    )
+    model, variables = task.network
+    logits = np.asarray(jax.jit(model.apply)(variables, task.images))
   allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
   torch.backends.cudnn.allow_tf32 = False
   torch.set_float32_matmul_precision('highest')
   with torch.inference_mode():
-    peers = peer_network(config, task).eval()(to_torch(task)[0]).cpu().numpy()
+    peer = peer_network(config, task.phase.config, task.network, task.predecessor).eval()
+    peers = peer(to_torch(task)[0]).cpu().numpy()
   torch.backends.cudnn.allow_tf32 = allowed[0]
   torch.set_float32_matmul_precision(allowed[1])
   difference = float(np.abs(logits - peers).max() / np.abs(logits).max())

@@ -135,6 +135,11 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
   import torch
   import torch_peer
 
+  if jax.device_count() > 1:
+    raise UsageError(
+      f'the peers run on one device, but there are {jax.device_count()}: '
+      'pass --peers= to measure without them'
+    )
   phase = task.phase.config
   kind = (phase.trained, phase.loss)
   if kind == ('everything', 'cross_entropy'):
@@ -152,7 +157,7 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
       'pass --peers= to measure without it'
     )
   step = torch_peer.TrainingStep(
-    common.peer_network(config, task),
+    common.peer_network(config, phase, task.network, task.predecessor),
     loss_of,
     learning_rate=phase.learning_rate,
     momentum=phase.momentum,
