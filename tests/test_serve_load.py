@@ -21,7 +21,7 @@ httpx = pytest.importorskip('httpx')
 pytest.importorskip('uvicorn')
 
 EXPORT = Path(__file__).parents[1] / 'experiments/results/mnist5k/export'
-NUM_CLIENTS, NUM_REQUESTS = 32, 600
+NUM_CLIENTS, NUM_REQUESTS = 32, 400
 
 
 @contextlib.contextmanager
@@ -110,14 +110,13 @@ def send_all(url, files, queries):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('max_queue', [2 * NUM_CLIENTS, NUM_CLIENTS // 4])
-def test_every_client_gets_the_answer_of_its_image_and_budget(network, max_queue):
+def test_every_client_gets_the_answer_of_its_image_and_budget(network):
   files, answers = network
-  with serving(f'--max_queue={max_queue}') as url:
+  with serving(f'--max_queue={NUM_CLIENTS // 4}') as url:
     counts = send_all(url, files, {f'?budget={b!r}': [answers[b]] for b in answers})
   assert counts['right'] == NUM_REQUESTS
   assert counts['wrong'] == counts['failed'] == 0
-  assert (counts['refused'] > 0) == (max_queue < NUM_CLIENTS)
+  assert counts['refused'] > 0
 
 
 @pytest.mark.slow

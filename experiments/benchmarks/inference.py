@@ -6,8 +6,8 @@
 
 Classifies test images by one XLA program that computes the logits of all exits; by the engine with
 all images leaving at the same exit; and by the engine with thresholds chosen on validation images.
-Other runtimes compute all exits as well, as far as they are installed: PyTorch, and with --onnx, ONNX
-Runtime and OpenVINO, with a session per stage.
+Other runtimes compute all exits as well: ONNX Runtime, with a session per stage of an export; and,
+if installed, PyTorch and OpenVINO, which takes the network from PyTorch.
 
 All take turns on a few images each and are compared within a repeat, so that other load on the
 machine affects all of them alike. Images are given to `predict` in batches of each size, and to
@@ -208,12 +208,12 @@ def open_programs(
   network = restore(last)
   programs = {ALL_EXITS: xla_program(*network, config.dataset)}
   if onnx is not None:
-    programs |= onnx_programs(Path(onnx))
+    programs['ONNX Runtime'] = onnx_program(Path(onnx))
   if common.has_torch():
     predecessor = restore(last - 1) if last else None
     try:
       peer = common.peer_network(config, config.phases[last], network, predecessor)
-      programs['PyTorch'] = torch_program(peer, config.dataset)
+      programs |= torch_programs(peer, config.dataset)
     except UsageError as error:
       print(f'PyTorch is not measured: {error}')
   expected = programs[ALL_EXITS](images[:4])
@@ -238,63 +238,64 @@ def xla_program(model: Any, variables: Mapping, dataset: ConfigDict) -> Program:
   return lambda images: np.asarray(logits(variables, images))
 
 
-def onnx_programs(folder: Path) -> dict[str, Program]:
-  """ONNX Runtime and OpenVINO, as far as they are installed, with a session per stage.
+def onnx_program(folder: Path) -> Program:
+  """ONNX Runtime, with a session per stage.
 
   Args:
     folder: What export_onnx.py wrote.
 
   Raises:
-    UsageError: If the folder is not an export, or neither of the two is installed.
+    UsageError: If the folder is not an export, or ONNX Runtime is not installed.
   """
+  try:
+    import onnxruntime
+  except ModuleNotFoundError as error:
+    raise UsageError("ONNX Runtime is not installed: pip install 'imta_jax[onnx]'") from error
   if not (folder / 'manifest.json').is_file():
     raise UsageError(f'--onnx={folder} is not an export: it has no manifest.json')
   stages = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))['stages']
-  paths = [str(folder / stage['file']) for stage in stages]
+  sessions = [onnxruntime.InferenceSession(str(folder / stage['file'])) for stage in stages]
 
-  def program(sessions, images):
+  def program(images):
     values, logits = {'images': images}, []
     for stage, session in zip(stages, sessions, strict=True):
-      results = session(stage['outputs'], {name: values[name] for name in stage['inputs']})
+      inputs = {name: values[name] for name in stage['inputs']}
+      results = session.run(stage['outputs'], inputs)
       values = dict(zip(stage['outputs'], results, strict=True))
       logits.append(results[-1])
     return np.stack(logits)
 
-  programs = {}
-  if common.is_installed('onnxruntime'):
-    import onnxruntime
-
-    sessions = [onnxruntime.InferenceSession(path).run for path in paths]
-    programs['ONNX Runtime'] = partial(program, sessions)
-  if common.is_installed('openvino'):
-    import openvino
-
-    def session_of(path):
-      compiled = openvino.compile_model(path)
-      return lambda outputs, inputs: list(compiled(inputs).values())
-
-    programs['OpenVINO'] = partial(program, [session_of(path) for path in paths])
-  if not programs:
-    raise UsageError('--onnx needs a runtime: pip install onnxruntime or pip install openvino')
-  return programs
+  return program
 
 
-def torch_program(network: Any, dataset: ConfigDict) -> Program:
-  """The network in eager PyTorch, on the device of its weights."""
+def torch_programs(network: Any, dataset: ConfigDict) -> dict[str, Program]:
+  """Eager PyTorch on the device of the network, and OpenVINO on the CPU if it is installed."""
   import torch
 
+  device = common.torch_device()
   mean, std = (
-    255 * torch.tensor(tuple(values), device=common.torch_device()).reshape(1, -1, 1, 1)
+    255 * torch.tensor(tuple(values), device=device).reshape(1, -1, 1, 1)
     for values in (dataset.mean, dataset.std)
   )
 
+  class FromPixels(torch.nn.Module):
+    def forward(self, images):
+      return network((images.permute(0, 3, 1, 2).float() - mean) / std)
+
   def program(images):
     with torch.inference_mode():
-      pixels = torch.from_numpy(images).to(common.torch_device()).permute(0, 3, 1, 2)
-      return network((pixels.float() - mean) / std).cpu().numpy()
+      return whole(torch.from_numpy(images).to(device)).cpu().numpy()
 
   network.eval()
-  return program
+  whole, programs = FromPixels(), {'PyTorch': program}
+  if common.is_installed('openvino'):
+    import openvino
+
+    shape = (2, dataset.image_size, dataset.image_size, len(dataset.mean))
+    example = torch.zeros(shape, dtype=torch.uint8, device=device)
+    compiled = openvino.compile_model(openvino.convert_model(whole, example_input=example), 'CPU')
+    programs['OpenVINO'] = lambda images: compiled(images)[0]
+  return programs
 
 
 def choose_methods(
