@@ -61,24 +61,17 @@ class Task:
     """Network and variables of the phase."""
     return self.phase.model, self.phase.state.weights.variables
 
-  @property
-  def batch(self) -> dict[str, jax.Array]:
-    """Images and labels on the local devices, [local devices, batch per device, …]."""
-    parts = {
-      name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
-      for name, array in (('image', self.images), ('label', self.labels))
-    }
-    return jax.pmap(lambda batch: batch)(parts)
-
   def train_loop(self) -> tuple[Callable, train_state.TrainState, Any, Batch]:
     """Returns the mapped training loop, and the state, teacher and batches on the devices.
 
     The loop takes these and a number of steps, as in training: 1 on CPUs. Its steps alternate
     between two batches, so that nothing that depends on images is computed once for all steps.
     """
-    source = jax.pmap(lambda batch: jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch))(
-      self.batch
-    )
+    batch = {
+      name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+      for name, array in (('image', self.images), ('label', self.labels))
+    }
+    source = jax.pmap(lambda x: jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), x))(batch)
 
     def draw(source, step):
       return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step % 2, 0, False), source)
@@ -248,11 +241,6 @@ def is_installed(package: str) -> bool:
   return importlib.util.find_spec(package) is not None
 
 
-def has_torch() -> bool:
-  """Returns whether PyTorch, which the peer needs, is installed."""
-  return is_installed('torch')
-
-
 def peer_network(
   config: ConfigDict, phase: ConfigDict, network: Network, predecessor: Network | None
 ) -> Any:
@@ -323,14 +311,12 @@ def check_peer(config: ConfigDict, index: int) -> float:
   with jax.default_matmul_precision('highest'):
     model, variables = task.network
     logits = np.asarray(jax.jit(model.apply)(variables, task.images))
-  allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-  torch.backends.cudnn.allow_tf32 = False
+  precision = torch.get_float32_matmul_precision()
   torch.set_float32_matmul_precision('highest')
-  with torch.inference_mode():
+  with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
     peer = peer_network(config, task.phase.config, task.network, task.predecessor).eval()
     peers = peer(to_torch(task)[0]).cpu().numpy()
-  torch.backends.cudnn.allow_tf32 = allowed[0]
-  torch.set_float32_matmul_precision(allowed[1])
+  torch.set_float32_matmul_precision(precision)
   difference = float(np.abs(logits - peers).max() / np.abs(logits).max())
   if not difference < 1e-4:
     raise RuntimeError(
@@ -384,7 +370,7 @@ def set_up() -> None:
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   set_up_compilation_cache()
   jax.devices()  # Load the CUDA libraries that JAX needs before PyTorch loads its own.
-  if has_torch():
+  if is_installed('torch'):
     import torch
 
     torch.backends.cudnn.benchmark = True

@@ -29,17 +29,10 @@ from typing import Any, NamedTuple
 import common
 import jax
 import numpy as np
+import savings
 from etils import epath
 from ml_collections import ConfigDict
-from savings import (
-  ALL_EXITS,
-  NEARLY_AS_ACCURATE,
-  compute_savings,
-  render,
-  rounded,
-  verdicts,
-  write_figure,
-)
+from savings import ALL_EXITS, NEARLY_AS_ACCURATE
 
 from imta_jax import command_line, evaluate, networks
 from imta_jax import workdir as layout
@@ -129,9 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   points, last_accuracy = classifier.operating_points, validation.accuracy()[-1]
   methods = [Method(name) for name in programs]
   methods += choose_methods(points, classifier.madds, last_accuracy, options.budgets)
-  timings = measure_all(
-    methods, partial(run, programs, classifier), images, labels, classifier.madds, options
-  )
+  run_method = partial(run, programs, classifier)
+  timings = measure(methods, run_method, images, labels, classifier.madds, options)
   description = {
     'title': f'{config.dataset.name} on {jax.default_backend()}',
     'command': ' '.join(['python', *(sys.argv if arguments is None else arguments)]),
@@ -151,14 +143,13 @@ def report(
     description: Title, command, machine and load of the measurement.
     folder: The folder to write.
   """
-  savings = compute_savings(timings)
+  rows = savings.compute_savings(timings)
   content = json.dumps({**description, 'timings': timings}, indent=2) + '\n'
   layout.write_whole(folder / 'latency.json', content.encode())
-  layout.write_csv(folder / 'latency.csv', savings)
-  write_figure(savings, folder / 'latency.png', description['title'])
+  layout.write_csv(folder / 'latency.csv', rows)
+  savings.write_figure(rows, folder / 'latency.png', description['title'])
   print(f'{description["machine"]}; load average before: {description["load_average"]:.1f}')
-  print(f'\n{render(savings)}\n')
-  print('\n'.join(verdicts(savings)))
+  print('', savings.render(rows), '', *savings.verdicts(rows), sep='\n')
   print(f'tables and figure in {folder}')
 
 
@@ -209,7 +200,7 @@ def open_programs(
   programs = {ALL_EXITS: xla_program(*network, config.dataset)}
   if onnx is not None:
     programs['ONNX Runtime'] = onnx_program(Path(onnx))
-  if common.has_torch():
+  if common.is_installed('torch'):
     predecessor = restore(last - 1) if last else None
     try:
       peer = common.peer_network(config, config.phases[last], network, predecessor)
@@ -396,7 +387,7 @@ def batches_of(images: np.ndarray, size: int, max_batches: int) -> list[np.ndarr
   return list(images[chosen].reshape(count, size, *images.shape[1:]))
 
 
-def measure_all(
+def measure(
   methods: Sequence[Method],
   run_method: Callable,
   images: np.ndarray,
@@ -419,29 +410,36 @@ def measure_all(
   """
   largest = max(options.batch_sizes)
   batches = [images[i : i + largest] for i in range(0, len(images), largest)]
-  accuracies = [
-    float((run_method(method, 'predict', batches)[0] == labels).mean()) for method in methods
-  ]
+  accuracies = {m: float((run_method(m, 'predict', batches)[0] == labels).mean()) for m in methods}
   timings = []
   for mode, size in [*(('predict', size) for size in options.batch_sizes), ('stream', largest)]:
     batches = batches_of(images, size, options.calls)
-    measured = measure(methods, run_method, mode, batches, madds, options.repeats)
-    for timing, accuracy in zip(measured, accuracies, strict=True):
-      timings.append(rounded({**timing, 'accuracy': accuracy}))
+    seconds, exits = _take_turns(methods, run_method, mode, batches, options.repeats)
+    totals = {method: np.array([sum(calls) for calls in seconds[method]]) for method in methods}
+    for method in methods:
+      per_image = float(np.median(totals[method])) / (size * len(batches))
+      percentiles = 1000 * np.percentile(np.concatenate(seconds[method]), (50, 99))
+      timing = {
+        'method': method.name,
+        'is_adaptive': method.is_adaptive,
+        'mode': mode,
+        'batch_size': size,
+        'images': size * len(batches),
+        'accuracy': accuracies[method],
+        'madds': float(np.asarray(madds)[np.concatenate(exits[method])].mean()),
+        'milliseconds': 1000 * per_image,
+        'images_per_second': 1 / per_image,
+        'p50': None if mode == 'stream' else percentiles[0],
+        'p99': None if mode == 'stream' else percentiles[1],
+        'time_ratio': float(np.median(totals[method] / totals[Method(ALL_EXITS)])),
+      }
+      timings.append(savings.rounded(timing))
   return timings
 
 
-def measure(
-  methods: Sequence[Method],
-  run_method: Callable,
-  mode: str,
-  batches: Sequence[np.ndarray],
-  madds: Sequence[float],
-  repeats: int,
-) -> list[dict[str, Any]]:
-  """Times methods in turns, `repeats` times on all batches, which have one size."""
-  size, count = len(batches[0]), sum(map(len, batches))
-  per_turn = len(batches) if mode == 'stream' else max(1, _IMAGES_PER_TURN // size)
+def _take_turns(methods, run_method, mode, batches, repeats):
+  """Seconds {method: [[of each call] of each repeat]} and exits {method: [[image]]}."""
+  per_turn = len(batches) if mode == 'stream' else max(1, _IMAGES_PER_TURN // len(batches[0]))
   turns = [batches[start : start + per_turn] for start in range(0, len(batches), per_turn)]
   exits = {method: [] for method in methods}
   seconds = {method: [[] for _ in range(repeats)] for method in methods}
@@ -453,28 +451,7 @@ def measure(
         _, turn_exits, calls = run_method(method, mode, turn)
         seconds[method][repeat] += calls
         exits[method].append(turn_exits)
-  totals = {method: np.array([sum(calls) for calls in seconds[method]]) for method in methods}
-  timings = []
-  for method in methods:
-    total, calls = float(np.median(totals[method])), np.concatenate(seconds[method])
-    p50, p99 = (None, None) if mode == 'stream' else 1000 * np.percentile(calls, (50, 99))
-    timings.append(
-      {
-        'method': method.name,
-        'is_adaptive': method.is_adaptive,
-        'mode': mode,
-        'batch_size': size,
-        'images': count,
-        'accuracy': None,
-        'madds': float(np.asarray(madds)[np.concatenate(exits[method])].mean()),
-        'milliseconds': 1000 * total / count,
-        'images_per_second': count / total,
-        'p50': p50,
-        'p99': p99,
-        'time_ratio': float(np.median(totals[method] / totals[Method(ALL_EXITS)])),
-      }
-    )
-  return timings
+  return seconds, exits
 
 
 if __name__ == '__main__':

@@ -79,27 +79,14 @@ def _name(saving):
 
 def render(savings: Sequence[Timing]) -> str:
   """Returns a table to print; the whole network of each mode and batch size has a star."""
-  header = (
-    *('mode', 'batch', 'method', 'accuracy %', 'multiply-adds', 'ms/image', 'images/s'),
-    *('p50 ms', 'p99 ms', 'saved madds %', 'saved time %', 'share %'),
-  )
+  hidden = {'is_adaptive', 'images', 'images_per_second', 'time_ratio', 'is_whole_network'}
+  columns = [name for name in savings[0] if name not in hidden]
   rows = [
-    (
-      s['mode'],
-      s['batch_size'],
-      s['method'] + (' *' if s['is_whole_network'] else ''),
-      f'{100 * s["accuracy"]:.1f}',
-      f'{s["madds"]:,.0f}',
-      f'{s["milliseconds"]:.3f}',
-      f'{s["images_per_second"]:,.0f}',
-      *('' if value is None else f'{value:.2f}' for value in (s['p50'], s['p99'])),
-      f'{100 * s["madds_saving"]:.0f}',
-      f'{100 * s["time_saving"]:.0f}',
-      '' if s['share'] is None else f'{100 * s["share"]:.0f}',
-    )
+    ['' if s[name] is None else s[name] for name in columns] + ['*' * s['is_whole_network']]
     for s in savings
   ]
-  return common.table(header, rows) + '\n* the whole network, with which times are compared'
+  cells = [[f'{cell:,.4g}' if isinstance(cell, float) else cell for cell in row] for row in rows]
+  return common.table((*columns, '* whole network'), cells)
 
 
 def write_figure(savings: Sequence[Timing], path: epath.Path, title: str) -> None:

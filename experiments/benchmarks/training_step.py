@@ -41,7 +41,7 @@ def main() -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
   parser.add_argument(
-    '--repeats', type=command_line.positive(int), default=7, help='turns per contestant; default: 7'
+    '--repeats', type=positive(int), default=7, help='turns per contestant; default: 7'
   )
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
@@ -51,10 +51,8 @@ def main() -> None:
   peers = [name for name in options.peers.split(',') if name]
   if not set(peers) <= {'eager', 'tuned'}:
     raise UsageError(f"--peers={options.peers}: choose from 'eager' and 'tuned'")
-  if options.repeats < 1:
-    raise UsageError(f'--repeats={options.repeats} must be at least 1')
   common.set_up()
-  if peers and not common.has_torch():
+  if peers and not common.is_installed('torch'):
     print('PyTorch is not installed: the peers are not measured.')
     peers = []
 
@@ -80,8 +78,6 @@ def main() -> None:
   ):
     rates = [rate / 1e12 for result in results for rate in result['rates'][name]]
     print(f'{common.spread(rates, 3)} {unit}')
-  for line in hours_of_all_phases(results, len(config.phases)):
-    print(line)
   common.write_json(options.output, {'machine': machine, 'results': results})
 
 
@@ -119,9 +115,9 @@ def measure(
     'phase': index + 1,
     'batch_size': batch_size,
     'steps': task.phase.num_steps,
-    'seconds_a_step': timings,
-    'limit': {'seconds_a_step': least[by], 'by': by},
-    'work_a_step': amounts,
+    'seconds_per_step': timings,
+    'limit': {'seconds_per_step': least[by], 'by': by},
+    'work_per_step': amounts,
     'rates': rates,
   }
 
@@ -192,9 +188,9 @@ def format_table(results: list[dict[str, Any]]) -> str:
   )
   rows = []
   for result in results:
-    batch_size, timings = result['batch_size'], result['seconds_a_step']
+    batch_size, timings = result['batch_size'], result['seconds_per_step']
     limit = result['limit']
-    lines = {**timings, f'limit ({limit["by"]})': limit['seconds_a_step']}
+    lines = {**timings, f'limit ({limit["by"]})': limit['seconds_per_step']}
     for name, seconds in lines.items():
       ratios = [theirs / ours for theirs, ours in zip(seconds, timings['ours'], strict=True)]
       middle = statistics.median(seconds)
@@ -212,27 +208,6 @@ def format_table(results: list[dict[str, Any]]) -> str:
         )
       )
   return common.table(header, rows)
-
-
-def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[str]:
-  """Formats the hours of a complete training, for batch sizes at which all phases were measured."""
-  lines = []
-  for batch_size in dict.fromkeys(result['batch_size'] for result in results):
-    phases = [result for result in results if result['batch_size'] == batch_size]
-    if len({result['phase'] for result in phases}) < num_phases:
-      continue
-    hours = [
-      f'{name} '
-      + format(
-        sum(statistics.median(x['seconds_a_step'][name]) * x['steps'] for x in phases) / 3600,
-        ',.1f',
-      )
-      for name in phases[0]['seconds_a_step']
-    ]
-    lines.append(
-      f'{phases[0]["config"]}, batch {batch_size}, all phases, hours: {", ".join(hours)}'
-    )
-  return lines
 
 
 if __name__ == '__main__':
