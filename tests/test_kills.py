@@ -24,10 +24,10 @@ COMMAND = (
   '--config.tensorboard=False',
   '--config.model.scale_factors=1,2',
   '--config.model.bottleneck_factors=1,2',
-  '--config.phases[0].epochs=20',
-  '--config.phases[1].epochs=10',
+  '--config.phases[0].epochs=8',
+  '--config.phases[1].epochs=4',
 )
-NUM_KILLS = 8
+NUM_KILLS = 6
 
 
 @pytest.fixture(scope='module')

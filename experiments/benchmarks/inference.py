@@ -277,7 +277,7 @@ def torch_programs(network: Any, dataset: ConfigDict) -> dict[str, Program]:
     with torch.inference_mode():
       return whole(torch.from_numpy(images).to(device)).cpu().numpy()
 
-  network.eval()
+  network.eval().requires_grad_(False)
   whole, programs = FromPixels(), {'PyTorch': program}
   if common.is_installed('openvino'):
     import openvino
