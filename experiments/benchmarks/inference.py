@@ -88,12 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help="average multiply-adds; default: a quarter, half and three quarters of the last exit's",
   )
   parser.add_argument('--repeats', type=positive(int), default=5, help='default: 5')
-  parser.add_argument(
-    '--images', type=positive(int), default=1000, help='most test images; default: 1000'
-  )
-  parser.add_argument(
-    '--calls', type=positive(int), default=200, help='most calls per repeat; default: 200'
-  )
+  parser.add_argument('--images', type=positive(int), default=1000, help='at most; default: 1000')
+  parser.add_argument('--calls', type=positive(int), default=200, help='at most; default: 200')
   parser.add_argument(
     '--sweep',
     choices=('geometric', 'optimal'),
@@ -136,13 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report(
   timings: Sequence[Mapping[str, Any]], description: Mapping[str, Any], folder: epath.Path
 ) -> None:
-  """Writes latency.json, latency.csv and latency.png, and prints the table and verdicts.
-
-  Args:
-    timings: Records of `measure`.
-    description: Title, command, machine and load of the measurement.
-    folder: The folder to write.
-  """
+  """Writes latency.json, latency.csv and latency.png to a folder, and prints what they contain."""
   rows = savings.compute_savings(timings)
   content = json.dumps({**description, 'timings': timings}, indent=2) + '\n'
   layout.write_whole(folder / 'latency.json', content.encode())
@@ -175,20 +165,10 @@ def test_images(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]
 def open_programs(
   config: ConfigDict, workdir: epath.Path, num_classes: int, images: np.ndarray, onnx: str | None
 ) -> dict[str, Program]:
-  """Opens the programs that compute all exits, and checks that they give the same logits.
-
-  Args:
-    config: The run's config.
-    workdir: The run's folder.
-    num_classes: Number of classes.
-    images: Images to compare logits on.
-    onnx: Folder of an ONNX export, or None.
-
-  Returns:
-    Programs by name, with XLA's first.
+  """Opens the programs that compute all exits of a run, by name, with XLA's first.
 
   Raises:
-    UsageError: If the ONNX export is of another network.
+    UsageError: If the ONNX export is of another network: logits of the images differ.
   """
 
   def restore(index):

@@ -31,18 +31,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    '--config',
-    required=True,
-    help='config file as in training, for example configs/cifar100.py:exits=5',
-  )
+  parser.add_argument('--config', required=True, help='as in training, for example with :exits=5')
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
-  parser.add_argument(
-    '--repeats', type=positive(int), default=7, help='turns per contestant; default: 7'
-  )
+  parser.add_argument('--repeats', type=positive(int), default=7, help='turns; default: 7')
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
@@ -62,22 +56,11 @@ def main() -> None:
   for number in options.phases:
     if peers:
       difference = common.check_peer(config, number - 1)
-      print(
-        f'phase {number}: the logits of the peer differ from ours by {difference:.0e} '
-        'of the largest logit'
-      )
+      print(f'phase {number}: logits of the peer differ by {difference:.0e} of the largest logit')
     for batch_size in batch_sizes:
       result = measure(config, number - 1, batch_size, peers, options.repeats)
       results.append({'config': options.config, 'dtype': config.model.dtype, **result})
-  print()
-  print(format_table(results))
-  print()
-  for name, unit in (
-    ('operations', 'T operations/s, large matrix product'),
-    ('bytes', 'TB/s, triad'),
-  ):
-    rates = [rate / 1e12 for result in results for rate in result['rates'][name]]
-    print(f'{common.spread(rates, 3)} {unit}')
+  print(f'\n{format_table(results)}')
   common.write_json(options.output, {'machine': machine, 'results': results})
 
 
