@@ -89,17 +89,17 @@ def measure(
   timings = common.interleave(contestants, repeats)
   per_device = batch_size // jax.device_count()
   amounts = limits.work(task.phase, per_device, common.image_shape(config))
-  rates, least = {}, {}
+  rates, bounds = {}, {}
   for name, (_, amount) in yardsticks.items():
     rates[name] = [amount / seconds for seconds in timings.pop(name)]
-    least[name] = [amounts[name] / rate for rate in rates[name]]
-  by = max(least, key=lambda name: statistics.median(least[name]))
+    bounds[name] = [amounts[name] / rate for rate in rates[name]]
+  by = max(bounds, key=lambda name: statistics.median(bounds[name]))
   return {
     'phase': index + 1,
     'batch_size': batch_size,
     'steps': task.phase.num_steps,
     'seconds_per_step': timings,
-    'limit': {'seconds_per_step': least[by], 'by': by},
+    'limit': {'seconds_per_step': bounds[by], 'by': by},
     'work_per_step': amounts,
     'rates': rates,
   }
