@@ -27,7 +27,7 @@ COMMAND = (
   '--config.phases[0].epochs=8',
   '--config.phases[1].epochs=4',
 )
-NUM_KILLS = 6
+NUM_KILLS = 4
 
 
 @pytest.fixture(scope='module')
