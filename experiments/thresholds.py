@@ -1,10 +1,10 @@
-"""Compares thresholds for a trained network: where they come from, exit rules, and promises.
+"""Compares thresholds for a trained network: where they come from, exit rules, and guarantees.
 
     python experiments/thresholds.py runs/mnist5k
 
 Everything is chosen on validation images and then measured on test images. Writes a table and a
 figure of the paper's geometric shares and of searched thresholds at the same 40 budgets, a table of
-exit rules, and one of thresholds that promise to lose little accuracy.
+exit rules, and one of thresholds with a statistical guarantee on the loss of accuracy.
 """
 
 import argparse
@@ -49,12 +49,12 @@ Accuracy on test images with geometric shares, within these shares of the last e
 
 {rules}
 
-## Promises
+## Statistical guarantees
 
 Thresholds whose accuracy lies at most so much below the last exit's, with that confidence
-([what is promised](../../../../docs/thresholds.md)):
+([guarantees](../../../../docs/thresholds.md)):
 
-{promises}
+{guarantees}
 """
 
 
@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   files.write_csv(output / 'sweeps.csv', records)
   rules = compare_rules(splits, madds)
   files.write_csv(output / 'rules.csv', rules)
-  promises = compare_promises(splits, madds)
-  files.write_csv(output / 'promises.csv', promises)
+  guarantees = compare_guarantees(splits, madds)
+  files.write_csv(output / 'guarantees.csv', guarantees)
   draw(records, config.dataset.name, output / 'sweeps.png')
-  text = page(records, rules, promises, config.dataset.name, splits, options)
+  text = page(records, rules, guarantees, config.dataset.name, splits, options)
   files.write_whole(output / 'README.md', text.encode())
   print(text)
 
@@ -152,10 +152,10 @@ def compare_rules(
   return records
 
 
-def compare_promises(
+def compare_guarantees(
   splits: Mapping[str, evaluate.Predictions], madds: np.ndarray
 ) -> list[dict[str, object]]:
-  """Thresholds for several promises: what they save, and what they lose on test images."""
+  """Thresholds with several guarantees: what they save, and what they lose on test images."""
   validation, test = (
     policy.judge(split, splits[split].probabilities(), splits[split].labels, len(madds))
     for split in evaluate.SPLITS
@@ -218,7 +218,7 @@ def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -
 def page(
   records: Sequence[Mapping[str, float]],
   rules: Sequence[Mapping[str, object]],
-  promises: Sequence[Mapping[str, object]],
+  guarantees: Sequence[Mapping[str, object]],
   name: str,
   splits: Mapping[str, evaluate.Predictions],
   options: argparse.Namespace,
@@ -253,11 +253,11 @@ def page(
       ],
     ),
     rules=common.table(tuple(rules[0]), [tuple(record.values()) for record in rules]),
-    promises=common.table(
+    guarantees=common.table(
       ('max loss, points', 'confidence', 'threshold', 'multiply-adds', 'loss on test images'),
       [
         (*list(record.values())[:4], f'{record["loss_on_test"]:+.2f} ± {record["margin"]:.2f}')
-        for record in promises
+        for record in guarantees
       ],
     ),
   )

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imta_jax import runtime
-from imta_jax.data import image_folder
+from imta_jax.data import image_folder, in_memory, streamed
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
@@ -35,6 +35,8 @@ DATASETS = {
   'imagenet2012': (1_281_167, 1000),
   'mnist5k': (4_000, 10),
 }
+# A network and its variables.
+Network = tuple[MultiExitNetwork, Mapping[str, Any]]
 # Seconds that a turn takes, approximately, if its number of runs is not given.
 _SECONDS_PER_TURN = 0.5
 
@@ -51,18 +53,14 @@ class Task:
   """
 
   phase: phases.Phase
-  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
+  predecessor: Network | None
   images: np.ndarray
   labels: np.ndarray
 
   @property
-  def batch(self) -> dict[str, jax.Array]:
-    """Images and labels on the local devices, [local devices, batch per device, …]."""
-    parts = {
-      name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
-      for name, array in (('image', self.images), ('label', self.labels))
-    }
-    return jax.pmap(lambda batch: batch)(parts)
+  def network(self) -> Network:
+    """Network and variables of the phase."""
+    return self.phase.model, self.phase.state.weights.variables
 
   def train_loop(self) -> tuple[Callable, train_state.TrainState, Any, Batch]:
     """Returns the mapped training loop, and the state, teacher and batches on the devices.
@@ -70,9 +68,11 @@ class Task:
     The loop takes these and a number of steps, as in training: 1 on CPUs. Its steps alternate
     between two batches, so that nothing that depends on images is computed once for all steps.
     """
-    source = jax.pmap(lambda batch: jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch))(
-      self.batch
-    )
+    batch = {
+      name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+      for name, array in (('image', self.images), ('label', self.labels))
+    }
+    source = jax.pmap(lambda x: jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), x))(batch)
 
     def draw(source, step):
       return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step % 2, 0, False), source)
@@ -112,7 +112,7 @@ def set_up_without_data(
   index: int,
   batch_size: int,
   change: Callable[[np.ndarray], np.ndarray] = lambda variable: variable,
-) -> tuple[phases.Phase, tuple[MultiExitNetwork, Mapping[str, Any]] | None]:
+) -> tuple[phases.Phase, Network | None]:
   """Sets up a phase as training does, without its data set.
 
   Args:
@@ -150,6 +150,45 @@ def set_up_without_data(
     }
     phase = dataclasses.replace(phase, state=phase.state.replace(**changed))
   return phase, predecessor
+
+
+def abstract_train_loop(
+  config: ConfigDict, phase: phases.Phase, devices: Sequence[jax.Device], *, one_step: bool
+) -> tuple[Any, tuple]:
+  """Returns the mapped training loop of a phase for devices that need not be present.
+
+  Args:
+    config: The phase's config.
+    phase: The phase.
+    devices: The devices to compile for.
+    one_step: Whether the loop takes one step, as on CPUs.
+
+  Returns:
+    The loop, which can be lowered, and the shapes of its arguments.
+  """
+  shape, num_devices = image_shape(config), len(devices)
+  if config.dataset.in_memory:
+    draw, axes = functools.partial(in_memory.draw_batch, config), in_memory.SOURCE_AXES
+    num_images = num_train_images(config)
+    source = (
+      jax.ShapeDtypeStruct((num_images, *shape), np.uint8),
+      jax.ShapeDtypeStruct((num_images,), np.int32),
+      jax.eval_shape(functools.partial(in_memory.plan_epoch, config, num_images), np.int32(0)),
+      jax.ShapeDtypeStruct((num_devices,), np.int32),
+    )
+  else:
+    draw, axes = functools.partial(streamed.draw_batch, config), streamed.SOURCE_AXES
+    leading = (num_devices, 1, config.batch_size // num_devices)
+    source = {
+      'image': jax.ShapeDtypeStruct((*leading, *shape), np.uint8),
+      'label': jax.ShapeDtypeStruct(leading, np.int32),
+    }
+  loop = steps.make_train_loop(phase.train_step, draw, dtype=phase.model.dtype, one_step=one_step)
+  loop = steps.on_devices(loop, (None, None, axes, None), donated=(0,), devices=devices)
+  state, teacher = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (phase.state, pack(phase.teacher))
+  )
+  return loop, (state, teacher, source, jax.ShapeDtypeStruct((), np.int32))
 
 
 def num_train_images(config: ConfigDict) -> int:
@@ -198,41 +237,43 @@ def ours(task: Task) -> Callable[[int], None]:
   return run
 
 
-def has_torch() -> bool:
-  """Returns whether PyTorch, which the peer needs, is installed."""
-  return importlib.util.find_spec('torch') is not None
+def is_installed(package: str) -> bool:
+  """Returns whether a package is installed."""
+  return importlib.util.find_spec(package) is not None
 
 
-def peer_network(config: ConfigDict, task: Task) -> Any:
-  """Returns the task's network in PyTorch, with the same weights, on the device.
+def peer_network(
+  config: ConfigDict, phase: ConfigDict, network: Network, predecessor: Network | None
+) -> Any:
+  """Returns a network in PyTorch, with the same weights, on the device.
+
+  Args:
+    config: A complete config.
+    phase: The config of the phase.
+    network: Network and variables.
+    predecessor: Those of the previous phase, or None for the first phase.
 
   Raises:
-    UsageError: If the peer does not implement this network or would need several devices.
+    UsageError: If the peer does not implement this network.
   """
   import torch_peer
 
-  phase, fields = task.phase.config, {**config.model}
-  del fields['dtype'], fields['remat']
+  fields = {**config.model}
   if fields.pop('name') != 'msdnet' or phase.collaboration not in ('off', 'network'):
-    raise UsageError(
-      "the peer implements only MSDNet with collaboration 'off' or 'network': "
-      'run training_step.py with --peers= to measure without it'
-    )
-  if jax.device_count() > 1:
-    raise UsageError(
-      f'the peer runs on one device, but there are {jax.device_count()}: '
-      'run training_step.py with --peers= to measure without it'
-    )
-  num_classes, image_channels = task.phase.model.num_classes, task.images.shape[-1]
-  network = torch_peer.msdnet(num_classes, phase.gradient_equilibrium, image_channels, **fields)
-  state = to_state_dict(task.phase.state.weights.variables, task.phase.model)
+    raise UsageError("the peer implements only MSDNet with collaboration 'off' or 'network'")
+  del fields['dtype'], fields['remat']
+  model, variables = network
+  peer = torch_peer.msdnet(
+    model.num_classes, phase.gradient_equilibrium, len(config.dataset.mean), **fields
+  )
+  state = to_state_dict(variables, model)
   if phase.collaboration == 'network':
-    network = torch_peer.PhaseTwoNetwork(network, phase.stop_collaboration_gradient)
-    model, variables = task.predecessor
+    peer = torch_peer.PhaseTwoNetwork(peer, phase.stop_collaboration_gradient)
+    model, variables = predecessor
     teacher = to_state_dict(variables, model)
     state = {f'net.{name}': value for name, value in teacher.items()} | state
-  torch_peer.load(network, state)
-  return network.to(torch_device())
+  torch_peer.load(peer, state)
+  return peer.to(torch_device())
 
 
 def torch_device() -> str:
@@ -268,16 +309,14 @@ def check_peer(config: ConfigDict, index: int) -> float:
   config.model.dtype = 'float32'
   task = make_task(config, index, 4)
   with jax.default_matmul_precision('highest'):
-    logits = np.asarray(
-      jax.jit(task.phase.model.apply)(task.phase.state.weights.variables, task.images)
-    )
-  allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-  torch.backends.cudnn.allow_tf32 = False
+    model, variables = task.network
+    logits = np.asarray(jax.jit(model.apply)(variables, task.images))
+  precision = torch.get_float32_matmul_precision()
   torch.set_float32_matmul_precision('highest')
-  with torch.inference_mode():
-    peers = peer_network(config, task).eval()(to_torch(task)[0]).cpu().numpy()
-  torch.backends.cudnn.allow_tf32 = allowed[0]
-  torch.set_float32_matmul_precision(allowed[1])
+  with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    peer = peer_network(config, task.phase.config, task.network, task.predecessor).eval()
+    peers = peer(to_torch(task)[0]).cpu().numpy()
+  torch.set_float32_matmul_precision(precision)
   difference = float(np.abs(logits - peers).max() / np.abs(logits).max())
   if not difference < 1e-4:
     raise RuntimeError(
@@ -331,7 +370,7 @@ def set_up() -> None:
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   set_up_compilation_cache()
   jax.devices()  # Load the CUDA libraries that JAX needs before PyTorch loads its own.
-  if has_torch():
+  if is_installed('torch'):
     import torch
 
     torch.backends.cudnn.benchmark = True

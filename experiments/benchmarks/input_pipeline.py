@@ -2,31 +2,26 @@
 
     TFDS_DATA_DIR=… python experiments/benchmarks/input_pipeline.py --config=configs/imagenet.py
 
-Ours: the batches that training uses, decoded, cropped, flipped, and normalised on the device. Links
-to the prepared files enlarge the data set to --images. A turn reads as many images as an epoch has
-and crosses from one epoch to the next.
+Ours: the batches that training uses, decoded, cropped, flipped, and normalised on the device. With
+as many --images per turn as the data set has, a turn crosses from one epoch to the next.
 
-Peer: the same encoded images, already in memory, through Pillow (JPEG draft mode, random resized
-crop, flip) in worker processes of torch's DataLoader, or of multiprocessing if PyTorch is not
-installed. Its batches are uint8. The two take turns and never run at the same time.
+Peer, if PyTorch is installed: encoded images, already in memory, through Pillow (JPEG draft mode,
+random resized crop, flip) in worker processes of torch's DataLoader. Its batches are uint8. The two
+take turns and never run at the same time.
 """
 
 import argparse
 import io
 import itertools
-import json
-import multiprocessing
 import os
 import random
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imta_jax.errors import UsageError
+# Worker processes import this module: JAX and TensorFlow are imported where they are needed.
 
 
 def main() -> None:
@@ -34,97 +29,42 @@ def main() -> None:
   import common
 
   from imta_jax import config as config_lib
+  from imta_jax.command_line import output_file, positive
   from imta_jax.data.pipeline import open_dataset
+  from imta_jax.errors import UsageError
 
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    '--config', default='configs/imagenet.py', help='config file; default: %(default)s'
-  )
-  parser.add_argument(
-    '--images',
-    type=command_line.positive(int),
-    default=4096,
-    help='images per turn; default: 4,096',
-  )
-  parser.add_argument(
-    '--batch_size', type=command_line.positive(int), default=64, help='default: 64'
-  )
-  parser.add_argument(
-    '--repeats', type=command_line.positive(int), default=3, help='turns per contestant; default: 3'
-  )
-  parser.add_argument('--output', type=command_line.output_file, help='JSON file for all figures')
+  parser.add_argument('--config', default='configs/imagenet.py', help='default: %(default)s')
+  parser.add_argument('--images', type=positive(int), default=4096, help='per turn; default: 4096')
+  parser.add_argument('--batch_size', type=positive(int), default=64, help='default: 64')
+  parser.add_argument('--repeats', type=positive(int), default=3, help='turns of each; default: 3')
+  parser.add_argument('--output', type=output_file, help='JSON file for all figures')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
   if config.dataset.in_memory:
-    raise UsageError(
-      f'{options.config} keeps its images in memory: choose a config that streams its data set'
-    )
-  if not 0 < 4 * options.batch_size <= options.images or options.repeats < 1:
-    raise UsageError('--images must be at least four batches, and --repeats at least 1')
+    raise UsageError(f'{options.config} keeps its images in memory: choose one that streams them')
+  if 4 * options.batch_size > options.images:
+    raise UsageError(f'--images={options.images} must be at least four batches')
   config.batch_size = options.batch_size
-  config.dataset.validation_size = 1
 
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   open_dataset(config)  # Prepare the data set if necessary, or report what is wrong with it.
-  rates = {'ours': [], 'peer': []}
-  with tempfile.TemporaryDirectory() as folder:
-    config.dataset.data_dir = multiply(config.dataset, options.images, folder)
-    encoded = encoded_images(config)
-    for _ in range(options.repeats):
-      rates['ours'].append(ours(config, options.images))
-      rates['peer'].append(
-        peer(encoded, config.dataset.image_size, options.batch_size, options.images, cores)
-      )
-  print(common.machine())
-  print()
-  print(
-    common.table(
-      ('pipeline', 'images/s', 'images/s per core'),
-      [
-        (name, common.spread(values, 0), common.spread([x / cores for x in values], 0))
-        for name, values in rates.items()
-      ],
-    )
-  )
-  figures = {'cores': cores, 'images_a_second': rates}
+  rates = {'ours': []} | ({'peer': []} if common.is_installed('torch') else {})
+  encoded = encoded_images(config)
+  for _ in range(options.repeats):
+    rates['ours'].append(ours(config, options.images))
+    if 'peer' in rates:
+      rates['peer'].append(peer(encoded, config, options.images, cores))
+  print(f'{common.machine()}\n')
+  rows = [
+    (name, common.spread(values, 0), common.spread([x / cores for x in values], 0))
+    for name, values in rates.items()
+  ]
+  print(common.table(('pipeline', 'images/s', 'images/s per core'), rows))
+  figures = {'cores': cores, 'images_per_second': rates}
   common.write_json(options.output, {'machine': common.machine(), **figures})
-
-
-def multiply(dataset: Any, num_images: int, folder: str) -> str:
-  """Makes a TFDS folder whose training split repeats the shards of a prepared one, by links.
-
-  Args:
-    dataset: The config of the data set.
-    num_images: The minimum number of training images.
-    folder: The folder to write.
-
-  Returns:
-    The folder, a `data_dir` for TFDS.
-  """
-  import tensorflow_datasets as tfds
-
-  data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
-  builder = tfds.builder(dataset.name, data_dir=data_dir)
-  source = Path(builder.data_dir)
-  copy = Path(folder, builder.info.full_name)
-  copy.mkdir(parents=True)
-  info = json.loads((source / 'dataset_info.json').read_text())
-  (split,) = (s for s in info['splits'] if s['name'] == dataset.train_split)
-  shards = sorted(source.glob(f'{builder.name}-{dataset.train_split}.*'))
-  lengths = [int(length) for length in split['shardLengths']]
-  times = -(-num_images // sum(lengths)) + 1
-  for path in source.iterdir():
-    if path not in shards and path.name != 'dataset_info.json':
-      (copy / path.name).symlink_to(path)
-  stem = shards[0].name.rsplit('-', 3)[0]
-  total = times * len(shards)
-  for index, shard in enumerate(shards * times):
-    (copy / f'{stem}-{index:05d}-of-{total:05d}').symlink_to(shard)
-  split['shardLengths'] = [str(length) for length in lengths * times]
-  (copy / 'dataset_info.json').write_text(json.dumps(info))
-  return folder
 
 
 def encoded_images(config: Any) -> list[bytes]:
@@ -140,7 +80,7 @@ def encoded_images(config: Any) -> list[bytes]:
 
 
 def ours(config: Any, num_images: int) -> float:
-  """Measures images per second over one epoch's number of images, across the end of an epoch."""
+  """Measures images per second of the batches that training uses."""
   import jax
 
   from imta_jax.data.pipeline import open_dataset
@@ -150,25 +90,18 @@ def ours(config: Any, num_images: int) -> float:
   return _rate(batches, config.batch_size, num_images)
 
 
-def peer(
-  encoded: Sequence[bytes], size: int, batch_size: int, num_images: int, workers: int
-) -> float:
+def peer(encoded: Sequence[bytes], config: Any, num_images: int, workers: int) -> float:
   """Measures images per second of worker processes that use Pillow."""
-  try:
-    from torch.utils.data import DataLoader
-  except ImportError:
-    with multiprocessing.get_context('spawn').Pool(workers, _keep, (encoded, size)) as pool:
-      endless = pool.imap(_crop_kept, itertools.count(), chunksize=16)
-      batches = (np.stack(list(itertools.islice(endless, batch_size))) for _ in itertools.count())
-      return _rate(batches, batch_size, num_images)
+  from torch.utils.data import DataLoader
+
   loader = DataLoader(
-    Crops(encoded, size, 2 * num_images),
-    batch_size,
+    Crops(encoded, config.dataset.image_size, 2 * num_images),
+    config.batch_size,
     num_workers=workers,
     collate_fn=np.stack,
     multiprocessing_context='spawn',
   )
-  return _rate(iter(loader), batch_size, num_images)
+  return _rate(iter(loader), config.batch_size, num_images)
 
 
 def _rate(batches: Iterator[Any], batch_size: int, num_images: int) -> float:
@@ -193,19 +126,6 @@ class Crops:
 
   def __getitem__(self, index: int) -> np.ndarray:
     return random_crop(self._encoded[index % len(self._encoded)], self._size)
-
-
-_kept = None
-
-
-def _keep(encoded, size):
-  """Initialises a worker process with its data."""
-  global _kept
-  _kept = Crops(encoded, size, 1)
-
-
-def _crop_kept(index):
-  return _kept[index]
 
 
 def random_crop(encoded: bytes, size: int) -> np.ndarray:

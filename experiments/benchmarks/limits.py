@@ -1,4 +1,4 @@
-"""The least work of a training step, and the rates at which this machine can do it."""
+"""Lower bounds of the work of a training step, and the rates at which this machine does it."""
 
 from collections.abc import Callable
 

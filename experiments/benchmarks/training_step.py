@@ -31,18 +31,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    '--config',
-    required=True,
-    help='config file as in training, for example configs/cifar100.py:exits=5',
-  )
+  parser.add_argument('--config', required=True, help='as in training, for example with :exits=5')
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
-  parser.add_argument(
-    '--repeats', type=command_line.positive(int), default=7, help='turns per contestant; default: 7'
-  )
+  parser.add_argument('--repeats', type=positive(int), default=7, help='turns; default: 7')
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
   config = config_lib.load_file(options.config)
@@ -51,10 +45,8 @@ def main() -> None:
   peers = [name for name in options.peers.split(',') if name]
   if not set(peers) <= {'eager', 'tuned'}:
     raise UsageError(f"--peers={options.peers}: choose from 'eager' and 'tuned'")
-  if options.repeats < 1:
-    raise UsageError(f'--repeats={options.repeats} must be at least 1')
   common.set_up()
-  if peers and not common.has_torch():
+  if peers and not common.is_installed('torch'):
     print('PyTorch is not installed: the peers are not measured.')
     peers = []
 
@@ -64,24 +56,11 @@ def main() -> None:
   for number in options.phases:
     if peers:
       difference = common.check_peer(config, number - 1)
-      print(
-        f'phase {number}: the logits of the peer differ from ours by {difference:.0e} '
-        'of the largest logit'
-      )
+      print(f'phase {number}: logits of the peer differ by {difference:.0e} of the largest logit')
     for batch_size in batch_sizes:
       result = measure(config, number - 1, batch_size, peers, options.repeats)
       results.append({'config': options.config, 'dtype': config.model.dtype, **result})
-  print()
-  print(format_table(results))
-  print()
-  for name, unit in (
-    ('operations', 'T operations/s, large matrix product'),
-    ('bytes', 'TB/s, triad'),
-  ):
-    rates = [rate / 1e12 for result in results for rate in result['rates'][name]]
-    print(f'{common.spread(rates, 3)} {unit}')
-  for line in hours_of_all_phases(results, len(config.phases)):
-    print(line)
+  print(f'\n{format_table(results)}')
   common.write_json(options.output, {'machine': machine, 'results': results})
 
 
@@ -110,18 +89,18 @@ def measure(
   timings = common.interleave(contestants, repeats)
   per_device = batch_size // jax.device_count()
   amounts = limits.work(task.phase, per_device, common.image_shape(config))
-  rates, least = {}, {}
+  rates, bounds = {}, {}
   for name, (_, amount) in yardsticks.items():
     rates[name] = [amount / seconds for seconds in timings.pop(name)]
-    least[name] = [amounts[name] / rate for rate in rates[name]]
-  by = max(least, key=lambda name: statistics.median(least[name]))
+    bounds[name] = [amounts[name] / rate for rate in rates[name]]
+  by = max(bounds, key=lambda name: statistics.median(bounds[name]))
   return {
     'phase': index + 1,
     'batch_size': batch_size,
     'steps': task.phase.num_steps,
-    'seconds_a_step': timings,
-    'limit': {'seconds_a_step': least[by], 'by': by},
-    'work_a_step': amounts,
+    'seconds_per_step': timings,
+    'limit': {'seconds_per_step': bounds[by], 'by': by},
+    'work_per_step': amounts,
     'rates': rates,
   }
 
@@ -135,6 +114,11 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
   import torch
   import torch_peer
 
+  if jax.device_count() > 1:
+    raise UsageError(
+      f'the peers run on one device, but there are {jax.device_count()}: '
+      'pass --peers= to measure without them'
+    )
   phase = task.phase.config
   kind = (phase.trained, phase.loss)
   if kind == ('everything', 'cross_entropy'):
@@ -152,7 +136,7 @@ def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], No
       'pass --peers= to measure without it'
     )
   step = torch_peer.TrainingStep(
-    common.peer_network(config, task),
+    common.peer_network(config, phase, task.network, task.predecessor),
     loss_of,
     learning_rate=phase.learning_rate,
     momentum=phase.momentum,
@@ -187,9 +171,9 @@ def format_table(results: list[dict[str, Any]]) -> str:
   )
   rows = []
   for result in results:
-    batch_size, timings = result['batch_size'], result['seconds_a_step']
+    batch_size, timings = result['batch_size'], result['seconds_per_step']
     limit = result['limit']
-    lines = {**timings, f'limit ({limit["by"]})': limit['seconds_a_step']}
+    lines = {**timings, f'limit ({limit["by"]})': limit['seconds_per_step']}
     for name, seconds in lines.items():
       ratios = [theirs / ours for theirs, ours in zip(seconds, timings['ours'], strict=True)]
       middle = statistics.median(seconds)
@@ -207,27 +191,6 @@ def format_table(results: list[dict[str, Any]]) -> str:
         )
       )
   return common.table(header, rows)
-
-
-def hours_of_all_phases(results: list[dict[str, Any]], num_phases: int) -> list[str]:
-  """Formats the hours of a complete training, for batch sizes at which all phases were measured."""
-  lines = []
-  for batch_size in dict.fromkeys(result['batch_size'] for result in results):
-    phases = [result for result in results if result['batch_size'] == batch_size]
-    if len({result['phase'] for result in phases}) < num_phases:
-      continue
-    hours = [
-      f'{name} '
-      + format(
-        sum(statistics.median(x['seconds_a_step'][name]) * x['steps'] for x in phases) / 3600,
-        ',.1f',
-      )
-      for name in phases[0]['seconds_a_step']
-    ]
-    lines.append(
-      f'{phases[0]["config"]}, batch {batch_size}, all phases, hours: {", ".join(hours)}'
-    )
-  return lines
 
 
 if __name__ == '__main__':

@@ -1,135 +1,92 @@
-"""What a compiled program launches, moves and sends, counted from what its compiler writes."""
+"""Counts what a compiled program launches, moves and sends from what its compiler writes."""
 
 import collections
 import dataclasses
 import math
 import re
 
-import numpy as np
-
 # Instructions that compute nothing: they name, group or view what is there.
 _FREE = {
   'after-all', 'bitcast', 'constant', 'get-tuple-element', 'iota', 'opt-barrier', 'parameter',
   'partition-id', 'replica-id', 'tuple',
 }  # fmt: skip
-_COLLECTIVES = (
+_COLLECTIVES = {
   'all-gather', 'all-reduce', 'all-to-all', 'collective-broadcast', 'collective-permute',
   'ragged-all-to-all', 'reduce-scatter',
-)  # fmt: skip
+}  # fmt: skip
 # Instructions that read a part of their first operand, and those that read of each operand the part
 # that is read of their result.
 _SLICES = {'slice', 'dynamic-slice', 'gather'}
 _ELEMENTWISE = {
-  'add',
-  'bitcast',
-  'convert',
-  'divide',
-  'multiply',
-  'negate',
-  'reshape',
-  'select',
-  'subtract',
-}
-_ITEM_BYTES = {'pred': 1, 'token': 0}
+  'add', 'bitcast', 'convert', 'divide', 'multiply', 'negate', 'reshape', 'select', 'subtract',
+}  # fmt: skip
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r' ([a-z][a-z\-]*)\(')
-# Type, dimensions, and of the layout: dimensions from minor to major, and tiles and memory space.
-_ARRAY = re.compile(r'([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^}]*))?\})?')
+_ARRAY = re.compile(r'([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([0-9,]*)\]')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r'(?:calls|to_apply|body)=%?([\w.\-]+)')
 _CONDITION = re.compile(r'condition=%?([\w.\-]+)')
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
-  """What a program does on one device each time that it runs.
-
-  If it consists of a loop that runs any number of times, as a training loop, all fields but
-  `launches_outside` are for one round.
-
-  Attributes:
-    launches: Instructions that the device runs one after another: kernels, library calls, copies
-      and collectives.
-    launches_outside: Those before and after the loop, if there is one.
-    bytes: Operands and results of each of these, caches aside; of an operand that is only sliced,
-      the slices.
-    hbm_bytes: The part of these bytes that lies in the device's main memory, and not on the chip as
-      compilers for TPUs arrange; with the padding of tiles.
-    collectives: How many of them exchange data between devices.
-    collective_bytes: What a device contributes to these.
-  """
-
-  launches: int
-  launches_outside: int
-  bytes: int
-  hbm_bytes: int
-  collectives: int
-  collective_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Instruction:
   name: str
   opcode: str
-  size: np.ndarray  # [2]: bytes, and those in main memory with padding.
+  bytes: float
   operands: tuple[str, ...]
   text: str
 
 
-def count_hlo(text: str) -> Counts:
-  """Counts a scheduled HLO program.
-
-  Bodies of loops count as often as they run, if the compiler says how often that is.
+def count_hlo(text: str) -> dict[str, int]:
+  """Counts what a device does in a training step.
 
   Args:
-    text: From `as_text` of a compiled program.
+    text: A scheduled HLO program, from `as_text` of a compiled one. If it has a loop of an unknown
+      number of rounds, the training loop, one round is a step, otherwise the whole program.
+
+  Returns:
+    'launches': kernels, library calls, copies and collectives; 'bytes': operands and results of
+    these, caches aside, and of an operand that is only sliced, the slices; 'collectives': exchanges
+    between devices; 'collective_bytes': what a device contributes to these.
   """
   computations, entry = _parse(text)
-  loops = [i for i in computations[entry] if i.opcode == 'while' and not _TRIPS.search(i.text)]
+  total = dict.fromkeys(('launches', 'bytes', 'collectives', 'collective_bytes'), 0)
 
-  def walk(name, times, total):
-    sizes = {instruction.name: instruction.size for instruction in computations[name]}
+  def walk(name, times):
+    sizes = {instruction.name: instruction.bytes for instruction in computations[name]}
     for instruction in computations[name]:
       opcode = instruction.opcode
       if opcode in _FREE or opcode.endswith(('-done', '-update')):
         continue
       if opcode in ('while', 'call', 'conditional', 'async-start'):
         trips = _TRIPS.search(instruction.text) if opcode == 'while' else None
-        for called in _CALLED.findall(instruction.text) if instruction not in loops else ():
+        for called in _CALLED.findall(instruction.text):
           if called in computations:
-            walk(called, times * (int(trips[1]) if trips else 1), total)
+            walk(called, times * (int(trips[1]) if trips else 1))
         continue
       read = _bytes_read(instruction, sizes, computations)
-      moved, hbm = read + instruction.size
       total['launches'] += times
-      total['bytes'] += times * moved
-      total['hbm_bytes'] += times * hbm
+      total['bytes'] += times * (read + instruction.bytes)
       if opcode.removesuffix('-start') in _COLLECTIVES:
         total['collectives'] += times
-        total['collective_bytes'] += times * read[0]
+        total['collective_bytes'] += times * read
 
-  total, outside = collections.Counter(), collections.Counter()
-  walk(entry, 1, outside)
-  for loop in loops:
-    for called in (*_CALLED.findall(loop.text), *_CONDITION.findall(loop.text)):
-      walk(called, 1, total)
-  if loops:
-    total['launches_outside'] = outside['launches']
-  else:
-    total = outside
-  fields = (field.name for field in dataclasses.fields(Counts))
-  return Counts(**{name: math.ceil(total[name]) for name in fields})
+  loops = [i for i in computations[entry] if i.opcode == 'while' and not _TRIPS.search(i.text)]
+  roots = [name for i in loops for name in _CALLED.findall(i.text) + _CONDITION.findall(i.text)]
+  for root in roots or [entry]:
+    walk(root, 1)
+  return {name: math.ceil(value) for name, value in total.items()}
 
 
 def _bytes_read(instruction, sizes, computations):
-  """[2]: bytes of the operands of an instruction, as in `_Instruction.size`."""
-  full = [sizes.get(operand, np.zeros(2)) for operand in instruction.operands]
+  """Bytes of the operands of an instruction, as far as it reads them."""
+  read = [sizes.get(operand, 0) for operand in instruction.operands]
   if instruction.opcode.removesuffix('-start') in _SLICES:
-    full[0] = np.minimum(full[0], instruction.size)
+    read[0] = min(read[0], instruction.bytes)
   if instruction.opcode != 'fusion':
-    return sum(full, np.zeros(2))
+    return sum(read)
   fused = computations.get(_CALLED.search(instruction.text)[1], [])
   users = collections.defaultdict(list)
   for inner in fused:
@@ -141,17 +98,15 @@ def _bytes_read(instruction, sizes, computations):
     parts = [] if users[inner.name] else [1.0]
     for user in users[inner.name]:
       if user.opcode in _SLICES and user.operands[0] == inner.name:
-        parts.append(user.size[0] / max(inner.size[0], 1) * fractions[user.name])
-      elif user.opcode in _ELEMENTWISE:
-        parts.append(fractions[user.name])
+        parts.append(user.bytes / max(inner.bytes, 1) * fractions[user.name])
       else:
-        parts.append(1.0)
+        parts.append(fractions[user.name] if user.opcode in _ELEMENTWISE else 1.0)
     fractions[inner.name] = min(sum(parts), 1.0)
     if inner.opcode == 'parameter':
-      number = int(re.match(r'.*? parameter\((\d+)\)', f' {inner.text}')[1])
-      if number < len(full):
-        full[number] = full[number] * fractions[inner.name]
-  return sum(full, np.zeros(2))
+      number = int(re.search(r' parameter\((\d+)\)', inner.text)[1])
+      if number < len(read):
+        read[number] *= fractions[inner.name]
+  return sum(read)
 
 
 def _parse(text):
@@ -164,71 +119,48 @@ def _parse(text):
         entry = found[2] if found[1] else entry
     elif line.startswith('}'):
       current = None
-    elif found := _INSTRUCTION.match(line):
-      name, rest = found.groups()
-      opcode = _OPCODE.search(f' {rest}')
-      if opcode is None:
-        continue
-      shape, arguments = f' {rest}'[: opcode.start()], f' {rest}'[opcode.end() :]
-      # Operands are named up to the parenthesis that closes the list.
+    elif (found := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(f' {found[2]}')):
+      shape, arguments = f' {found[2]}'[: opcode.start()], f' {found[2]}'[opcode.end() :]
       operands = tuple(re.findall(r'%([\w.\-]+)', arguments.partition(')')[0]))
       arrays = _ARRAY.findall(shape)
-      if opcode[1] == 'copy-start':  # What follows is the operand again, and a semaphore.
-        arrays = arrays[:1]
-      elif opcode[1] == 'slice-start':  # Between the operand and a semaphore.
-        arrays = arrays[1:2]
-      size = sum((_size(*array) for array in arrays), np.zeros(2))
-      current.append(_Instruction(name, opcode[1], size, operands, rest))
+      # Asynchronous copies: (result, operand, semaphore); slices: (operand, result, semaphore).
+      if opcode[1] in ('copy-start', 'slice-start'):
+        arrays = arrays[:1] if opcode[1] == 'copy-start' else arrays[1:2]
+      size = sum(_bytes(*array) for array in arrays)
+      current.append(_Instruction(found[1], opcode[1], size, operands, found[2]))
   return computations, entry
 
 
-def _size(kind: str, dimensions: str, minor_to_major: str, attributes: str) -> np.ndarray:
-  """[2]: bytes of an array, and those that it takes of main memory."""
-  digits = re.search(r'\d+', kind)
-  item = _ITEM_BYTES.get(kind, int(digits[0]) / 8 if digits else 0)
-  sizes = [int(size) for size in dimensions.split(',') if size]
-  padded = list(sizes)
-  if tile := re.match(r'T\(([\d,]+)\)', attributes):
-    order = [int(axis) for axis in minor_to_major.split(',') if axis]
-    # The last tile dimension is that of the most minor dimension.
-    for axis, tile_size in zip(order, reversed(tile[1].split(',')), strict=False):
-      padded[axis] = math.ceil(padded[axis] / int(tile_size)) * int(tile_size)
-  in_main_memory = 'S(' not in attributes
-  return item * np.array([math.prod(sizes), in_main_memory * math.prod(padded)])
+def _bytes(kind, dimensions):
+  """Bytes of an array, for example 14 for ('bf16', '7')."""
+  bits = {'pred': 8}.get(kind) or int((re.search(r'\d+', kind) or [0])[0])
+  return bits / 8 * math.prod(int(size) for size in dimensions.split(',') if size)
 
 
-# Thunks that hold others, or wait.
+# Thunks that contain others, or wait.
 _CONTAINERS = {'kCommandBuffer', 'kSequential', 'kWhile', 'kConditional', 'kCall'}
 
 
 def count_thunks(text: str) -> tuple[int, int]:
-  """Counts what a GPU launches.
+  """Counts what a GPU launches in a step.
 
   Args:
-    text: What XLA writes to *.thunk_sequence_after_thunk_passes.txt with xla_dump_to: a line for
-      each thunk, those of a command buffer (a CUDA graph) indented below it.
+    text: XLA's *.thunk_sequence_after_thunk_passes.txt: a line per thunk, those of a command buffer
+      (a CUDA graph) or of a loop indented below it.
 
   Returns:
-    All launches, and those among them that lie in command buffers; if there is a loop, those of one
-    round.
+    All launches, and those among them that lie in command buffers; of the loop if there is one.
   """
-  launches = in_buffers = 0
-  buffer_indent = None
-  lines = text.splitlines()
-  starts = [number for number, line in enumerate(lines) if re.match(r'\d+: kWhile', line)]
-  if starts:
-    lines = lines[starts[0] + 1 :]
-    ends = [number for number, line in enumerate(lines) if re.match(r'\d+: ', line)]
-    lines = lines[: ends[0]] if ends else lines
-  for line in lines:
-    if not (found := re.match(r'( *)\d+: (k\w+)', line)):
-      continue
-    indent, kind = len(found[1]), found[2]
-    if buffer_indent is not None and indent <= buffer_indent:
-      buffer_indent = None
-    if kind == 'kCommandBuffer' and buffer_indent is None:
-      buffer_indent = indent
+  lines = [(len(found[1]), found[2]) for found in re.finditer(r'^( *)\d+: (k\w+)', text, re.M)]
+  if (0, 'kWhile') in lines:
+    lines = lines[lines.index((0, 'kWhile')) + 1 :]
+    lines = lines[: next((i for i, (indent, _) in enumerate(lines) if not indent), None)]
+  launches = in_graphs = 0
+  graph_indent = math.inf
+  for indent, kind in lines:
+    if indent <= graph_indent:
+      graph_indent = indent if kind == 'kCommandBuffer' else math.inf
     if kind not in _CONTAINERS and not kind.endswith('Done'):
       launches += 1
-      in_buffers += buffer_indent is not None
-  return launches, in_buffers
+      in_graphs += indent > graph_indent
+  return launches, in_graphs

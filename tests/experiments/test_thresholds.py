@@ -60,9 +60,9 @@ def test_the_margin_is_that_of_differences_image_by_image(splits):
 def test_each_rule_and_promise_has_a_row(splits):
   rules = thresholds.compare_rules(splits, MADDS)
   assert [record['rule'] for record in rules] == list(RULES)
-  promises = thresholds.compare_promises(splits, MADDS)
-  assert len(promises) == 6
-  for record in promises:
+  guarantees = thresholds.compare_guarantees(splits, MADDS)
+  assert len(guarantees) == 6
+  for record in guarantees:
     assert record['loss_on_test'] <= 100 * 0.02 + 3 * record['margin']
 
 
@@ -72,7 +72,7 @@ def test_the_page_says_what_the_records_say(splits, tmp_path):
   page = thresholds.page(
     records,
     thresholds.compare_rules(splits, MADDS),
-    thresholds.compare_promises(splits, MADDS),
+    thresholds.compare_guarantees(splits, MADDS),
     'digits',
     splits,
     options,

@@ -1,6 +1,5 @@
-"""Plans: what is counted of a program, what a floor is, and plans of a small network."""
+"""Plans: what is counted of a program, the largest batch, and plans of a small network."""
 
-import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
@@ -52,29 +52,26 @@ ENTRY %main (a: f32[4,8], b: bf16[3,5]) -> f32[4,8] {
 def test_a_program_is_counted_as_its_device_runs_it():
   counted = counts.count_hlo(PROGRAM)
   array = 4 * 8 * 4
-  assert counted.launches == 1 + 5 + 1  # The prefetch, the fusion in each round, the all-reduce.
-  assert counted.bytes == 2 * (3 * 5 * 2) + 5 * 2 * array + 2 * array
-  # On the chip nothing counts, and in main memory whole tiles do.
-  assert counted.hbm_bytes == 8 * 128 * 2 + 5 * 2 * array + 2 * array
-  assert (counted.collectives, counted.collective_bytes) == (1, array)
+  assert counted['launches'] == 1 + 5 + 1  # The prefetch, the fusion in each round, the all-reduce.
+  assert counted['bytes'] == 2 * (3 * 5 * 2) + 5 * 2 * array + 2 * array
+  assert (counted['collectives'], counted['collective_bytes']) == (1, array)
 
 
 @pytest.mark.parametrize(
   ('shape', 'expected'),
   [
-    ('f32[]', (4, 4)),
-    ('pred[3,2]{1,0}', (6, 6)),
-    ('bf16[7]{0:T(256)}', (14, 512)),
-    ('f32[32,56,56,16]{3,0,2,1:T(8,128)}', (6_422_528, 8 * 6_422_528)),
-    ('f8e4m3fn[2,2]{1,0}', (4, 4)),
-    ('s4[4]{0}', (2, 2)),
-    ('f32[8,128]{1,0:T(8,128)S(1)}', (4096, 0)),
+    ('f32[]', 4),
+    ('pred[3,2]{1,0}', 6),
+    ('bf16[7]{0:T(256)}', 14),
+    ('f32[32,56,56,16]{3,0,2,1:T(8,128)}', 6_422_528),
+    ('f8e4m3fn[2,2]{1,0}', 4),
+    ('s4[4]{0}', 2),
+    ('(f32[8,128]{1,0:T(8,128)S(1)}, token[])', 4096),
   ],
 )
-def test_arrays_take_their_tiles(shape, expected):
+def test_bytes_of_arrays(shape, expected):
   text = f'ENTRY %main (a: f32[]) -> f32[] {{\n  ROOT %x = {shape} custom-call()\n}}\n'
-  counted = counts.count_hlo(text)
-  assert (counted.bytes, counted.hbm_bytes) == expected
+  assert counts.count_hlo(text)['bytes'] == expected
 
 
 SLICED = """
@@ -98,8 +95,8 @@ ENTRY %main (a: f32[1000], b: f32[10]) -> f32[10] {
 
 def test_of_what_is_sliced_the_slices_count():
   counted = counts.count_hlo(SLICED)
-  assert counted.launches == 2
-  assert counted.bytes == 4 * ((10 + 10 + 10) + (5 + 5))
+  assert counted['launches'] == 2
+  assert counted['bytes'] == 4 * ((10 + 10 + 10) + (5 + 5))
 
 
 def test_a_real_program_is_counted():
@@ -109,9 +106,9 @@ def test_a_real_program_is_counted():
 
   x = jax.ShapeDtypeStruct((64, 64), np.float32)
   counted = counts.count_hlo(jax.jit(function).lower(x).compile().as_text())
-  assert counted.launches >= 3 * 2
-  assert counted.bytes >= 3 * 4 * 64 * 64 * 4
-  assert counted.collectives == 0
+  assert counted['launches'] >= 3 * 2
+  assert counted['bytes'] >= 3 * 4 * 64 * 64 * 4
+  assert counted['collectives'] == 0
 
 
 def test_a_training_loop_is_counted_by_the_round():
@@ -121,8 +118,8 @@ def test_a_training_loop_is_counted_by_the_round():
   x, count = jax.ShapeDtypeStruct((64, 64), np.float32), jax.ShapeDtypeStruct((), np.int32)
   counted = counts.count_hlo(jax.jit(loop).lower(x, count).compile().as_text())
   array = 64 * 64 * 4
-  assert 4 <= counted.launches <= 7 and 2 <= counted.launches_outside <= 5
-  assert 9 * array <= counted.bytes < 11 * array  # Two products and two functions.
+  assert 4 <= counted['launches'] <= 7
+  assert 9 * array <= counted['bytes'] < 11 * array  # Two products and two functions.
 
 
 def test_launches_inside_and_outside_of_graphs():
@@ -142,32 +139,11 @@ def test_launches_inside_and_outside_of_graphs():
   assert counts.count_thunks(text + '008: kCopy [x]') == (1, 0)
 
 
-def test_the_floor_is_the_longest_of_four_times():
-  chip = targets.CHIPS['h100']
-  target = targets.Target('h100:8', chip, [None] * 8, '', {})
-  counted = counts.Counts(
-    launches=2000,
-    launches_outside=9,
-    bytes=9e9,
-    hbm_bytes=3.35e9,
-    collectives=1,
-    collective_bytes=45e6,
-  )
-  times = plan._least_times(target, 'bfloat16', 989e9, counted, in_graphs=1500)
-  launches = 1500 * 1e-6 + 500 * 2e-6
-  assert times == pytest.approx(
-    {'operations': 1e-3, 'bytes': 1e-3, 'launches': launches, 'collectives': 2 * 7 / 8 * 1e-4}
-  )
-
-
-def test_every_gpu_has_a_configuration_and_every_chip_its_figures():
-  for name, chip in targets.CHIPS.items():
-    assert chip.rates['bfloat16'] >= chip.rates['float32'] > 1e14, name
-    assert 1e11 < chip.interconnect < chip.bandwidth, name
-    if chip.gpu is not None:
-      text = targets._target_config(chip)
-      assert f'core_count: {chip.gpu["cores"]}' in text
-      assert text.count('{') == text.count('}')
+def test_every_gpu_has_a_configuration():
+  for kind, gpu in targets.GPUS.items():
+    text = targets.gpu_config(kind)
+    assert f'core_count: {gpu.cores} ' in text and f'device_memory_size: {gpu.memory}\n' in text
+    assert text.count('{') == text.count('}')
 
 
 @pytest.mark.parametrize(
@@ -226,12 +202,10 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
     assert record['operations'] > 0 and record['bytes'] > 0
     assert record['peak_bytes'] >= record['argument_bytes'] > 1e6
     assert (record['collectives'] > 0) == (num_devices > 1)
-    assert record['images_per_second'] == pytest.approx(16 / record['floor_seconds'])
+    assert (record['launches_in_graphs'] is None) == (name[0] not in 'ah')
   first, second = records
   assert first['operations'] > second['operations']  # Phase II trains the last layers alone.
-  # 3 epochs of 3,500 images at 16 per step.
-  assert first['hours'] == pytest.approx(3 * 218 * first['floor_seconds'] / 3600)
-  assert 'all phases take' in capsys.readouterr().out
+  assert f'| {first["launches"]} ' in capsys.readouterr().out
 
 
 def test_targets_without_a_compiler_say_how_to_get_it(monkeypatch):
@@ -245,39 +219,44 @@ def test_targets_without_a_compiler_say_how_to_get_it(monkeypatch):
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-  target = targets.Target('h100:8', targets.CHIPS['h100'], [None] * 8, '', {})
+  target = targets.Target('h100:8', [None] * 8)
   with pytest.raises(UsageError, match='batch size 12 is not divisible by the 8 devices'):
-    plan.plan('config', None, target, 1, 12)
+    plan.plan(None, target, 1, 12)
+
+
+@pytest.mark.parametrize('reason', ['RESOURCE_EXHAUSTED: out of memory', 'INTERNAL: crash'])
+def test_a_step_that_the_compiler_cannot_fit_does_not_fit(reason, monkeypatch):
+  def compile(*_):
+    raise jax.errors.JaxRuntimeError(reason)
+
+  monkeypatch.setattr(plan, '_compile', compile)
+  config = config_lib.load_file(f'{ROOT}/configs/mnist5k.py:exits=1')
+  arguments = (config, targets.Target('cpu', jax.devices('cpu')), 1, 16)
+  if reason.startswith('INTERNAL'):
+    with pytest.raises(jax.errors.JaxRuntimeError, match='crash'):
+      plan.plan(*arguments)
+  else:
+    record = plan.plan(*arguments)
+    assert not record['fits'] and record['peak_bytes'] is None and record['operations'] > 0
 
 
 @pytest.mark.parametrize(('most', 'first'), [(300, 64), (300, 512), (64, 64), (5000, 8)])
-def test_the_largest_batch_is_found_to_an_eighth(most, first, monkeypatch, capsys):
-  target = targets.Target('h100:8', targets.CHIPS['h100'], [None] * 8, '', {})
+def test_the_largest_batch_is_found_to_an_eighth(most, first):
   planned = []
 
-  def make_record(batch_size):
-    fields = dict.fromkeys((field.name for field in dataclasses.fields(plan.Record)), 0)
-    fields.update(batch_size=batch_size, fits=batch_size <= most)
-    return plan.Record(**fields)
-
-  def plan_quickly(name, config, target, number, batch_size):
+  def plan_batch(batch_size):
     assert batch_size % 8 == 0 and batch_size not in planned
     planned.append(batch_size)
-    if batch_size > 2 * most:  # A compiler may give up instead.
-      raise plan.DoesNotFitError('does not fit')
-    return make_record(batch_size)
+    return {'batch_size': batch_size, 'fits': batch_size <= most}
 
-  monkeypatch.setattr(plan, 'plan', plan_quickly)
-  last = make_record(first)
-  records = [last, *plan.search_largest('config', None, target, 1, last)]
-  largest = max(record.batch_size for record in records if record.fits)
-  least_failing = min(size for size in (first, *planned) if size > most)
-  assert largest <= most < least_failing
-  assert least_failing - largest <= max(8, largest // 8)
-  assert capsys.readouterr().out.count('fit') == len(planned)
+  last = plan_batch(first)
+  records = [last, *plan.search_largest(plan_batch, 8, last)]
+  largest = max(record['batch_size'] for record in records if record['fits'])
+  smallest_failing = min(size for size in planned if size > most)
+  assert largest <= most < smallest_failing
+  assert smallest_failing - largest <= max(8, largest // 8)
 
 
 def test_the_cpu_has_no_largest_batch():
-  target = targets.Target('cpu', None, [None], '', {})
-  with pytest.raises(UsageError, match='--largest needs an accelerator'):
-    plan.search_largest('config', None, target, 1, None)
+  with pytest.raises(UsageError, match='--largest: the memory of cpu is unknown'):
+    plan.main([f'--config={ROOT}/configs/mnist5k.py', '--target=cpu', '--largest'])
