@@ -30,7 +30,7 @@ from jax import export
 
 from imta_jax import command_line
 from imta_jax.adaptive import engine
-from imta_jax.adaptive.engine import AdaptiveClassifier, Validation
+from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet
 from imta_jax.errors import UsageError
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -250,7 +250,7 @@ def _npz(weights: Sequence[Sequence[Any]], float16: bool) -> bytes:
   return content.getvalue()
 
 
-def _validation(validation: Validation) -> bytes:
+def _validation(validation: CalibrationSet) -> bytes:
   content = io.BytesIO()
   np.savez_compressed(content, scores=validation.scores, correct=validation.correct)
   return content.getvalue()

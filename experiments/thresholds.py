@@ -17,8 +17,8 @@ from etils import epath
 from imta_jax import command_line, evaluate, files
 from imta_jax.adaptive import policy
 from imta_jax.adaptive.calibration import fit_temperatures
-from imta_jax.adaptive.engine import RULES, Validation
-from imta_jax.adaptive.engine.promise import safe_thresholds
+from imta_jax.adaptive.engine import RULES, CalibrationSet
+from imta_jax.adaptive.engine.guarantee import guaranteed_thresholds
 from imta_jax.figures import new_figure, save_figure
 from imta_jax.training import workdir as layout
 
@@ -111,7 +111,7 @@ def compare_sweeps(
   arrays = _arrays(splits)
   geometric = policy.budget_sweep(*arrays, madds)
   optimal = policy.optimal_sweep(*arrays, madds, [p.validation_madds for p in geometric])
-  scores, correct = policy.judge('test', *arrays[2:], len(madds))
+  scores, correct = policy.scores_and_correctness('test', *arrays[2:], len(madds))
   records = []
   for one, other in zip(geometric, optimal, strict=True):
     differences = 1.0 * _answers(scores, correct, other) - _answers(scores, correct, one)
@@ -157,13 +157,15 @@ def compare_guarantees(
 ) -> list[dict[str, object]]:
   """Thresholds with several guarantees: what they save, and what they lose on test images."""
   validation, test = (
-    policy.judge(split, splits[split].probabilities(), splits[split].labels, len(madds))
+    policy.scores_and_correctness(
+      split, splits[split].probabilities(), splits[split].labels, len(madds)
+    )
     for split in evaluate.SPLITS
   )
   records = []
   for max_loss in _MAX_LOSSES:
     for confidence in _CONFIDENCES:
-      thresholds = safe_thresholds(Validation(*validation), max_loss, confidence)
+      thresholds = guaranteed_thresholds(CalibrationSet(*validation), max_loss, confidence)
       scores, correct = test
       exits = policy.choose_exits(scores, thresholds)
       losses = 1.0 * correct[-1] - correct[exits, np.arange(len(exits))]

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   folder = epath.Path(options.folder)
   _, dataset = prepare.open_for(options.config, folder)
   images, labels = dataset.arrays.images[options.split], dataset.arrays.labels[options.split]
-  with files.accessing(folder, prepare.MEND):
+  with files.accessing(folder, prepare.FIX_HINT):
     count = write(folder, images, labels, dataset.class_names, options.per_class)
   print(f'{count:,} images of {len(dataset.class_names)} classes in {folder}')
 

@@ -341,7 +341,7 @@ def from_json(text: str) -> ConfigDict:
   plain, defaults = json.loads(text), to_dict(default())
   phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
   dataset = {**defaults['dataset'], **plain['dataset']}
-  dataset.pop('skip_damaged', None)  # A field of earlier versions.
+  dataset.pop('skip_corrupt', None)  # A field of earlier versions.
   model = {**models.defaults(plain['model']['name']), **plain['model']}
   return ConfigDict({**defaults, **plain, 'dataset': dataset, 'model': model, 'phases': phases})
 

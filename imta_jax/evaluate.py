@@ -126,14 +126,14 @@ def load_predictions(path: epath.Path) -> Predictions:
   """Loads predictions that `save_predictions` wrote.
 
   Raises:
-    UsageError: If they are missing or damaged.
+    UsageError: If they are missing or corrupt.
   """
   content = read_whole(path, _EVALUATE_AGAIN)
   try:
     # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
     arrays = untrusted.read_arrays(io.BytesIO(content))
   except ValueError as error:
-    raise UsageError(f'{path} is damaged ({error}): {_EVALUATE_AGAIN}') from error
+    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
   logits, labels = (arrays.get(name, np.zeros(())) for name in ('logits', 'labels'))
   kinds = logits.dtype.kind + labels.dtype.kind
   if logits.ndim != 3 or not logits.size or labels.shape != logits.shape[1:2] or kinds != 'fi':
@@ -222,7 +222,7 @@ def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
   """Loads the costs of a network from the files that `write_tables` wrote.
 
   Raises:
-    UsageError: If the network has none, or they are damaged.
+    UsageError: If the network has none, or they are corrupt.
   """
   return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
 
@@ -231,7 +231,7 @@ def load_accuracies(folder: epath.Path, name: str) -> list[float]:
   """Loads the top-1 accuracies of a network on test images, [exit], as fractions.
 
   Raises:
-    UsageError: If the network has none, or they are damaged.
+    UsageError: If the network has none, or they are corrupt.
   """
   return [row['test_top1'] for row in _load_rows(folder, 'exits', name)]
 
@@ -240,7 +240,7 @@ def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
   """Loads the operating points of a network from the files that `write_tables` wrote.
 
   Raises:
-    UsageError: If the network has none, or they are damaged.
+    UsageError: If the network has none, or they are corrupt.
   """
   points = []
   for row in _load_rows(folder, 'budget', name):
@@ -256,10 +256,10 @@ def _load_rows(folder, table, name):
   try:
     tables = untrusted.read_json(content)
   except ValueError as error:
-    raise UsageError(f'{path} is damaged ({error}): {_EVALUATE_AGAIN}') from error
-  form = {table: [{'network': untrusted.is_text, **_ROWS[table]}]}
-  if not untrusted.fits(tables, form):
-    raise UsageError(f'{path} is damaged, its rows {table!r} are not valid: {_EVALUATE_AGAIN}')
+    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
+  schema = {table: [{'network': untrusted.is_text, **_ROWS[table]}]}
+  if not untrusted.matches_schema(tables, schema):
+    raise UsageError(f'{path} is corrupt, its rows {table!r} are not valid: {_EVALUATE_AGAIN}')
   rows = [row for row in tables[table] if row['network'] == name]
   if not rows:
     raise UsageError(f'{folder} has no evaluation of {name}: let the training command finish')

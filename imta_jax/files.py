@@ -29,25 +29,25 @@ def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   write_whole(path, table.getvalue().encode())
 
 
-def read_whole(path: epath.Path, mend: str) -> bytes:
+def read_whole(path: epath.Path, hint: str) -> bytes:
   """Reads a file that may come from elsewhere.
 
   Args:
     path: The file.
-    mend: What to do if it cannot be used, for the message.
+    hint: What to do if it cannot be used, for the message.
 
   Raises:
     UsageError: If it is not a regular file, is too large or cannot be read.
   """
   # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
   if os.path.exists(path) and not os.path.isfile(path):
-    raise UsageError(f'{path} is not a regular file: {mend}')
+    raise UsageError(f'{path} is not a regular file: {hint}')
   try:
     if (size := size_and_time(path)[0]) > _LARGEST:
-      raise UsageError(f'{path} is too large ({size:,} bytes): {mend}')
+      raise UsageError(f'{path} is too large ({size:,} bytes): {hint}')
     return path.read_bytes()
   except file_errors() as error:
-    raise UsageError(f'{path} cannot be read ({reason_of(error)}): {mend}') from error
+    raise UsageError(f'{path} cannot be read ({reason_of(error)}): {hint}') from error
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -64,12 +64,12 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def accessing(path: epath.Path, mend: str = _MAKE_ROOM) -> Iterator[None]:
+def accessing(path: epath.Path, hint: str = _MAKE_ROOM) -> Iterator[None]:
   """Says in one line what could not be read or written inside, as on a full disk.
 
   Args:
     path: What is read or written.
-    mend: What to do, for the message.
+    hint: What to do, for the message.
 
   Raises:
     UsageError: If the file system fails.
@@ -77,7 +77,7 @@ def accessing(path: epath.Path, mend: str = _MAKE_ROOM) -> Iterator[None]:
   try:
     yield
   except file_errors() as error:
-    raise UsageError(f'{path} cannot be read or written ({reason_of(error)}): {mend}') from error
+    raise UsageError(f'{path} cannot be read or written ({reason_of(error)}): {hint}') from error
 
 
 def file_errors() -> tuple[type[Exception], ...]:

@@ -22,7 +22,7 @@ from imta_jax.errors import UsageError
 from imta_jax.files import size_and_time
 
 # What to do if a folder could not be written to its end.
-MEND = 'make room, delete what is there and run the command again'
+FIX_HINT = 'make room, delete what is there and run the command again'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   folder = epath.Path(options.folder)
   config, dataset = open_for(options.config, folder)
-  with files.accessing(folder, MEND):
+  with files.accessing(folder, FIX_HINT):
     parts = arrays.write(config.dataset, dataset.arrays, folder)
   for part in parts:
     size = sum(size_and_time(path)[0] for path in part.iterdir())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, Validation
+from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, OperatingPoint
 from imta_jax.models.initial_values import initialize
 
 # Tests compile much and run little. Programs that they start share the cache of compiled programs.
@@ -68,7 +68,7 @@ def tiny_export(tmp_path_factory):
     jax.ShapeDtypeStruct((2, 2, 1), np.uint8),
     madds=(12, 24),
     operating_points=[OperatingPoint((0.5, -np.inf), (0.5, 0.5), 0.9)],
-    validation=Validation(random.random((2, 40), np.float32), random.random((2, 40)) < 0.9),
+    validation=CalibrationSet(random.random((2, 40), np.float32), random.random((2, 40)) < 0.9),
     class_names='abc',
     preprocessing={'crop': 'none'},
   )

@@ -269,9 +269,9 @@ def test_json_gives_back_the_config(name):
   assert make_model(read).num_exits == FILES[name]
 
 
-def test_a_config_of_an_earlier_version_with_skip_damaged_is_read():
+def test_a_config_of_an_earlier_version_with_skip_corrupt_is_read():
   fields = config_lib.to_dict(config_lib.default())
-  fields['dataset']['skip_damaged'] = False
+  fields['dataset']['skip_corrupt'] = False
   config_lib.validate(read := config_lib.from_json(json.dumps(fields)))
   assert config_lib.to_dict(read) == config_lib.to_dict(config_lib.default())
 

@@ -294,7 +294,7 @@ def damages():
 
 
 @pytest.mark.parametrize('damage', damages())
-def test_damaged_predictions_are_refused_by_name(tmp_path, damage):
+def test_corrupt_predictions_are_refused_by_name(tmp_path, damage):
   path, content = epath.Path(tmp_path) / 'phase_1_test.npz', damages()[damage]
   if isinstance(content, dict):
     np.savez(path, **content)
@@ -312,7 +312,7 @@ def test_predictions_that_would_fill_memory_are_refused(tmp_path):
         for _ in range(4):
           entry.write(bytes(2**26))
   with pytest.raises(
-    UsageError, match='phase_1_test.npz is damaged .* would grow to 1,342,177,280'
+    UsageError, match='phase_1_test.npz is corrupt .* would grow to 1,342,177,280'
   ):
     load_predictions(path)
 
@@ -356,11 +356,11 @@ def load_tables(path):
   ],
   ids=range(10),
 )
-def test_damaged_tables_are_refused_by_name(tmp_path, content):
+def test_corrupt_tables_are_refused_by_name(tmp_path, content):
   folder = epath.Path(tmp_path)
   (folder / 'evaluation.json').write_bytes(content)
   for load in (load_costs, load_accuracies, load_points):
-    with pytest.raises(UsageError, match='evaluation.json is damaged') as caught:
+    with pytest.raises(UsageError, match='evaluation.json is corrupt') as caught:
       load(folder, 'IMTA')
     assert '\n' not in str(caught.value)
 

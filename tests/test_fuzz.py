@@ -311,7 +311,7 @@ def test_a_manifest_is_refused_or_gives_the_same_answers(tiny_export, expected, 
 def test_bytes_of_an_export_are_refused_or_give_the_same_answers(
   tiny_export, expected, tmp_path_factory, name, place, flip
 ):
-  folder = tmp_path_factory.mktemp('damaged')
+  folder = tmp_path_factory.mktemp('corrupt')
   folder = Path(shutil.copytree(tiny_export, folder, dirs_exist_ok=True))
   content = bytearray((folder / name).read_bytes())
   at = int(place * len(content))

@@ -1,4 +1,4 @@
-"""The command line that classifies image files: answers, order, damaged files, exit status."""
+"""The command line that classifies image files: answers, order, corrupt files, exit status."""
 
 import json
 import subprocess
@@ -130,7 +130,7 @@ def test_unreadable_files_are_named_and_the_others_answered(batch_size, run, fol
   assert '3 could not be read' in errors
 
 
-def test_nothing_but_damaged_files(run, tmp_path):
+def test_nothing_but_corrupt_files(run, tmp_path):
   (tmp_path / 'a.png').touch()
   status, output, errors = run(tmp_path, '--format=jsonl')
   assert (status, output) == (1, '')
@@ -194,7 +194,7 @@ def test_what_is_no_network_is_refused_in_a_line(tmp_path):
   with pytest.raises(UsageError, match=f'{tmp_path} is not a workdir'):
     command_line.open_classifier(str(tmp_path))
   (tmp_path / 'manifest.json').write_text('{}')
-  with pytest.raises(UsageError, match='manifest.json is damaged'):
+  with pytest.raises(UsageError, match='manifest.json is corrupt'):
     command_line.open_classifier(str(tmp_path))
   with pytest.raises(UsageError, match='leave out --phase'):
     command_line.open_classifier(str(tmp_path), phase=1)

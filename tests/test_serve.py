@@ -20,8 +20,8 @@ from imta_jax import models
 from imta_jax.adaptive.engine import (
   AdaptiveClassifier,
   Answers,
+  CalibrationSet,
   OperatingPoint,
-  Validation,
   runner,
 )
 
@@ -77,7 +77,7 @@ def network(new_network):
 
 
 class Gate:
-  """Stands before the network's `predict_as_decided`; notes what goes in, and can be shut."""
+  """Stands before the network's `predict_as_completed`; notes what goes in, and can be shut."""
 
   def __init__(self, predict):
     self._predict, self._open = predict, threading.Event()
@@ -103,8 +103,8 @@ class Gate:
 
 @pytest.fixture
 def gate(network, monkeypatch):
-  gate = Gate(network.predict_as_decided)
-  monkeypatch.setattr(network, 'predict_as_decided', gate)
+  gate = Gate(network.predict_as_completed)
+  monkeypatch.setattr(network, 'predict_as_completed', gate)
   return gate
 
 
@@ -195,7 +195,7 @@ def test_who_leaves_early_is_answered_early(client_of, network, monkeypatch, lat
       if late_status == 500:
         raise RuntimeError('broken')
 
-  monkeypatch.setattr(network, 'predict_as_decided', one_by_one)
+  monkeypatch.setattr(network, 'predict_as_completed', one_by_one)
 
   async def scenario():
     async with client_of(max_batch=2, max_delay_ms=10000) as client:
@@ -329,7 +329,7 @@ def test_options_of_a_request_combine_with_those_of_the_command_line(
           OperatingPoint((-np.inf, -np.inf), (1.0, 0.0), 0.5),
           OperatingPoint((0.6, -np.inf), (0.5, 0.5), 0.9),
         ],
-        validation=Validation(np.stack([scores] * 2), np.stack([~is_hard, scores > 0])),
+        validation=CalibrationSet(np.stack([scores] * 2), np.stack([~is_hard, scores > 0])),
         class_names=small.class_names,
         batch_sizes=(1,),
       ).choose(**limits)
@@ -367,7 +367,9 @@ def test_options_of_a_request_combine_with_those_of_the_command_line(
 
 def test_new_values_of_max_loss_do_not_hold_up_others(network, monkeypatch):
   random = np.random.default_rng(0)
-  validation = Validation(random.random((2, 50_000), np.float32), random.random((2, 50_000)) < 0.9)
+  validation = CalibrationSet(
+    random.random((2, 50_000), np.float32), random.random((2, 50_000)) < 0.9
+  )
   monkeypatch.setattr(network, 'validation', validation)
   app = serve.create_app(network)
 
@@ -410,7 +412,7 @@ REFUSED = {
     422,
     'needs the scores of validation',
   ),
-  'damaged': ({'content': PNGS[0][:50]}, 422, 'the image: cannot be read'),
+  'corrupt': ({'content': PNGS[0][:50]}, 422, 'the image: cannot be read'),
   'no image': ({'content': b'hello'}, 422, 'the image: not an image'),
   'empty': ({'content': b''}, 422, 'the image: not an image'),
   'many pixels': (
@@ -425,7 +427,7 @@ REFUSED = {
     400,
     'Maximum number of files is 8',
   ),
-  'damaged among others': (
+  'corrupt among others': (
     {
       'files': [('file', ('a.png', PNGS[0])), ('file', ('b.png', PNGS[1][:50]))],
       'content': None,

@@ -285,7 +285,7 @@ NESTED = st.lists(FORMS.map(lambda inner: part('f', 'f', inner)), max_size=3).ma
 
 
 @st.composite
-def damaged(draw, contents):
+def corrupt(draw, contents):
   """Contents of which some bytes were changed or removed, or that were cut."""
   content = bytearray(draw(contents))
   for _ in range(draw(st.integers(0, 3))):
@@ -308,7 +308,7 @@ TYPES = st.sampled_from(
   ]
 ) | st.text(st.characters(codec='latin-1', exclude_categories=['Cc']), max_size=30)
 LIKELY = st.just('multipart/form-data; boundary=frontier')
-BODIES = st.binary(max_size=300) | damaged(IMAGES) | damaged(FORMS) | damaged(NESTED)
+BODIES = st.binary(max_size=300) | corrupt(IMAGES) | corrupt(FORMS) | corrupt(NESTED)
 NUMBERS = st.floats().map(str) | st.integers().map(str) | st.text(max_size=5)
 QUERIES = st.lists(
   st.tuples(
@@ -342,7 +342,7 @@ def test_random_bodies_are_answered_or_refused(send, body, content_type):
 
 
 @STABLE
-@given(body=damaged(FORMS | NESTED))
+@given(body=corrupt(FORMS | NESTED))
 def test_random_forms_are_answered_or_refused(send, body):
   headers = {'Content-Type': 'multipart/form-data; boundary=frontier'}
   assert_answered_or_refused(send('POST', '/predict', content=body, headers=headers))

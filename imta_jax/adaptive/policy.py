@@ -160,8 +160,10 @@ def budget_sweep(
   """
   madds = _costs(madds)
   how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
-  validation = judge('validation', validation_probabilities, validation_labels, **how)
-  test = judge('test', test_probabilities, test_labels, **how)
+  validation = scores_and_correctness(
+    'validation', validation_probabilities, validation_labels, **how
+  )
+  test = scores_and_correctness('test', test_probabilities, test_labels, **how)
   order = np.argsort(-validation[0], axis=1, kind='stable')
   points = []
   for p in parameters:
@@ -205,8 +207,10 @@ def optimal_sweep(
   """
   madds = _costs(madds)
   how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
-  validation = judge('validation', validation_probabilities, validation_labels, **how)
-  test = judge('test', test_probabilities, test_labels, **how)
+  validation = scores_and_correctness(
+    'validation', validation_probabilities, validation_labels, **how
+  )
+  test = scores_and_correctness('test', test_probabilities, test_labels, **how)
   for budget in budgets:
     if not budget >= madds[0]:
       raise ValueError(
@@ -243,7 +247,7 @@ def cheapest_as_accurate(
   return min(enough, key=lambda point: point.validation_madds, default=None)
 
 
-def judge(
+def scores_and_correctness(
   split: str,
   probabilities: np.ndarray,
   labels: np.ndarray,

@@ -75,7 +75,7 @@ class Batcher:
       images, thresholds, futures, _ = zip(*batch, strict=True)
       self._observe(len(images))
       try:
-        for part in self._classifier.predict_as_decided(np.stack(images), np.stack(thresholds)):
+        for part in self._classifier.predict_as_completed(np.stack(images), np.stack(thresholds)):
           for index, *answer in zip(part.indices, part.probabilities, part.exits, strict=True):
             futures[index].set_result(tuple(answer))
       except Exception as error:

@@ -88,7 +88,7 @@ class Receiver:
               raise HTTPException(422, f'part {field!r} of the form has no filename=: {expected}')
           files = [(file.filename or field, await file.read()) for field, file in items]
       except FormParserError as error:  # Which older versions of Starlette let through.
-        raise HTTPException(400, f'the form is damaged: {error}') from error
+        raise HTTPException(400, f'the form is corrupt: {error}') from error
       if b'--' + parse_options_header(content_type)[1][b'boundary'] + b'--' not in tail:
         # The parser takes what has come by then for the whole form.
         raise HTTPException(400, 'the form ends before its closing boundary')

@@ -13,13 +13,18 @@ from ml_collections import ConfigDict
 from imta_jax import evaluate, models, runtime
 from imta_jax.adaptive.calibration import fit_temperatures
 from imta_jax.adaptive.cost import ExitCost, exit_costs
-from imta_jax.adaptive.engine import DEFAULT_RULE, AdaptiveClassifier, OperatingPoint, Validation
+from imta_jax.adaptive.engine import (
+  DEFAULT_RULE,
+  AdaptiveClassifier,
+  CalibrationSet,
+  OperatingPoint,
+)
 from imta_jax.adaptive.policy import (
   BUDGET_PARAMETERS,
   budget_sweep,
   cheapest_as_accurate,
-  judge,
   optimal_sweep,
+  scores_and_correctness,
 )
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError, first_line
@@ -170,7 +175,7 @@ def load_classifier(
     A classifier for uint8 images, with the operating points of the run.
 
   Raises:
-    UsageError: If the folder is not a workdir, a file of it is damaged, or the run has not been
+    UsageError: If the folder is not a workdir, a file of it is corrupt, or the run has not been
       evaluated.
     ValueError: If there is no such rule or sweep.
   """
@@ -204,7 +209,7 @@ def load_classifier(
     raise ValueError(f"sweep {sweep!r} is unknown: choose from 'geometric' and 'optimal'")
   chosen = cheapest_as_accurate(points, validation.accuracy()[-1])
   no_early_exits = (math.inf,) * len(madds)
-  scores, correct = judge('validation', probabilities, labels, len(madds), **how)
+  scores, correct = scores_and_correctness('validation', probabilities, labels, len(madds), **how)
 
   dataset = config.dataset
   image_shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
@@ -220,7 +225,7 @@ def load_classifier(
       OperatingPoint(p.thresholds, p.validation_exit_fractions, p.validation_accuracy)
       for p in points
     ],
-    validation=Validation(scores, correct),
+    validation=CalibrationSet(scores, correct),
     madds=madds,
     class_names=class_names,
     **how,

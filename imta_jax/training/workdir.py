@@ -79,21 +79,21 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   """Loads the config of a run.
 
   Raises:
-    UsageError: If the folder is not a workdir, or its config is damaged.
+    UsageError: If the folder is not a workdir, or its config is corrupt.
   """
   path = workdir / 'config.json'
   with accessing(path):
     is_workdir = path.exists()
   if not is_workdir:
     raise UsageError(f'{workdir} is not a workdir: it has no config.json')
-  mend = 'restore it, or choose another workdir'
-  content = read_whole(path, mend)
+  hint = 'restore it, or choose another workdir'
+  content = read_whole(path, hint)
   try:
     config = config_lib.from_json(content.decode())
     config_lib.validate(config)
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     reason = error if isinstance(error, UsageError) else f'{type(error).__name__}: {error}'
-    raise UsageError(f'{path} is damaged ({reason}): {mend}') from error
+    raise UsageError(f'{path} is corrupt ({reason}): {hint}') from error
   return config
 
 
@@ -101,14 +101,14 @@ def load_class_names(workdir: epath.Path) -> list[str]:
   """Loads the class names of a run's data set.
 
   Raises:
-    UsageError: If the run has not written its class names, or they are damaged.
+    UsageError: If the run has not written its class names, or they are corrupt.
   """
   path = workdir / 'classes.json'
   if not path.exists():
     raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
   names = _read_json(path)
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise UsageError(f'{path} is damaged: it must be a list of names; {_TRAIN_AGAIN}')
+    raise UsageError(f'{path} is corrupt: it must be a list of names; {_TRAIN_AGAIN}')
   return names
 
 
@@ -117,7 +117,7 @@ def _read_json(path: epath.Path) -> Any:
   try:
     return json.loads(content)
   except (ValueError, RecursionError) as error:
-    raise UsageError(f'{path} is damaged ({error}): {_TRAIN_AGAIN}') from error
+    raise UsageError(f'{path} is corrupt ({error}): {_TRAIN_AGAIN}') from error
 
 
 def check_config(config: ConfigDict, workdir: epath.Path) -> None:

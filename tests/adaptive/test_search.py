@@ -21,7 +21,7 @@ def draw(seed, num_exits, num_images, num_classes=5):
   return (exponentials / exponentials.sum(-1, keepdims=True)).astype(np.float32), labels
 
 
-def judge(probabilities, labels):
+def scores_and_correctness(probabilities, labels):
   return probabilities.max(-1), probabilities.argmax(-1) == labels
 
 
@@ -46,7 +46,7 @@ def new_search(confidence, correct, madds):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_one_threshold_is_the_best_there_is(seed):
-  confidence, correct = judge(*draw(seed, 2, 40))
+  confidence, correct = scores_and_correctness(*draw(seed, 2, 40))
   madds = (1.0, 3.0)
   search = new_search(confidence, correct, madds)
   for budget in (1.0, 1.5, 2.0, 2.7, 3.0):
@@ -59,7 +59,7 @@ def test_one_threshold_is_the_best_there_is(seed):
 def test_several_thresholds_are_nearly_the_best_there_are():
   reached, madds = [], (1.0, 2.0, 4.0)
   for seed in range(8):
-    confidence, correct = judge(*draw(seed, 3, 20))
+    confidence, correct = scores_and_correctness(*draw(seed, 3, 20))
     search = new_search(confidence, correct, madds)
     for budget in (1.4, 2.0, 3.0):
       exits = choose_exits(confidence, search.optimize(budget))

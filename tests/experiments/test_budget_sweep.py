@@ -1,4 +1,4 @@
-"""The program for budgeted batch classification: arguments and damaged workdirs."""
+"""The program for budgeted batch classification: arguments and corrupt workdirs."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_a_sweep_of_a_finished_run(workdir, tmp_path):
   assert len((tmp_path / 'sweep' / 'budget.csv').read_text().splitlines()) == 3
 
 
-def test_wrong_arguments_and_damaged_workdirs_end_in_one_line(workdir, tmp_path):
+def test_wrong_arguments_and_corrupt_workdirs_end_in_one_line(workdir, tmp_path):
   (tmp_path / 'file').write_text('')
   for number in ('0', '-1', 'inf', 'nan'):
     done = run(workdir, '--parameters', '0.5', number)
@@ -63,7 +63,7 @@ def test_wrong_arguments_and_damaged_workdirs_end_in_one_line(workdir, tmp_path)
   done = run(workdir)
   assert done.returncode == 2
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
-  assert 'phase_1_test.npz is damaged' in done.stderr
+  assert 'phase_1_test.npz is corrupt' in done.stderr
   save_predictions(Predictions(np.zeros((3, 4, 3), np.float32), np.zeros(4, np.int32)), path)
   done = run(workdir)
   assert done.returncode == 2 and done.stderr.count('\n') == 1

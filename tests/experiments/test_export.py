@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint, Validation
+from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, OperatingPoint
 from imta_jax.errors import UsageError
 
 SHAPE = (16, 16, 3)
@@ -118,7 +118,7 @@ def test_an_export_keeps_rule_and_promise(export, classifier, images, tmp_path):
   fields = {
     'rule': 'calibrated',
     'temperatures': (0.5, 1.5, 2.0),
-    'validation': Validation(random.random((3, 900), np.float32), correct),
+    'validation': CalibrationSet(random.random((3, 900), np.float32), correct),
   }
   names = ('madds', 'operating_points', 'class_names', 'preprocessing')
   fields |= {name: getattr(classifier, name) for name in names}
@@ -165,7 +165,7 @@ def test_stages_are_for_all_platforms(exported):
   'name', ['stage_1.jax', 'stage_3.jax', 'weights.npz', 'engine/runner.py', 'manifest.json']
 )
 @pytest.mark.parametrize('damage', ['flipped', 'cut', 'missing'])
-def test_a_damaged_export_is_refused_by_name(exported, tmp_path, name, damage):
+def test_a_corrupt_export_is_refused_by_name(exported, tmp_path, name, damage):
   shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
   content = bytearray((tmp_path / name).read_bytes())
   if damage == 'flipped':

@@ -96,7 +96,7 @@ def test_nothing_is_restored_of_a_save_that_was_cut_off(server, folder):
   assert restored(folder) == 2
 
 
-def test_a_damaged_checkpoint_is_moved_aside(server, folder):
+def test_a_corrupt_checkpoint_is_moved_aside(server, folder):
   save(folder, 1, 2)
   prefix = f'{folder}/2/state/'.removeprefix('gs://')
   paths = [path for path in server.objects if path.startswith(prefix)]

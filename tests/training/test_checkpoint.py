@@ -1,4 +1,4 @@
-"""Checkpoints: restored states equal the saved ones, and damaged checkpoints are skipped."""
+"""Checkpoints: restored states equal the saved ones, and corrupt checkpoints are skipped."""
 
 import contextlib
 import resource
@@ -116,7 +116,7 @@ DAMAGES = [
 
 
 def warnings_of(caplog):
-  """The warnings that name a checkpoint as damaged; Orbax may add its own."""
+  """The warnings that name a checkpoint as corrupt; Orbax may add its own."""
   return [
     record.getMessage() for record in caplog.records if 'Skipping corrupt' in record.getMessage()
   ]
@@ -212,7 +212,7 @@ def test_a_second_save_of_a_step_keeps_the_first(folder):
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_one_warning(damage, copy, caplog):
+def test_a_corrupt_checkpoint_is_passed_over_with_one_warning(damage, copy, caplog):
   damage(copy / '3')
   checkpoints = open_folder(copy)
   assert_same(checkpoints.restore(LIKE), make_state(2))
@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning(damage, copy, capl
   checkpoints.close()
 
 
-def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(copy, caplog):
+def test_a_corrupt_best_checkpoint_gives_way_to_the_next_best(copy, caplog):
   flip_bits(copy / '1')
   checkpoints = open_folder(copy)
   assert_same(checkpoints.restore(LIKE, 'best'), make_state(2))
@@ -233,7 +233,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(copy, caplog):
   checkpoints.close()
 
 
-def test_damaged_checkpoints_one_after_the_other_are_passed_over(copy, caplog):
+def test_corrupt_checkpoints_one_after_the_other_are_passed_over(copy, caplog):
   truncate(copy / '3')
   flip_bits(copy / '2')
   checkpoints = open_folder(copy)
@@ -265,7 +265,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(name, copy, caplog):
 
 
 @pytest.mark.parametrize('content', [b'', b'{"validation_acc'])
-def test_a_damaged_accuracy_does_not_stop_a_run(content, copy):
+def test_a_corrupt_accuracy_does_not_stop_a_run(content, copy):
   (copy / '3' / 'record' / 'metadata').write_bytes(content)
   checkpoints = open_folder(copy)
   assert checkpoints.restore(LIKE) is not None
@@ -283,7 +283,7 @@ def test_reading_alone_refuses_to_choose_the_best_without_all_accuracies(content
   checkpoints.close()
 
 
-def test_a_damaged_accuracy_is_reported_before_another_checkpoint_is_the_best(copy, caplog):
+def test_a_corrupt_accuracy_is_reported_before_another_checkpoint_is_the_best(copy, caplog):
   (copy / '1' / 'record' / 'metadata').write_bytes(b'')
   checkpoints = open_folder(copy)
   checkpoints.save(4, make_state(4), 0.3)

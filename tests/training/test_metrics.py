@@ -58,7 +58,7 @@ def test_lines_of_other_phases_stay(path):
   write(path, 'phase_2', 0, [2, 4])
   write(path, 'phase_1', 4, [])  # It was finished.
   write(path, 'phase_2', 2, [4])
-  write(path, 'phase_1', 2, [4])  # Its last checkpoint was damaged.
+  write(path, 'phase_1', 2, [4])  # Its last checkpoint was corrupt.
   expected = [('phase_1', 2), ('phase_2', 2), ('phase_2', 4), ('phase_1', 4)]
   assert [(record['phase'], record['step']) for record in read(path)] == expected
 

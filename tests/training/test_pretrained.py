@@ -177,7 +177,7 @@ def test_an_export_without_names_is_refused(export, tmp_path, monkeypatch):
     pretrained.start_from(str(tmp_path), {})
 
 
-def test_a_damaged_export_is_refused(tmp_path):
+def test_a_corrupt_export_is_refused(tmp_path):
   (tmp_path / 'manifest.json').write_text(json.dumps({'format': 1}))
-  with pytest.raises(UsageError, match='is damaged: export again'):
+  with pytest.raises(UsageError, match='is corrupt: export again'):
     pretrained.start_from(str(tmp_path), {})

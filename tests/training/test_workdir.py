@@ -108,23 +108,23 @@ def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
 @pytest.mark.parametrize(
   'content', ['', '{"seed": ', '[]', '{}', '{"phases": 3, "dataset": {}}', '[' * 100_000]
 )
-def test_a_damaged_config_is_named(content, tmp_path):
+def test_a_corrupt_config_is_named(content, tmp_path):
   (tmp_path / 'config.json').write_text(content)
-  with pytest.raises(UsageError, match='config.json is damaged .*: restore it'):
+  with pytest.raises(UsageError, match='config.json is corrupt .*: restore it'):
     workdir.load_config(epath.Path(tmp_path))
 
 
 def test_a_config_with_impossible_values_is_named(tmp_path):
   content = config_lib.to_json(config_lib.default()).replace('"seed": 0', '"seed": "x"')
   (tmp_path / 'config.json').write_text(content)
-  with pytest.raises(UsageError, match=r"config.json is damaged \(config.seed is 'x'"):
+  with pytest.raises(UsageError, match=r"config.json is corrupt \(config.seed is 'x'"):
     workdir.load_config(epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize('content', ['', '{}', '[1, 2]', '"ab"', '[' * 100_000])
-def test_damaged_class_names_are_named(content, tmp_path):
+def test_corrupt_class_names_are_named(content, tmp_path):
   (tmp_path / 'classes.json').write_text(content)
-  with pytest.raises(UsageError, match='classes.json is damaged.*run the training command again'):
+  with pytest.raises(UsageError, match='classes.json is corrupt.*run the training command again'):
     workdir.load_class_names(epath.Path(tmp_path))
 
 

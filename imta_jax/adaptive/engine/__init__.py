@@ -7,7 +7,7 @@ copy of them and so runs where imta_jax is not installed.
     classifier = AdaptiveClassifier.load('exported', budget=20e6)
     answers = classifier.predict(images)
 
-`classifier` is the interface for users. `rules` say which images leave, and `promise` chooses
+`classifier` is the interface for users. `rules` say which images leave, and `guarantee` chooses
 thresholds that lose little accuracy. `runner` runs stages, compiled as `programs`, on `batches`
 of images, in the sizes that `plan` chooses. `exported` reads an export, whose
 files are `untrusted`.
@@ -16,7 +16,7 @@ files are `untrusted`.
 from .batches import Answers
 from .classifier import AdaptiveClassifier, OperatingPoint
 from .exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum
-from .promise import Validation
+from .guarantee import CalibrationSet
 from .rules import DEFAULT_RULE, RULES
 from .runner import BATCH_SIZES
 
@@ -30,6 +30,6 @@ __all__ = [
   'AdaptiveClassifier',
   'Answers',
   'OperatingPoint',
-  'Validation',
+  'CalibrationSet',
   'manifest_checksum',
 ]

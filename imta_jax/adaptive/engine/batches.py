@@ -39,7 +39,7 @@ class Answers:
     return self.probabilities.max(axis=-1)
 
 
-def in_order(parts: Sequence[Answers], num_classes: int) -> Answers:
+def concatenate_sorted(parts: Sequence[Answers], num_classes: int) -> Answers:
   """Joins answers in the order of the images.
 
   Args:

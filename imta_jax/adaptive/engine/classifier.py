@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .batches import Answers, in_order
+from .batches import Answers, concatenate_sorted
 from .exported import read_export, thresholds_from_json
+from .guarantee import CalibrationSet, guaranteed_thresholds
 from .programs import Stage, Tree
-from .promise import Validation, safe_thresholds
 from .rules import DEFAULT_RULE, RULES
 from .runner import BATCH_SIZES, Runner
 
@@ -41,7 +41,7 @@ class AdaptiveClassifier:
     rule: Name of the exit rule, which gives the scores; see `rules`.
     temperatures: [exit], for the rule 'calibrated'.
     operating_points: The operating points that `choose` selects from.
-    validation: Scores of validation images, for thresholds with a promise; None if unknown.
+    validation: Scores of validation images, for thresholds with a guarantee; None if unknown.
     madds: [exit], multiply-adds of an image that leaves there.
     class_names: One name per class; by default its number.
     num_classes: Number of classes.
@@ -60,7 +60,7 @@ class AdaptiveClassifier:
     rule: str = DEFAULT_RULE,
     temperatures: Sequence[float] | None = None,
     operating_points: Sequence[OperatingPoint] = (),
-    validation: Validation | None = None,
+    validation: CalibrationSet | None = None,
     class_names: Sequence[str] = (),
     preprocessing: dict[str, Any] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -269,22 +269,22 @@ class AdaptiveClassifier:
     max_loss: float | None = None,
     confidence: float = 0.95,
   ) -> 'AdaptiveClassifier':
-    """Sets `thresholds` to the most accurate ones within a budget, or to those that keep a promise.
+    """Sets `thresholds` to the most accurate ones within a budget, or to guaranteed ones.
 
     Args:
       budget: Average multiply-adds per image, on validation images.
       latency: Average seconds per image, one image at a time; each exit is timed on this machine
         first.
       max_loss: By how much the accuracy may lie below that of the last exit, a fraction; see
-        `promise` for what is promised, and what breaks it.
-      confidence: With which probability it does not lie lower.
+        `guarantee` for what it rests on.
+      confidence: Probability that the guarantee holds.
 
     Returns:
-      This classifier. Without a budget or a promise its thresholds do not change.
+      This classifier. Without a limit its thresholds do not change.
 
     Raises:
       ValueError: If no operating point is within the budget, several limits are given, or there are
-        no validation images to base a promise on.
+        no validation images to base a guarantee on.
     """
     limits = {'budget': budget, 'latency': latency, 'max_loss': max_loss}
     given = [name for name, limit in limits.items() if limit is not None]
@@ -327,17 +327,17 @@ class AdaptiveClassifier:
     return np.asarray(max(within)[-1], np.float32)
 
   def thresholds_losing(self, max_loss: float, confidence: float = 0.95) -> np.ndarray:
-    """The loosest thresholds with a promise; see `choose`.
+    """The loosest guaranteed thresholds; see `choose`.
 
     Returns:
       [exit], float32.
 
     Raises:
-      ValueError: If there are no validation images to base a promise on, or an argument is wrong.
+      ValueError: If there are no validation images to base a guarantee on, or an argument is wrong.
     """
     if self.validation is None:
       raise ValueError('max_loss needs the scores of validation images, which are unknown here')
-    return safe_thresholds(self.validation, max_loss, confidence)
+    return guaranteed_thresholds(self.validation, max_loss, confidence)
 
   def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
     """Classifies images.
@@ -352,9 +352,9 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If images or thresholds have the wrong shape or type.
     """
-    return in_order(list(self.predict_as_decided(images, thresholds)), self.num_classes)
+    return concatenate_sorted(list(self.predict_as_completed(images, thresholds)), self.num_classes)
 
-  def predict_as_decided(
+  def predict_as_completed(
     self, images: np.ndarray, thresholds: np.ndarray | None = None
   ) -> Iterator[Answers]:
     """Classifies images and yields the answers of those that leave early first.

@@ -19,8 +19,8 @@ import numpy as np
 from jax import export
 
 from . import untrusted
+from .guarantee import CalibrationSet
 from .programs import Stage, Tree
-from .promise import Validation
 
 MANIFEST = 'manifest.json'
 VALIDATION = 'validation.npz'
@@ -36,7 +36,7 @@ def _are_checksums(value):
 
 
 _THRESHOLDS = [untrusted.is_threshold]
-_FORMS = {
+_SCHEMAS = {
   'stages': [untrusted.is_text],
   'weights': untrusted.is_text,
   'weights_per_stage': [lambda value: type(value) is int],
@@ -63,7 +63,9 @@ _FORMS = {
 _FOREIGN_CALL = re.compile(r'custom_call(?! @shape_assertion\()')
 
 
-def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree], Validation | None]:
+def read_export(
+  folder: Any,
+) -> tuple[dict[str, Any], list[Stage], list[Tree], CalibrationSet | None]:
   """Reads an export and verifies its checksums.
 
   Args:
@@ -80,10 +82,10 @@ def read_export(folder: Any) -> tuple[dict[str, Any], list[Stage], list[Tree], V
   for name, checksum in manifest['sha256'].items():
     contents[name] = _read(folder, name, room)
     if hashlib.sha256(contents[name]).hexdigest() != checksum:
-      raise _damaged(folder, name, 'has changed since it was written')
+      raise _corrupt(folder, name, 'has changed since it was written')
     room -= len(contents[name])
   if not {*manifest['stages'], manifest['weights']} <= contents.keys():
-    raise _damaged(folder, MANIFEST, 'lacks the checksums of stages or weights')
+    raise _corrupt(folder, MANIFEST, 'lacks the checksums of stages or weights')
   programs = [_program(folder, name, contents[name]) for name in manifest['stages']]
   name = manifest['weights']
   weights = _weights(folder, name, _arrays(folder, name, contents[name]), programs, manifest)
@@ -104,7 +106,7 @@ def thresholds_from_json(thresholds: list[float | None]) -> tuple[float, ...]:
   return tuple(np.inf if threshold is None else threshold for threshold in thresholds)
 
 
-def _damaged(folder, name, reason):
+def _corrupt(folder, name, reason):
   return ValueError(f'{os.path.join(folder, name)} {reason}: export again')
 
 
@@ -117,22 +119,22 @@ def _read_manifest(folder):
     checksum = manifest.pop('manifest_sha256')
     is_as_written = checksum == manifest_checksum(manifest)
   except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise _damaged(folder, MANIFEST, 'is damaged') from error
+    raise _corrupt(folder, MANIFEST, 'is corrupt') from error
   if not is_as_written:
-    raise _damaged(folder, MANIFEST, 'has changed since it was written')
+    raise _corrupt(folder, MANIFEST, 'has changed since it was written')
   if manifest.get('format') != FORMAT:
     raise ValueError(
       f'{folder} has format {str(manifest.get("format"))[:20]}, expected {FORMAT}: export again'
     )
-  for field, form in _FORMS.items():
-    if not untrusted.fits(manifest.get(field), form):
-      raise _damaged(folder, MANIFEST, f'has no valid {field}')
+  for field, schema in _SCHEMAS.items():
+    if not untrusted.matches_schema(manifest.get(field), schema):
+      raise _corrupt(folder, MANIFEST, f'has no valid {field}')
   num_exits, per_exit = len(manifest['stages']), ['madds', 'temperatures', 'thresholds']
   lengths = [len(manifest[field]) for field in (*per_exit, 'weights_per_stage')]
   for point in manifest['operating_points']:
     lengths += [len(point['thresholds']), len(point['exit_fractions'])]
   if not num_exits or set(lengths) != {num_exits}:
-    raise _damaged(folder, MANIFEST, f'does not have one value for each of {num_exits} exits')
+    raise _corrupt(folder, MANIFEST, f'does not have one value for each of {num_exits} exits')
   return manifest
 
 
@@ -145,20 +147,20 @@ def _read(folder, name, largest):
       raise ValueError(f'{folder} names a file outside of it, {name!r}: do not use this export')
     # Reading a pipe would wait, and reading a device might never end.
     if os.path.exists(path) and not os.path.isfile(path):
-      raise _damaged(folder, name, 'is not a regular file')
+      raise _corrupt(folder, name, 'is not a regular file')
     if (size := os.path.getsize(path)) > largest:
-      raise _damaged(folder, name, f'is too large, {size:,} of {largest:,} bytes that are left')
+      raise _corrupt(folder, name, f'is too large, {size:,} of {largest:,} bytes that are left')
     with open(path, 'rb') as file:
       return file.read()
   except OSError as error:
-    raise _damaged(folder, name, f'cannot be read ({error.strerror})') from error
+    raise _corrupt(folder, name, f'cannot be read ({error.strerror})') from error
 
 
 def _arrays(folder, name, content):
   try:
     return untrusted.read_arrays(io.BytesIO(content))
   except ValueError as error:
-    raise _damaged(folder, name, f'is not a file of arrays ({error})') from error
+    raise _corrupt(folder, name, f'is not a file of arrays ({error})') from error
 
 
 def _program(folder, name, content):
@@ -166,12 +168,12 @@ def _program(folder, name, content):
     program = export.deserialize(bytearray(content))
     has_foreign_calls = _FOREIGN_CALL.search(program.mlir_module())
     platforms = program.platforms
-  except Exception as error:  # Damaged bytes make the reader raise all kinds of exceptions.
-    raise _damaged(folder, name, 'is not a program') from error
+  except Exception as error:  # Corrupt bytes make the reader raise all kinds of exceptions.
+    raise _corrupt(folder, name, 'is not a program') from error
   if has_foreign_calls:
     raise ValueError(f'{folder} calls foreign functions in {name!r}: do not use this export')
   if (platform := export.default_export_platform()) not in platforms:
-    raise _damaged(folder, name, f'is not a program for {platform}')
+    raise _corrupt(folder, name, f'is not a program for {platform}')
   return program
 
 
@@ -185,7 +187,7 @@ def _weights(folder, name, arrays, programs, manifest):
     shapes = [np.shape(arrays.get(leaf, np.nan)) for leaf in names]
     are_numbers = all(jax.numpy.issubdtype(aval.dtype, np.number) for aval in expected)
     if len(names) != count or shapes != [aval.shape for aval in expected] or not are_numbers:
-      raise _damaged(folder, name, f'does not have the weights of stage {index + 1}')
+      raise _corrupt(folder, name, f'does not have the weights of stage {index + 1}')
     # Weights may be stored in a smaller type than the program takes.
     weights.append(
       [arrays[leaf].astype(aval.dtype) for leaf, aval in zip(names, expected, strict=True)]
@@ -209,7 +211,7 @@ def _check_chain(folder, manifest, programs, weights):
     except Exception:  # Structures, shapes and types that differ raise all kinds of exceptions.
       is_next = False
     if not is_next:
-      raise _damaged(folder, name, 'does not fit the images, classes or the stage before it')
+      raise _corrupt(folder, name, 'does not fit the images, classes or the stage before it')
 
 
 def _validation(folder, arrays, manifest):
@@ -217,8 +219,8 @@ def _validation(folder, arrays, manifest):
   num_exits = len(manifest['stages'])
   shapes_fit = scores.ndim == 2 and len(scores) == num_exits and correct.shape == scores.shape
   if not (shapes_fit and scores.size and (scores.dtype.kind, correct.dtype.kind) == ('f', 'b')):
-    raise _damaged(folder, VALIDATION, f'must hold scores and answers of {num_exits} exits')
-  return Validation(scores, correct)
+    raise _corrupt(folder, VALIDATION, f'must hold scores and answers of {num_exits} exits')
+  return CalibrationSet(scores, correct)
 
 
 def _call(exported, weights, carry):

@@ -1,4 +1,4 @@
-"""Reads files that may come from strangers, in bounded memory and without running their code."""
+"""Reads untrusted files, in bounded memory and without running their code."""
 
 import json
 import zipfile
@@ -12,8 +12,8 @@ import numpy as np
 _LARGEST_GROWTH = 10
 _HARMLESS = 2**30
 
-# What `fits` takes: a test of a value, [the form of each item] or {field: its form}.
-Form = Callable[[Any], bool] | list | dict
+# A test of a value, [the schema of each item] or {field: its schema}.
+Schema = Callable[[Any], bool] | list | dict
 
 
 def read_json(content: bytes) -> Any:
@@ -28,15 +28,15 @@ def read_json(content: bytes) -> Any:
     raise ValueError('too many brackets within brackets') from None
 
 
-def fits(value: Any, form: Form) -> bool:
-  """Whether parsed JSON has a form: lists of any length, and groups with at least these fields."""
-  if isinstance(form, list):
-    return isinstance(value, list) and all(fits(item, form[0]) for item in value)
-  if isinstance(form, dict):
+def matches_schema(value: Any, schema: Schema) -> bool:
+  """Whether parsed JSON matches: lists of any length, groups with at least these fields."""
+  if isinstance(schema, list):
+    return isinstance(value, list) and all(matches_schema(item, schema[0]) for item in value)
+  if isinstance(schema, dict):
     return isinstance(value, dict) and all(
-      name in value and fits(value[name], inner) for name, inner in form.items()
+      name in value and matches_schema(value[name], inner) for name, inner in schema.items()
     )
-  return form(value)
+  return schema(value)
 
 
 def is_text(value: Any) -> bool:
@@ -80,7 +80,7 @@ def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
     The arrays by name, of numbers or truth values.
 
   Raises:
-    ValueError: If the file is damaged, contains anything else, or is small but would fill memory.
+    ValueError: If the file is corrupt, contains anything else, or is small but would fill memory.
   """
   try:
     with zipfile.ZipFile(file) as archive:
@@ -90,7 +90,7 @@ def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
         with archive.open(entry) as content:
           arrays[entry.filename.removesuffix('.npy')] = _read_array(content)
     return arrays
-  except Exception as error:  # Damaged files make their readers raise all kinds of exceptions.
+  except Exception as error:  # Corrupt files make their readers raise all kinds of exceptions.
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ValueError(reason[:200]) from error
 

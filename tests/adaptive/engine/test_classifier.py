@@ -13,8 +13,8 @@ from imta_jax import models
 from imta_jax.adaptive.engine import (
   RULES,
   AdaptiveClassifier,
+  CalibrationSet,
   OperatingPoint,
-  Validation,
   programs,
 )
 from imta_jax.adaptive.engine.batches import join_on_device, join_on_host
@@ -117,7 +117,7 @@ def test_a_rule_that_does_not_exist_is_refused(network):
 def test_a_promise_needs_validation_images(network):
   with pytest.raises(ValueError, match='max_loss needs the scores of validation images'):
     classifier_of(network, np.zeros(3)).choose(max_loss=0.01)
-  validation = Validation(np.ones((3, 900), np.float32), np.ones((3, 900), bool))
+  validation = CalibrationSet(np.ones((3, 900), np.float32), np.ones((3, 900), bool))
   classifier = classifier_of(network, np.full(3, np.inf), validation=validation)
   np.testing.assert_array_equal(classifier.choose(max_loss=0.01).thresholds, [0, 0, -np.inf])
   with pytest.raises(ValueError, match='budget and max_loss are given: give only one'):
@@ -174,7 +174,7 @@ def test_who_leaves_early_is_answered_before_others_go_on(network):
       stages.append(index) or run(carry, bounds)
     )
   parts = []
-  for answers in classifier.predict_as_decided(images[:16]):
+  for answers in classifier.predict_as_completed(images[:16]):
     parts.append(answers)
     assert set(stages) <= set(range(answers.exits.max() + 1))
   assert {int(part.exits[0]) for part in parts} == {0, 1, 2}

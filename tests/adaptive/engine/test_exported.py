@@ -84,7 +84,7 @@ WRONG = [None, 3, 'x', {}, {'a': 1}, [[]], [{}], [None, 'x'], [float('nan')] * 2
 @pytest.mark.parametrize(
   ('field', 'value'),
   [
-    *((field, ...) for field in exported._FORMS),
+    *((field, ...) for field in exported._SCHEMAS),
     *((field, value) for field in NUMBERS for value in WRONG),
     ('thresholds', [0.5, 10**400]),
     ('madds', [-1, 2]),
@@ -155,7 +155,7 @@ def test_a_manifest_of_another_form_is_refused(folder, field, value):
 )
 def test_a_manifest_that_is_none_is_refused(folder, content):
   (folder / 'manifest.json').write_bytes(content)
-  assert 'manifest.json is damaged: export again' in refusal(folder)
+  assert 'manifest.json is corrupt: export again' in refusal(folder)
 
 
 def zip_of(header, claimed=None, method=zipfile.ZIP_STORED, name='0/0.npy', content=b''):
@@ -204,7 +204,7 @@ class Attack:
   ],
   ids=range(12),
 )
-def test_arrays_that_are_damaged_or_fill_memory_are_refused(folder, name, content):
+def test_arrays_that_are_corrupt_or_fill_memory_are_refused(folder, name, content):
   change(folder, files={name: content})
   assert name in refusal(folder)
 

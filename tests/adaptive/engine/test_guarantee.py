@@ -5,7 +5,12 @@ import functools
 import numpy as np
 import pytest
 
-from imta_jax.adaptive.engine.promise import LEVELS, Validation, loses_less, safe_thresholds
+from imta_jax.adaptive.engine.guarantee import (
+  LEVELS,
+  CalibrationSet,
+  guaranteed_thresholds,
+  loses_less,
+)
 
 
 @functools.cache
@@ -45,8 +50,8 @@ def test_promises_are_kept(max_loss, confidence):
   broken = naively_broken = saved = 0
   for _ in range(num_draws):
     drawn = random.integers(scores.shape[1], size=num_images)
-    validation = Validation(scores[:, drawn], correct[:, drawn])
-    thresholds = safe_thresholds(validation, max_loss, confidence)
+    validation = CalibrationSet(scores[:, drawn], correct[:, drawn])
+    thresholds = guaranteed_thresholds(validation, max_loss, confidence)
     broken += loss_of(thresholds) > max_loss
     saved += np.isfinite(thresholds[0])
     # What one would do without a test: the loosest level that loses no more on these images.
@@ -82,23 +87,25 @@ def test_the_capital_is_that_of_the_formula():
 
 
 def test_few_images_promise_nothing_and_lose_nothing():
-  validation = Validation(np.ones((3, 50), np.float32), np.ones((3, 50), bool))
-  np.testing.assert_array_equal(safe_thresholds(validation, 0.01, 0.95), [np.inf, np.inf, -np.inf])
-  many = Validation(np.ones((3, 900), np.float32), np.ones((3, 900), bool))
-  np.testing.assert_array_equal(safe_thresholds(many, 0.01, 0.95), [0, 0, -np.inf])
+  validation = CalibrationSet(np.ones((3, 50), np.float32), np.ones((3, 50), bool))
+  np.testing.assert_array_equal(
+    guaranteed_thresholds(validation, 0.01, 0.95), [np.inf, np.inf, -np.inf]
+  )
+  many = CalibrationSet(np.ones((3, 900), np.float32), np.ones((3, 900), bool))
+  np.testing.assert_array_equal(guaranteed_thresholds(many, 0.01, 0.95), [0, 0, -np.inf])
 
 
 def test_the_first_failure_ends_the_search():
   # From 0.9 on all images leave at the second exit, wrongly; from 0.5 on at the first, rightly.
   scores = np.repeat(np.float32([[0.5], [0.9], [0.0]]), 900, axis=1)
   correct = np.repeat([[True], [False], [True]], 900, axis=1)
-  first, second, last = safe_thresholds(Validation(scores, correct), 0.01, 0.95)
+  first, second, last = guaranteed_thresholds(CalibrationSet(scores, correct), 0.01, 0.95)
   assert 0.9 < first == second < 1 and last == -np.inf
 
 
 @pytest.mark.parametrize('field', ['max_loss', 'confidence'])
 @pytest.mark.parametrize('value', [0, 1, -0.1, 5, np.nan])
 def test_what_is_no_fraction_is_refused(field, value):
-  validation = Validation(np.ones((2, 4), np.float32), np.ones((2, 4), bool))
+  validation = CalibrationSet(np.ones((2, 4), np.float32), np.ones((2, 4), bool))
   with pytest.raises(ValueError, match=f'{field} is .*: it must be above 0 and below 1'):
-    safe_thresholds(validation, **{'max_loss': 0.01, 'confidence': 0.9, field: value})
+    guaranteed_thresholds(validation, **{'max_loss': 0.01, 'confidence': 0.9, field: value})

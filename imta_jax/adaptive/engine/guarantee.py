@@ -1,4 +1,4 @@
-"""Thresholds with a promise: a bound on the accuracy that early exits lose.
+"""Thresholds with a statistical guarantee: a bound on the accuracy that early exits lose.
 
 All exits share one threshold. Starting from the strictest of a fixed list, looser ones are accepted
 as long as a statistical test on validation images rejects that early exits lose more than allowed.
@@ -6,7 +6,7 @@ The first threshold that is not accepted ends the search, so that all tests toge
 no more probability than each one (fixed-sequence testing; Learn then Test, Angelopoulos et al.,
 2021, and for early exits Fast yet Safe, Jazbec et al., NeurIPS 2024).
 
-The promise holds for images that are drawn like the validation images and independently of them. It
+The guarantee holds for images that are drawn like the validation images, independently of them. It
 breaks for images of another kind (another camera, other classes, another mix of classes), and it is
 weakened if the validation images have already served to choose between many networks, or to fit the
 temperatures of the rule 'calibrated'. Watch the exits' shares: if they drift, validate again.
@@ -29,8 +29,8 @@ _STAKES = np.array([0.05, 0.15, 0.35, 0.65, 0.95])
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
-  """What thresholds are chosen by.
+class CalibrationSet:
+  """Calibration data.
 
   Attributes:
     scores: [exit, image], float32, by the exit rule.
@@ -52,8 +52,10 @@ class Validation:
     return np.array(counts)
 
 
-def safe_thresholds(validation: Validation, max_loss: float, confidence: float) -> np.ndarray:
-  """The loosest thresholds whose accuracy is promised to lie close to the last exit's.
+def guaranteed_thresholds(
+  validation: CalibrationSet, max_loss: float, confidence: float
+) -> np.ndarray:
+  """The loosest thresholds whose accuracy is guaranteed to lie close to the last exit's.
 
   Args:
     validation: Scores of images that are like those to come.
@@ -62,7 +64,7 @@ def safe_thresholds(validation: Validation, max_loss: float, confidence: float) 
       lower.
 
   Returns:
-    [exit], float32: the same at each exit but the last; infinity if nothing can be promised, so
+    [exit], float32: the same at each exit but the last; infinity if nothing can be guaranteed, so
     that no image leaves early and nothing is lost.
 
   Raises:
