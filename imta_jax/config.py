@@ -122,39 +122,6 @@ def phase_two() -> ConfigDict:
   return phase
 
 
-# Lower bound of each number, and whether the bound itself is excluded.
-_BOUNDS = {
-  'seed': (0, False),
-  'batch_size': (0, True),
-  'evaluation_batch_size': (0, True),
-  'checkpoint_every_epochs': (0, True),
-  'log_every_steps': (0, True),
-  'profile_steps': (0, False),
-}
-_DATASET_BOUNDS = {'validation_size': (0, True), 'image_size': (0, True), 'padding': (0, False)}
-_PHASE_BOUNDS = {
-  'alpha': (0, False),
-  'shared_channels': (0, False),
-  'temperature': (0, True),
-  'learning_rate': (0, True),
-  'warmup_epochs': (0, False),
-  'momentum': (0, False),
-  'weight_decay': (0, False),
-}
-_CHOICES = {
-  'loss': ('cross_entropy', 'one_for_all'),
-  'class_reduction': ('sum', 'mean'),
-  'teacher': ('online', 'frozen'),
-  'trained': ('everything', 'last_layers'),
-  'frozen_batch_norm': ('evaluation', 'training'),
-  'gradient_equilibrium': ('all', 'coarsest', 'off'),
-  'collaboration': ('off', 'identity', 'network'),
-  'chosen_state': ('best', 'last'),
-  'schedule': ('multistep', 'cosine'),
-  'decayed': ('everything', 'kernels'),
-}
-
-
 def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
   """Reads a config file's argument, as in --config=configs/cifar100.py:exits=5.
 
@@ -199,38 +166,11 @@ def validate(config: ConfigDict) -> None:
   _check_fields(fields, default(), 'config')
   for index, phase in enumerate(phases):
     _check_fields(phase, phase_one(), f'config.phases[{index}]')
-    for field, choices in _CHOICES.items():
-      if phase[field] not in choices:
-        raise UsageError(
-          f'config.phases[{index}].{field} is {phase[field]!r}: choose one of {", ".join(choices)}'
-        )
-    if not index and 'frozen' in (phase['teacher'] if phase['loss'] == 'one_for_all' else ''):
-      raise UsageError(
-        "config.phases[0].teacher is 'frozen', but there is no previous phase: use 'online'"
-      )
-    path = f'config.phases[{index}]'
-    _check_range(phase, _PHASE_BOUNDS, path)
-    _check_range(phase, {'epochs' if phase['steps'] is None else 'steps': (0, True)}, path)
-    if phase['reference_batch_size'] is not None:
-      _check_range(phase, {'reference_batch_size': (0, True)}, path)
-    for field in ('alpha', 'shared_channels'):
-      if phase[field] > 1:
-        raise UsageError(f'{path}.{field} is {phase[field]}: it must be from 0 to 1')
-    if phase['momentum'] >= 1:
-      raise UsageError(f'{path}.momentum is {phase["momentum"]}: it must be below 1')
-    bounds = [0, *phase['milestones'], 1]
-    if not all(before < after for before, after in itertools.pairwise(bounds)):
-      raise UsageError(
-        f'{path}.milestones is {phase["milestones"]}: they must increase from above 0 to below 1'
-      )
-  _check_range(fields, _BOUNDS, 'config')
-  for field in ('steps_per_dispatch', 'checkpoint_every_minutes'):
-    if fields[field] is not None:
-      _check_range(fields, {field: (0, True)}, 'config')
+  if phases[0]['loss'] == 'one_for_all' and phases[0]['teacher'] == 'frozen':
+    raise UsageError(
+      "config.phases[0].teacher is 'frozen', but there is no previous phase: use 'online'"
+    )
   dataset = fields['dataset']
-  _check_range(dataset, _DATASET_BOUNDS, 'config.dataset')
-  if dataset['crop'] not in ('none', 'center'):
-    raise UsageError(f'config.dataset.crop is {dataset["crop"]!r}: choose one of none, center')
   mean, std = dataset['mean'], dataset['std']
   if not std or len(mean) != len(std) or not all(value > 0 for value in std):
     raise UsageError(
@@ -257,6 +197,61 @@ _TYPES = {
 }
 
 
+def _above(bound):
+  return lambda value: value > bound, f'above {bound}'
+
+
+def _at_least(bound):
+  return lambda value: value >= bound, f'{bound} or more'
+
+
+def _one_of(*choices):
+  return lambda value: value in choices, f'one of {", ".join(choices)}'
+
+
+_FRACTION = (lambda value: 0 <= value <= 1, 'from 0 to 1')
+_INCREASES = (
+  lambda value: all(a < b for a, b in itertools.pairwise((0, *value, 1))),
+  'numbers that increase from above 0 to below 1',
+)
+# What a field of the right type may hold, in whichever group it stands.
+_VALUES = {
+  'seed': _at_least(0),
+  'batch_size': _above(0),
+  'evaluation_batch_size': _above(0),
+  'steps_per_dispatch': _above(0),
+  'checkpoint_every_epochs': _above(0),
+  'checkpoint_every_minutes': _above(0),
+  'log_every_steps': _above(0),
+  'profile_steps': _at_least(0),
+  'validation_size': _above(0),
+  'image_size': _above(0),
+  'padding': _at_least(0),
+  'crop': _one_of('none', 'center'),
+  'loss': _one_of('cross_entropy', 'one_for_all'),
+  'alpha': _FRACTION,
+  'temperature': _above(0),
+  'class_reduction': _one_of('sum', 'mean'),
+  'teacher': _one_of('online', 'frozen'),
+  'trained': _one_of('everything', 'last_layers'),
+  'frozen_batch_norm': _one_of('evaluation', 'training'),
+  'gradient_equilibrium': _one_of('all', 'coarsest', 'off'),
+  'shared_channels': _FRACTION,
+  'collaboration': _one_of('off', 'identity', 'network'),
+  'chosen_state': _one_of('best', 'last'),
+  'epochs': _above(0),
+  'steps': _above(0),
+  'learning_rate': _above(0),
+  'reference_batch_size': _above(0),
+  'schedule': _one_of('multistep', 'cosine'),
+  'milestones': _INCREASES,
+  'warmup_epochs': _at_least(0),
+  'momentum': (lambda value: 0 <= value < 1, '0 or more and below 1'),
+  'weight_decay': _at_least(0),
+  'decayed': _one_of('everything', 'kernels'),
+}
+
+
 def _is_number(value):
   """Whether a value is a number of less than 2^31, in which devices count."""
   return isinstance(value, int | float) and not isinstance(value, bool) and -(2**31) < value < 2**31
@@ -270,20 +265,13 @@ def _check_fields(fields, reference, path):
     if name not in fields:
       raise UsageError(f'{path}.{name} is missing: start the config from imta_jax.config.default()')
     value, kind = fields[name], reference.get_type(name)
-    is_valid, expected = _TYPES[kind]
-    if not is_valid(value) and not (value is None and reference[name] is None):
-      raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
+    if value is None and reference[name] is None:
+      continue
+    for is_valid, expected in (_TYPES[kind], *([_VALUES[name]] if name in _VALUES else [])):
+      if not is_valid(value):
+        raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
     if kind is ConfigDict:
       _check_fields(value, reference[name], f'{path}.{name}')
-
-
-def _check_range(fields, bounds, path):
-  """Checks that numbers are above their bound, or equal to it if it is not excluded."""
-  for name, (bound, exclusive) in bounds.items():
-    value = fields[name]
-    if not (value > bound if exclusive else value >= bound):
-      expected = f'above {bound}' if exclusive else f'{bound} or more'
-      raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
 
 
 def check_path(config: ConfigDict, path: str) -> None:

@@ -217,12 +217,6 @@ def test_a_teacher_that_no_loss_asks_is_no_matter():
   config_lib.validate(config)
 
 
-def test_steps_stand_in_for_epochs():
-  config = config_lib.default()
-  config.phases[0].update(steps=5, epochs=0.0)
-  config_lib.validate(config)
-
-
 def test_any_number_of_phases_is_valid():
   config = config_lib.default()
   one, two = config.phases
