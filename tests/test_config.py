@@ -336,3 +336,25 @@ def test_paths_that_do_not_exist_are_refused_naming_what_does(path, words):
 def test_a_path_through_a_value_is_refused():
   with pytest.raises(UsageError, match='config.seed.x is not a field'):
     config_lib.check_path(config_lib.default(), 'seed.x')
+
+
+def test_the_preset_of_the_published_code_sets_what_differs_from_the_paper():
+  config = config_lib.default()
+  config.phases[1].gradient_equilibrium = 'off'
+  before = config_lib.to_dict(config)
+  config_lib.follow_published_code(config)
+  config_lib.validate(config)
+  lines = config_lib.differences(before, config_lib.to_dict(config))
+  of_phases = [
+    f'config.phases[{index}].{change}'
+    for index in range(2)
+    for change in (
+      "class_reduction: 'sum' → 'mean'",
+      "frozen_batch_norm: 'evaluation' → 'training'",
+      "gradient_equilibrium: 'all' → 'coarsest'",
+      'nesterov: True → False',
+      'stop_collaboration_gradient: True → False',
+    )
+  ]
+  of_phases.remove("config.phases[1].gradient_equilibrium: 'all' → 'coarsest'")
+  assert lines == ['config.dataset.augment_validation: False → True', *of_phases]
