@@ -171,8 +171,8 @@ def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
   assert 'config.batch_size' not in message
   assert '--workdir' in message
   assert (workdir / 'config.json').read_bytes() == before
-  names = ['checkpoints', 'classes.json', 'config.json']
-  assert sorted(path.name for path in workdir.iterdir()) == names
+  names = {'.lock', 'checkpoints', 'classes.json', 'config.json', 'data.json', 'environment.jsonl'}
+  assert {path.name for path in workdir.iterdir()} == names
 
 
 def test_the_run_is_trained_as_the_command_line_says(trained, tmp_path):

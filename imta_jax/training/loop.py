@@ -54,17 +54,16 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   config_lib.validate(config)
   for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
     networks.create_model(config, phase, num_classes=1)
-  with runtime.watchdog(), workdir_lock.hold(workdir):
-    layout.check_config(config, workdir)
+  with runtime.watchdog():
     dataset = open_dataset(config)
-    layout.claim(
-      config,
-      workdir,
-      dataset.class_names,
-      num_images=dataset.num_images,
-      fingerprint=dataset.fingerprint(),
-    )
-    with StopRequest() as stop:
+    with workdir_lock.hold(workdir), StopRequest() as stop:
+      layout.claim(
+        config,
+        workdir,
+        dataset.class_names,
+        num_images=dataset.num_images,
+        fingerprint=dataset.fingerprint(),
+      )
       return _train_phases(Run(config, workdir, dataset, Reporter(), stop))
 
 

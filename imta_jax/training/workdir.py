@@ -120,42 +120,13 @@ def _read_json(path: epath.Path) -> Any:
     raise UsageError(f'{path} is corrupt ({error}): {_TRAIN_AGAIN}') from error
 
 
-def check_config(config: ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a workdir with checkpoints of another config; without checkpoints, it may be reused.
-
-  Raises:
-    UsageError: If the configs differ, where the message names the fields, or if the config is
-      missing.
-  """
-  with accessing(workdir):
-    is_free = not has_checkpoints(workdir)
-  if is_free:
-    return
-  if not (workdir / 'config.json').exists():
-    if metrics_path(workdir).exists():
-      raise UsageError(
-        f'workdir {workdir} has been trained in, but has no config.json that says what: put it '
-        'back, or choose another --workdir'
-      )
-    return  # Checkpoints alone were put there to go on from.
-  lines = config_lib.differences(
-    config_lib.to_dict(load_config(workdir)), config_lib.to_dict(config)
-  )
-  lines = [line for line in lines if line.partition(':')[0] not in _MAY_CHANGE]
-  if lines:
-    raise UsageError(
-      f'workdir {workdir} belongs to another config ({"; ".join(lines)}): '
-      'choose another --workdir, or revert these fields'
-    )
-
-
 def has_checkpoints(workdir: epath.Path) -> bool:
   """Whether a run has saved anything in a workdir."""
   return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*/*'))
 
 
 def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str], **data: Any) -> None:
-  """Writes a run's config, data and devices to its workdir.
+  """Writes a run's config, data and devices to its workdir; without checkpoints, it may be reused.
 
   Args:
     config: A complete config.
@@ -164,31 +135,49 @@ def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str], *
     **data: What else tells its data from other data, as JSON takes it.
 
   Raises:
-    UsageError: If there are checkpoints of a run on other data; the message names what differs.
+    UsageError: If there are checkpoints of a run with another config or other data, where the
+      message names what differs, or if the config is missing.
   """
-  found = {'classes.json': list(class_names), 'data.json': data}
-  is_new = not has_checkpoints(workdir)
-  recorded = {}
-  if not is_new:  # Runs of earlier versions have no data.json.
-    recorded = {name: _read_json(workdir / name) for name in found if (workdir / name).exists()}
-  lines = [
-    line
-    for name, content in recorded.items()
-    for line in config_lib.differences(content, found[name], name.removesuffix('.json'))
-  ]
-  if lines:
-    raise UsageError(
-      f'workdir {workdir} was trained on other data ({"; ".join(lines)}): restore the data, or go '
-      f'on from this network in another --workdir, with --config.init_from={workdir}'
-    )
+  found = {'config': config_lib.to_dict(config), 'classes': list(class_names), 'data': data}
+  with accessing(workdir):
+    is_new = not has_checkpoints(workdir)
+  if not is_new:
+    _check_owner(workdir, found)
   if jax.process_index() == 0:
-    contents = {name: json.dumps(content, indent=2) + '\n' for name, content in found.items()}
-    for name, content in {**contents, 'config.json': config_lib.to_json(config)}.items():
-      if is_new or not (workdir / name).exists():
-        write_whole(workdir / name, content.encode())
+    for name, content in found.items():
+      path = workdir / f'{name}.json'
+      if is_new or not path.exists():
+        write_whole(path, (json.dumps(content, indent=2) + '\n').encode())
     record_environment(workdir)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')
+
+
+def _check_owner(workdir, found):
+  """Refuses another config or other data than those of the checkpoints in a workdir."""
+  recorded = {}
+  if (workdir / 'config.json').exists():
+    recorded['config'] = config_lib.to_dict(load_config(workdir))
+  elif metrics_path(workdir).exists():  # Otherwise checkpoints alone were put there to go on from.
+    raise UsageError(
+      f'workdir {workdir} has been trained in, but has no config.json that says what: put it back, '
+      'or choose another --workdir'
+    )
+  for name in ('classes', 'data'):  # Runs of earlier versions have no data.json.
+    if (workdir / f'{name}.json').exists():
+      recorded[name] = _read_json(workdir / f'{name}.json')
+  lines = [
+    line
+    for name, content in recorded.items()
+    for line in config_lib.differences(content, found[name], name)
+    if line.partition(':')[0] not in _MAY_CHANGE
+  ]
+  if lines:
+    raise UsageError(
+      f'workdir {workdir} belongs to another config or other data ({"; ".join(lines)}): choose '
+      f'another --workdir, also to go on from its network with --config.init_from={workdir}, or '
+      'restore what differs'
+    )
 
 
 def record_environment(workdir: epath.Path) -> None:

@@ -203,7 +203,7 @@ def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(finished, tmp_p
   before = (workdir / 'evaluation/exits.csv').read_bytes()
   monkeypatch.setattr(RecordingDataset, 'class_names', ('a', 'b', 'wolf'))
   monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
-  with pytest.raises(UsageError, match=r"other data \(classes\[2\]: 'c' → 'wolf'\): restore"):
+  with pytest.raises(UsageError, match=r"other data \(classes\[2\]: 'c' → 'wolf'\): choose"):
     loop.train_and_evaluate(make_config(), workdir)
   assert (workdir / 'evaluation/exits.csv').read_bytes() == before
 
@@ -216,8 +216,9 @@ def test_the_config_of_a_workdir_is_read_while_its_lock_is_held(finished, tmp_pa
     shutil.copytree(finished[0], workdir)  # It has trained and ended in the meantime.
     yield
 
+  monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
   monkeypatch.setattr(loop.workdir_lock, 'hold', hold_after_another_run)
   config = make_config()
   config.seed = 7
-  with pytest.raises(UsageError, match='belongs to another config .config.seed: 0 → 7'):
+  with pytest.raises(UsageError, match='belongs to another config or .*config.seed: 0 → 7'):
     loop.train_and_evaluate(config, workdir)

@@ -48,7 +48,6 @@ def test_a_workdir_without_checkpoints_may_be_reused(tmp_path):
   folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
   other.seed = 1
   workdir.claim(config, folder, NAMES, **DATA)
-  workdir.check_config(other, folder)
   workdir.claim(other, folder, ['c', 'd'], **DATA)
   assert workdir.load_config(folder).seed == 1 and workdir.load_class_names(folder) == ['c', 'd']
 
@@ -57,10 +56,9 @@ def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
   folder, config, other = epath.Path(tmp_path), config_lib.default(), config_lib.default()
   other.seed = 1
   workdir.claim(config, folder, NAMES, **DATA)
-  workdir.check_config(config, saved(folder))
-  workdir.claim(config, folder, NAMES, **DATA)
-  with pytest.raises(UsageError, match='belongs to another config .config.seed'):
-    workdir.check_config(other, folder)
+  workdir.claim(config, saved(folder), NAMES, **DATA)
+  with pytest.raises(UsageError, match='belongs to another config or other data .config.seed'):
+    workdir.claim(other, folder, NAMES, **DATA)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_a_workdir_with_checkpoints_belongs_to_its_config(tmp_path):
 def test_a_workdir_with_checkpoints_belongs_to_its_data(names, changes, difference, tmp_path):
   folder = epath.Path(tmp_path)
   workdir.claim(config_lib.default(), folder, NAMES, **DATA)
-  with pytest.raises(UsageError, match=rf'was trained on other data \({difference}\): restore'):
+  with pytest.raises(UsageError, match=rf'or other data \({difference}\): choose'):
     workdir.claim(config_lib.default(), saved(folder), names, **DATA | changes)
   assert workdir.load_class_names(folder) == NAMES
 
@@ -94,15 +92,16 @@ def test_what_changes_no_result_may_change(tmp_path):
   workdir.claim(config, folder, NAMES, **DATA)
   config.checkpoint_every_minutes = 10.0
   config.profile_steps = 20
-  workdir.check_config(config, saved(folder))
+  workdir.claim(config, saved(folder), NAMES, **DATA)
 
 
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
   folder = saved(epath.Path(tmp_path))
-  workdir.check_config(config_lib.default(), folder)  # Another run's phase I, to go on from.
+  workdir.claim(config_lib.default(), folder, NAMES)  # Another run's phase I, to go on from.
+  (folder / 'config.json').unlink()
   workdir.metrics_path(folder).write_text('{}\n')
   with pytest.raises(UsageError, match='has been trained in, but has no config.json'):
-    workdir.check_config(config_lib.default(), folder)
+    workdir.claim(config_lib.default(), folder, NAMES)
 
 
 @pytest.mark.parametrize(
