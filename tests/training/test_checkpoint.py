@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
 from imta_jax.errors import UsageError
 from imta_jax.training.checkpoint import Checkpoints
@@ -230,6 +231,20 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(copy, caplog):
   checkpoints = open_folder(copy)
   assert_same(checkpoints.restore(LIKE, 'best'), make_state(2))
   assert len(warnings_of(caplog)) == 1
+  checkpoints.close()
+
+
+def test_a_checkpoint_that_another_host_cannot_read_is_skipped_by_all(copy, caplog, monkeypatch):
+  of_others = iter([[True, False]])  # The first of them is not intact, nor only so at the moment.
+
+  def gather(value):
+    return np.array([value, next(of_others, value)])
+
+  checkpoints = open_folder(copy)
+  monkeypatch.setattr(multihost_utils, 'process_allgather', gather)
+  assert_same(checkpoints.restore(LIKE), make_state(2))
+  (warning,) = warnings_of(caplog)
+  assert str(copy / '3') in warning and 'on another host' in warning
   checkpoints.close()
 
 
