@@ -24,6 +24,7 @@ from imta_jax.adaptive.engine import (
   Validation,
   runner,
 )
+from imta_jax.data.image_files import CROPS, read_image
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
@@ -167,6 +168,19 @@ def test_an_image_is_answered(client_of, network):
       for kind in ('application/octet-stream', 'IMAGE/PNG'):
         headers = {'Content-Type': kind}
         assert_answers(await post(client, 1, headers=headers), expected, 1)
+
+  asyncio.run(scenario())
+
+
+@pytest.mark.parametrize('crop', CROPS)
+def test_images_are_cropped_as_the_network_says(crop, client_of, network, monkeypatch):
+  monkeypatch.setitem(network.preprocessing, 'crop', crop)
+  image = read_image(io.BytesIO(PNGS[0]), SHAPE, crop)
+  assert (image == IMAGES[0]).all() == (crop == 'none')
+
+  async def scenario():
+    async with client_of() as client:
+      assert_answers(await post(client), network.predict(image[np.newaxis]), 0)
 
   asyncio.run(scenario())
 
