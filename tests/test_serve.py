@@ -398,6 +398,20 @@ def test_new_values_of_max_loss_do_not_hold_up_others(network, monkeypatch):
   assert asyncio.run(scenario()) < 0.5
 
 
+def test_latencies_are_in_milliseconds(client_of, network, monkeypatch):
+  monkeypatch.setattr(network, 'measure_costs', lambda: np.array([0.001, 0.003]))
+
+  async def scenario():
+    async with client_of() as client:
+      for latency, exit in (('1', 1), ('2.9', 1), ('3', 2)):
+        answer = (await post(client, query=f'?latency_ms={latency}')).json()
+        assert answer['exit'] == exit
+      refusal = await post(client, query='?latency_ms=0.9')
+      assert 'too small: the least is 1' in refusal.json()['error']
+
+  asyncio.run(scenario())
+
+
 def test_budgets_hold_for_a_request_alone(client_of):
   async def scenario():
     async with client_of() as client:
