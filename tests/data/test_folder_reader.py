@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax.data import image_folder
+from imta_jax.data import folder_reader, image_folder
 from imta_jax.data.folder_reader import FolderReader
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
@@ -61,6 +61,20 @@ def test_each_phase_shuffles_anew(config, root):
   reader = FolderReader(image_folder.scan(str(root)), config)
   first, second = (take(reader.train_batches(phase, 0), 2) for phase in (0, 1))
   assert first != second
+
+
+def test_each_phase_and_epoch_crops_an_image_anew(config, root, monkeypatch):
+  draws = []
+
+  def note(path, size, flip, random):
+    draws.append((path, random.random()))
+    return np.zeros((size, size, 3), np.uint8)
+
+  monkeypatch.setattr(folder_reader, 'read_random_crop', note)
+  reader = FolderReader(image_folder.scan(str(root)), config)
+  for phase in range(2):
+    list(itertools.islice(reader.train_batches(phase, 0), 2 * (NUM_TRAIN // BATCH_SIZE)))
+  assert len({draw for _, draw in draws}) == len(draws) > 3 * len({path for path, _ in draws})
 
 
 def test_batches_after_resuming_are_the_same(config, root):

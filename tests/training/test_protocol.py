@@ -6,6 +6,7 @@ accuracy over exits is neither its last state nor the best state of its last exi
 
 import contextlib
 import itertools
+import json
 import shutil
 from functools import partial
 
@@ -264,6 +265,11 @@ def test_a_stopped_run_goes_on_from_its_step(finished, train_until, tmp_path):
   train_until(workdir, make_config(), LAST - 3 + 1)  # Until the end of the phase.
   ended, expected = (state_of(folder, 'phase_1', LAST) for folder in (workdir, finished[0]))
   assert are_equal(ended, expected)
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  rates = {line['step']: line['train/learning_rate'] for line in lines if 'train/loss' in line}
+  assert list(rates) == list(range(1, LAST + 1))
+  # Divided by ten after a half and three quarters of the steps.
+  np.testing.assert_allclose(list(rates.values()), [5e-2, 5e-2, 5e-2, 5e-3, 5e-4, 5e-4], rtol=1e-5)
 
 
 def test_a_stop_at_the_last_step_of_a_phase_ends_the_run_before_the_next(train_until, tmp_path):
