@@ -328,10 +328,15 @@ def test_streams_are_dispatched_step_by_step_unless_the_config_says_otherwise(
 
 @pytest.mark.parametrize('sweep', ['geometric', 'optimal'])
 @pytest.mark.parametrize('rule', ['top_probability', 'calibrated', 'margin'])
-def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finished):
-  workdir, _, _ = finished
+def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finished, tmp_path):
+  workdir, random = epath.Path(tmp_path / 'copy'), np.random.default_rng(0)
+  shutil.copytree(finished[0], workdir)
+  labels = random.integers(0, 3, 200, dtype=np.int32)
+  logits = random.normal(size=(2, 200, 3)) + 2 * np.eye(3)[labels] * [[[0.5]], [[1.0]]]
+  validation = evaluate.Predictions(logits.astype(np.float32), labels)
+  path = layout.predictions_path(workdir, 'phase_1', 'validation')
+  evaluate.save_predictions(validation, path)
   classifier = networks.load_classifier(workdir, 0, rule, sweep)
-  validation = evaluate.load_predictions(layout.predictions_path(workdir, 'phase_1', 'validation'))
   splits = (validation.probabilities(), validation.labels) * 2
   how = {'rule': rule, 'temperatures': classifier.temperatures}
   madds = classifier.madds
