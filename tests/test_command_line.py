@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from imta_jax import command_line
+from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
 from imta_jax.errors import UsageError
 from imta_jax.runtime import cache_folder
 
@@ -142,6 +143,28 @@ def test_bugs_keep_their_stack_trace(error):
 def test_ctrl_c_ends_a_program_quietly(capsys):
   assert ended(lambda: fail(KeyboardInterrupt())) == 130
   assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('is_export', [False, True])
+def test_arguments_reach_the_network_together(is_export, tmp_path, monkeypatch):
+  calls = []
+  for name in ('load', 'from_workdir'):
+    monkeypatch.setattr(
+      AdaptiveClassifier, name, lambda *args, name=name, **fields: calls.append((name, fields))
+    )
+  limits = {'latency': None, 'max_loss': 0.1, 'confidence': 0.8}
+  arguments = [str(tmp_path), '--max_loss=0.1', '--confidence=0.8']
+  if is_export:
+    (tmp_path / MANIFEST).touch()
+    expected = ('load', limits)
+  else:
+    arguments += ['--phase=1', '--rule=margin', '--sweep=optimal']
+    expected = ('from_workdir', {**limits, 'phase': 0, 'rule': 'margin', 'sweep': 'optimal'})
+  parser = argparse.ArgumentParser()
+  command_line.add_network_arguments(parser)
+  options = parser.parse_args(arguments)
+  command_line.open_classifier(options.network, **command_line.choices(options))
+  assert calls == [expected]
 
 
 def test_jax_enable_x64_changes_no_type():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from imta_jax import command_line, models, predict
 from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.data.image_files import CROPS, read_image
 from imta_jax.errors import UsageError
 
 NAMES = ('ant', 'bee', 'cat', 'dog', 'elephant')
@@ -77,6 +78,19 @@ def test_answers_are_the_networks_in_the_files_order(batch_size, run, folder, cl
     assert sorted((c['probability'] for c in row['top']), reverse=True) == [
       c['probability'] for c in row['top']
     ]
+
+
+@pytest.mark.parametrize('crop', CROPS)
+def test_files_are_cropped_as_the_network_says(crop, run, folder, classifier, monkeypatch):
+  monkeypatch.setitem(classifier.preprocessing, 'crop', crop)
+  _, output, _ = run(folder / '00.png', '--format=jsonl')
+  expected = {
+    c: classifier.predict(read_image(str(folder / '00.png'), (8, 8, 1), c)[None]) for c in CROPS
+  }
+  (row,) = parse(output)
+  assert row['confidence'] == pytest.approx(float(expected[crop].confidences[0]), abs=1e-5)
+  first, other = (answers.confidences[0] for answers in expected.values())
+  assert abs(first - other) > 1e-3
 
 
 def test_top_is_at_most_all_classes(run, folder):

@@ -24,6 +24,7 @@ from imta_jax.adaptive.engine import (
   OperatingPoint,
   runner,
 )
+from imta_jax.data.image_files import CROPS, read_image
 
 httpx = pytest.importorskip('httpx')
 pytest.importorskip('starlette')
@@ -167,6 +168,19 @@ def test_an_image_is_answered(client_of, network):
       for kind in ('application/octet-stream', 'IMAGE/PNG'):
         headers = {'Content-Type': kind}
         assert_answers(await post(client, 1, headers=headers), expected, 1)
+
+  asyncio.run(scenario())
+
+
+@pytest.mark.parametrize('crop', CROPS)
+def test_images_are_cropped_as_the_network_says(crop, client_of, network, monkeypatch):
+  monkeypatch.setitem(network.preprocessing, 'crop', crop)
+  image = read_image(io.BytesIO(PNGS[0]), SHAPE, crop)
+  assert (image == IMAGES[0]).all() == (crop == 'none')
+
+  async def scenario():
+    async with client_of() as client:
+      assert_answers(await post(client), network.predict(image[np.newaxis]), 0)
 
   asyncio.run(scenario())
 
@@ -384,6 +398,20 @@ def test_new_values_of_max_loss_do_not_hold_up_others(network, monkeypatch):
         return time.perf_counter() - start
 
   assert asyncio.run(scenario()) < 0.5
+
+
+def test_latencies_are_in_milliseconds(client_of, network, monkeypatch):
+  monkeypatch.setattr(network, 'measure_costs', lambda: np.array([0.001, 0.003]))
+
+  async def scenario():
+    async with client_of() as client:
+      for latency, exit in (('1', 1), ('2.9', 1), ('3', 2)):
+        answer = (await post(client, query=f'?latency_ms={latency}')).json()
+        assert answer['exit'] == exit
+      refusal = await post(client, query='?latency_ms=0.9')
+      assert 'too small: the least is 1' in refusal.json()['error']
+
+  asyncio.run(scenario())
 
 
 def test_budgets_hold_for_a_request_alone(client_of):

@@ -74,7 +74,8 @@ class Receiver:
       raise HTTPException(408, late, {'Connection': 'close'}) from error
 
   async def _files(self, request, tail):
-    if encoding := request.headers.get('content-encoding', '').strip():
+    encoding = request.headers.get('content-encoding', 'identity').strip()
+    if encoding.lower() != 'identity':
       raise HTTPException(415, f'content encoding {encoding!r}: send the file as it is')
     content_type = request.headers.get('content-type', '')
     kind = content_type.lower()

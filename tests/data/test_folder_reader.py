@@ -2,13 +2,14 @@
 
 import itertools
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax.data import image_folder
+from imta_jax.data import folder_reader, image_folder
 from imta_jax.data.folder_reader import FolderReader
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
@@ -63,6 +64,23 @@ def test_each_phase_shuffles_anew(config, root):
   assert first != second
 
 
+def test_each_phase_and_epoch_crops_an_image_anew(config, root, tmp_path, monkeypatch):
+  folder = image_folder.scan(str(shutil.copytree(root, tmp_path / 'images')))
+  draws = []
+
+  def note(path, size, flip, random):
+    if path in folder.paths['train']:  # Readers of other tests may still read ahead.
+      draws.append((path, random.random()))
+    return np.zeros((size, size, 3), np.uint8)
+
+  monkeypatch.setattr(folder_reader, 'read_random_crop', note)
+  reader = FolderReader(folder, config)
+  steps = len(folder.paths['train']) // BATCH_SIZE
+  for phase in range(2):
+    list(itertools.islice(reader.train_batches(phase, 0), 2 * steps))
+  assert len({draw for _, draw in draws}) == len(draws) > 3 * len({path for path, _ in draws})
+
+
 def test_batches_after_resuming_are_the_same(config, root):
   reader = FolderReader(image_folder.scan(str(root)), config)
   batches = list(itertools.islice(reader.train_batches(0, 0), 9))
@@ -80,7 +98,9 @@ def test_hosts_share_an_epoch(config, root, as_host):
   seen = []
   for host in range(2):
     as_host(host, 2)
-    seen += sum(take(FolderReader(folder, config).train_batches(0, 0), 2), [])
+    batches = take(FolderReader(folder, config).train_batches(0, 0), 2)
+    assert take(FolderReader(folder, config).train_batches(0, 1), 1) == batches[1:]
+    seen += sum(batches, [])
   assert len(set(seen)) == 4 * BATCH_SIZE
 
 
@@ -94,6 +114,27 @@ def test_evaluation_takes_every_image_once(config, root, augment):
       mask = batch.get('mask', np.ones(batch['label'].shape, bool)).reshape(-1)
       images += np.array(levels(batch))[mask].tolist()
     assert len(images) == len(set(images)) == len(labels)
+
+
+@pytest.mark.parametrize(
+  ('augment', 'split', 'expected'),
+  [(False, 'validation', 'center'), (True, 'validation', 'random'), (True, 'test', 'center')],
+)
+def test_center_crops_are_evaluated_unless_validation_is_augmented(
+  augment, split, expected, config, root, monkeypatch
+):
+  folder, crops = image_folder.scan(str(root)), set()
+
+  def note(crop, path, *_):
+    if path in folder.paths[split]:  # Readers of other tests may still read ahead.
+      crops.add(crop)
+    return np.zeros((16, 16, 3), np.uint8)
+
+  monkeypatch.setattr(folder_reader, 'read_image', lambda path, shape, crop: note(crop, path))
+  monkeypatch.setattr(folder_reader, 'read_random_crop', partial(note, 'random'))
+  config.dataset.augment_validation = augment
+  list(FolderReader(folder, config).evaluation_batches(split))
+  assert crops == {expected}
 
 
 def test_the_data_set_is_opened_by_its_name(config):

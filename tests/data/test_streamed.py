@@ -110,6 +110,8 @@ def test_stacks_of_steps_hold_the_same_batches(config, take):
   stacked = take(open_dataset(config), 1, 2 * STEPS_PER_EPOCH)  # Resumed inside of a stack.
   for batch, expected in zip(stacked, one_by_one, strict=True):
     assert_same(batch, expected)
+  stack = open_dataset(config).train_reader(0, 1)(1)
+  assert stack['label'].shape[1] == 3  # What a dispatch of several steps reads at once.
 
 
 def test_each_phase_shuffles_anew(config, take):

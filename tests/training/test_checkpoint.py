@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
 from imta_jax.errors import UsageError
 from imta_jax.training.checkpoint import Checkpoints
@@ -233,7 +234,21 @@ def test_a_corrupt_best_checkpoint_gives_way_to_the_next_best(copy, caplog):
   checkpoints.close()
 
 
-def test_corrupt_checkpoints_one_after_the_other_are_passed_over(copy, caplog):
+def test_a_checkpoint_that_another_host_cannot_read_is_skipped_by_all(copy, caplog, monkeypatch):
+  of_others = iter([[True, False]])  # The first of them is not intact, nor only so at the moment.
+
+  def gather(value):
+    return np.array([value, next(of_others, value)])
+
+  checkpoints = open_folder(copy)
+  monkeypatch.setattr(multihost_utils, 'process_allgather', gather)
+  assert_same(checkpoints.restore(LIKE), make_state(2))
+  (warning,) = warnings_of(caplog)
+  assert str(copy / '3') in warning and 'on another host' in warning
+  checkpoints.close()
+
+
+def test_corrupt_checkpoints_one_after_the_other_are_skipped(copy, caplog):
   truncate(copy / '3')
   flip_bits(copy / '2')
   checkpoints = open_folder(copy)

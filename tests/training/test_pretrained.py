@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -67,12 +68,15 @@ def workdir(donor, tmp_path_factory):
   config = config_lib.default()
   config.dataset.image_size = SHAPE[0]
   config.model.update(name='msdnet', **FIELDS)
-  config.phases = config.phases[:1]
+  config.phases[1].collaboration = 'off'
   layout.claim(config, workdir, list('abcde'))
-  optimizer = train_state.create_optimizer(config.phases[0], lambda step: 0.1)
-  state = train_state.create_state(donor, 'everything', optimizer)
-  with Checkpoints(layout.checkpoint_folder(workdir, layout.phase_name(0))) as checkpoints:
-    checkpoints.save(1, state, 0.5)
+  others = jax.tree.map(np.zeros_like, donor)
+  for index, (phase, best) in enumerate(zip(config.phases, (others, donor), strict=True)):
+    optimizer = train_state.create_optimizer(phase, lambda step: 0.1)
+    with Checkpoints(layout.checkpoint_folder(workdir, layout.phase_name(index))) as checkpoints:
+      for step, variables in enumerate((best, others), start=1):
+        state = train_state.create_state(variables, phase.trained, optimizer)
+        checkpoints.save(step, state, 1 / step)
   return workdir
 
 

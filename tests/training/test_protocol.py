@@ -6,7 +6,9 @@ accuracy over exits is neither its last state nor the best state of its last exi
 
 import contextlib
 import itertools
+import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,9 +18,11 @@ from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate
+from imta_jax.adaptive.engine import AdaptiveClassifier
+from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep, optimal_sweep
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
-from imta_jax.training import loop, networks
+from imta_jax.training import loop, networks, signals
 from imta_jax.training import workdir as layout
 
 STEPS_PER_EPOCH = 2
@@ -44,7 +48,9 @@ class RecordingDataset(Dataset):
 
   def train_reader(self, phase, first_step):
     self.reads.append(('train', phase))
-    return lambda step: self._batch('train', step)
+    # Like a stream, it gives batches one after another, whatever step they are asked for.
+    batches = (self._batch('train', step) for step in itertools.count(first_step))
+    return lambda step: next(batches)
 
   def draw(self, source, step):
     return source
@@ -197,13 +203,28 @@ def test_image_files_are_cropped_as_the_data_set_was(in_memory, crop, finished, 
   assert classifier.class_names == ('a', 'b', 'c')
 
 
-def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('name', 'value', 'difference'),
+  [
+    ('class_names', ('a', 'b', 'wolf'), r"classes\[2\]: 'c' → 'wolf'"),
+    (
+      'num_images',
+      {**dict.fromkeys(LABELS, NUM_IMAGES), 'test': 17},
+      r'data.num_images.test: 16 → 17',
+    ),
+    ('fingerprint', lambda self: 1, 'data.fingerprint: 0 → 1'),
+  ],
+  ids=['classes', 'numbers', 'pixels'],
+)
+def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(
+  name, value, difference, finished, tmp_path, monkeypatch
+):
   workdir = epath.Path(tmp_path / 'copy')
   shutil.copytree(finished[0], workdir)
   before = (workdir / 'evaluation/exits.csv').read_bytes()
-  monkeypatch.setattr(RecordingDataset, 'class_names', ('a', 'b', 'wolf'))
+  monkeypatch.setattr(RecordingDataset, name, value)
   monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
-  with pytest.raises(UsageError, match=r"other data \(classes\[2\]: 'c' → 'wolf'\): choose"):
+  with pytest.raises(UsageError, match=rf'other data \({difference}\): choose'):
     loop.train_and_evaluate(make_config(), workdir)
   assert (workdir / 'evaluation/exits.csv').read_bytes() == before
 
@@ -222,3 +243,117 @@ def test_the_config_of_a_workdir_is_read_while_its_lock_is_held(finished, tmp_pa
   config.seed = 7
   with pytest.raises(UsageError, match='belongs to another config or .*config.seed: 0 → 7'):
     loop.train_and_evaluate(config, workdir)
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+  """A function that trains on noise until the run asks for the n-th time whether to stop."""
+
+  def run(workdir, config, num_calls):
+    calls = itertools.count(1)
+    monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
+    monkeypatch.setattr(signals.StopRequest, 'requested', lambda stop: next(calls) >= num_calls)
+    with pytest.raises(SystemExit):
+      loop.train_and_evaluate(config, workdir)
+
+  return run
+
+
+def test_a_stopped_run_goes_on_from_its_step(finished, train_until, tmp_path):
+  workdir = epath.Path(tmp_path)
+  train_until(workdir, make_config(), 3)
+  assert steps_kept(workdir, 'phase_1') == {2, 3}
+  train_until(workdir, make_config(), LAST - 3 + 1)  # Until the end of the phase.
+  ended, expected = (state_of(folder, 'phase_1', LAST) for folder in (workdir, finished[0]))
+  assert are_equal(ended, expected)
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  rates = {line['step']: line['train/learning_rate'] for line in lines if 'train/loss' in line}
+  assert list(rates) == list(range(1, LAST + 1))
+  # Divided by ten after a half and three quarters of the steps.
+  np.testing.assert_allclose(list(rates.values()), [5e-2, 5e-2, 5e-2, 5e-3, 5e-4, 5e-4], rtol=1e-5)
+
+
+def test_a_stop_at_the_last_step_of_a_phase_ends_the_run_before_the_next(train_until, tmp_path):
+  train_until(epath.Path(tmp_path), make_config(), LAST)
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['phase_1']
+
+
+def test_a_stop_before_the_next_log_saves_no_state_that_is_not_finite(
+  train_until, tmp_path, monkeypatch
+):
+  config = make_config()
+  config.log_every_steps = 100
+  monkeypatch.setattr(
+    RecordingDataset,
+    'draw',
+    lambda self, source, step: {**source, 'image': np.nan * source['image']},
+  )
+  with pytest.raises(UsageError, match='phase_1: the loss is not finite at step 1'):
+    train_until(epath.Path(tmp_path), config, 1)
+  assert not steps_kept(tmp_path, 'phase_1')
+
+
+def test_each_phase_starts_from_the_one_before(run):
+  config = make_config()
+  third = config.phases[1].copy_and_resolve_references()
+  third.learning_rate, third.weight_decay = 1e-30, 0.0  # It stays where it starts.
+  config.phases = [*config.phases, third]
+  for phase in config.phases:
+    phase.chosen_state = 'last'
+  workdir, _, _ = run(config)
+  second, third = (state_of(workdir, f'phase_{number}', LAST)['trained'] for number in (2, 3))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-20), third, second)
+
+
+def test_the_first_host_decides_when_a_checkpoint_is_due(run, monkeypatch):
+  config = make_config()
+  config.phases = config.phases[:1]
+  config.checkpoint_every_minutes = 1e6
+  monkeypatch.setattr(loop.multihost_utils, 'broadcast_one_to_all', lambda is_due: np.True_)
+  workdir, _, _ = run(config)
+  assert steps_kept(workdir, 'phase_1') == {BEST, LAST - 1, LAST}
+
+
+@pytest.mark.parametrize(
+  ('in_memory', 'steps_per_dispatch', 'expected'),
+  [(True, None, None), (True, 3, 3), (False, None, 1), (False, 3, 3)],
+)
+def test_streams_are_dispatched_step_by_step_unless_the_config_says_otherwise(
+  in_memory, steps_per_dispatch, expected, monkeypatch
+):
+  config = make_config()
+  config.dataset.in_memory, config.steps_per_dispatch = in_memory, steps_per_dispatch
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert loop._steps_per_dispatch(config) == expected
+
+
+@pytest.mark.parametrize('sweep', ['geometric', 'optimal'])
+@pytest.mark.parametrize('rule', ['top_probability', 'calibrated', 'margin'])
+def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finished, tmp_path):
+  workdir, random = epath.Path(tmp_path / 'copy'), np.random.default_rng(0)
+  shutil.copytree(finished[0], workdir)
+  labels = random.integers(0, 3, 200, dtype=np.int32)
+  logits = random.normal(size=(2, 200, 3)) + 2 * np.eye(3)[labels] * [[[0.5]], [[1.0]]]
+  validation = evaluate.Predictions(logits.astype(np.float32), labels)
+  path = layout.predictions_path(workdir, 'phase_1', 'validation')
+  evaluate.save_predictions(validation, path)
+  classifier = networks.load_classifier(workdir, 0, rule, sweep)
+  splits = (validation.probabilities(), validation.labels) * 2
+  how = {'rule': rule, 'temperatures': classifier.temperatures}
+  madds = classifier.madds
+  if sweep == 'geometric':
+    points = budget_sweep(*splits, madds, BUDGET_PARAMETERS, **how)
+  else:
+    budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
+    points = optimal_sweep(*splits, madds, budgets, **how)
+  assert [p.thresholds for p in classifier.operating_points] == [p.thresholds for p in points]
+  assert (classifier.temperatures != (1.0, 1.0)) == (rule == 'calibrated')
+
+
+def test_a_workdir_is_opened_with_the_confidence_that_is_asked_for(finished):
+  workdir, _, _ = finished
+  first, *_ = AdaptiveClassifier.from_workdir(workdir, max_loss=0.5).thresholds
+  strict, *_ = AdaptiveClassifier.from_workdir(
+    workdir, max_loss=0.5, confidence=1 - 1e-6
+  ).thresholds
+  assert first < strict == np.inf  # Few images promise little.

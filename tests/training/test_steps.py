@@ -274,6 +274,19 @@ def test_a_loop_takes_the_steps_one_by_one(trained):
   )
 
 
+def test_frozen_parameters_are_kept_in_float32_while_steps_compute_in_bfloat16():
+  phase, model = make_phase_two(), make_model(dtype='bfloat16')
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.make_train_step(model, None, phase, optimizer)
+  loop = steps.make_train_loop(step, lambda source, step: source, dtype=model.dtype)
+  before = train_state.create_state(initialize(model, 0, SHAPE), 'last_layers', optimizer)
+  after, _ = steps.on_devices(loop, (None, None, 0, None))(
+    runtime.replicate(before), pack({}), make_batch(), np.int32(2)
+  )
+  assert_same(unpack(jax.device_get(after.frozen)), unpack(jax.device_get(before.frozen)))
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((after.trained, after.frozen)))
+
+
 def test_predictions_are_the_models_in_the_order_of_the_images():
   model = make_model(collaboration='network')
   variables = initialize(model, 0, SHAPE)
