@@ -74,7 +74,7 @@ class Receiver:
       raise HTTPException(408, late, {'Connection': 'close'}) from error
 
   async def _files(self, request, tail):
-    encoding = request.headers.get('content-encoding', 'identity').strip()
+    encoding = request.headers.get('content-encoding', '').strip() or 'identity'
     if encoding.lower() != 'identity':
       raise HTTPException(415, f'content encoding {encoding!r}: send the file as it is')
     content_type = request.headers.get('content-type', '')
