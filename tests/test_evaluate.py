@@ -304,6 +304,7 @@ def test_corrupt_predictions_are_refused_by_name(tmp_path, damage):
     load_predictions(path)
 
 
+@pytest.mark.slow
 def test_predictions_that_would_fill_memory_are_refused(tmp_path):
   path = epath.Path(tmp_path) / 'phase_1_test.npz'
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:

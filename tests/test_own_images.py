@@ -65,6 +65,7 @@ def train(environment, photos, workdir, *overrides):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('in_memory', [True, False])
 def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp_path, in_memory):
   workdir = tmp_path / 'run'

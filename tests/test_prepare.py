@@ -60,6 +60,7 @@ def train(folder, *flags):
   )
 
 
+@pytest.mark.slow
 def test_a_machine_without_tensorflow_trains_on_carried_arrays(folder):
   result = train(folder, f'--config.dataset.arrays_dir={folder}/arrays')
   assert (result.returncode, result.stderr) == (0, '')

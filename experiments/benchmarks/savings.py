@@ -9,14 +9,13 @@
   the last exit's multiply-adds; `share` is time_saving / madds_saving.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import common
 from etils import epath
 
-from imta_jax.files import write_whole
+from imta_jax.figures import new_figure, save_figure
 
 ALL_EXITS, NEARLY_AS_ACCURATE = 'all exits', 'within 0.5 points'
 RUNTIMES = ('ONNX Runtime', 'OpenVINO', 'PyTorch')
@@ -91,10 +90,9 @@ def render(savings: Sequence[Timing]) -> str:
 
 def write_figure(savings: Sequence[Timing], path: epath.Path, title: str) -> None:
   """Draws accuracy against multiply-adds, and against time for each batch size."""
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import LogLocator, NullFormatter
+  figure = new_figure(10, 4.4)
+  from matplotlib.ticker import LogLocator, NullFormatter  # After `new_figure`; see there.
 
-  figure = Figure(figsize=(10, 4.4), layout='constrained')
   by_madds, by_time = figure.subplots(1, 2, sharey=True)
   groups = {}
   for saving in savings:
@@ -118,9 +116,7 @@ def write_figure(savings: Sequence[Timing], path: epath.Path, title: str) -> Non
     axes.grid(alpha=0.3)
     axes.legend()
   figure.suptitle(title)
-  content = io.BytesIO()
-  figure.savefig(content, format='png', dpi=150)
-  write_whole(path, content.getvalue())
+  save_figure(figure, path)
 
 
 def _draw(axes, savings, cost, color, label):

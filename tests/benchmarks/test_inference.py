@@ -170,6 +170,7 @@ def timings(network):
   )
 
 
+@pytest.mark.slow
 def test_a_measurement(timings):
   assert {(t['mode'], t['batch_size'], t['images']) for t in timings} == {
     ('predict', 1, 5),
@@ -205,6 +206,7 @@ def test_files(timings, tmp_path, capsys):
   assert printed.count('| *  ') == 3
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_logits_of_all_exits(network, tmp_path):
   pytest.importorskip('jax2onnx')
   pytest.importorskip('onnxruntime')

@@ -60,6 +60,7 @@ def test_every_option_gives_the_published_names_and_shapes(index, record):
   assert {name: [*value.shape] for name, value in state.items()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', recorder.GRADIENT_EQUILIBRIUM)
 def test_phase_one_has_our_logits_loss_and_gradients(kind, record):
   images, labels = recorder.draw_batch()
@@ -86,6 +87,7 @@ def test_phase_one_has_our_logits_loss_and_gradients(kind, record):
   check_gradients(gradients, model, record, kind)
 
 
+@pytest.mark.slow
 def test_phase_two_has_our_gradients_and_after_steps_of_sgd_our_losses(record):
   images, labels = recorder.draw_batch()
   state = recorder.draw_state(json.loads(str(record['phase_2/shapes'])))

@@ -70,6 +70,7 @@ def trained(tmp_path_factory):
   return epath.Path(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_shares_phase_one_trains_phase_two_alone(trained):
   chosen = runs.Runs(trained, 0.01, 1, {})
   first, second = (layout.phase_name(index) for index in (0, 1))
@@ -87,6 +88,7 @@ def test_a_run_that_shares_phase_one_trains_phase_two_alone(trained):
   assert np.any(without[1] != with_isc[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_a_program_writes_its_results_once_its_runs_are_there(
   name, trained, tmp_path, monkeypatch, capsys
@@ -180,6 +182,7 @@ def test_no_more_runs_start_after_one_has_failed(tmp_path, monkeypatch):
   assert len(started) == 1
 
 
+@pytest.mark.slow
 def test_results_name_the_devices_of_the_runs(trained):
   chosen = runs.Runs(trained, 0.01, 1, {})
   about = report.provenance(chosen, [figure_7.WITHOUT])

@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 
 from imta_jax import models
 from imta_jax.models.initial_values import initialize
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_less_and_changes_nothing():
   images = np.random.default_rng(0).standard_normal((32, 16, 16, 3)).astype(np.float32)
   kept, gradients = [], []

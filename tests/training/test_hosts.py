@@ -108,7 +108,11 @@ def read_until(host, line_start):
   assert any(line.startswith(line_start) for line in host.stdout), f'no line {line_start!r}'
 
 
-@pytest.fixture(scope='module', params=[True, False], ids=['in memory', 'streamed'])
+@pytest.fixture(
+  scope='module',
+  params=[True, pytest.param(False, marks=pytest.mark.slow)],
+  ids=['in memory', 'streamed'],
+)
 def alone(request, train):
   """Whether images are kept in memory, and the workdir of a single host with four devices."""
   return request.param, train(1, 4, request.param)[0]
@@ -118,7 +122,9 @@ def records(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-@pytest.mark.parametrize('shape', [(2, 2), (4, 1)], ids=['2 hosts', '4 hosts'])
+@pytest.mark.parametrize(
+  'shape', [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)], ids=['2 hosts', '4 hosts']
+)
 def test_hosts_train_as_one_does(alone, train, shape):
   in_memory, workdir = alone
   other, outputs = train(*shape, in_memory)
@@ -128,6 +134,7 @@ def test_hosts_train_as_one_does(alone, train, shape):
   assert_trained_alike(workdir, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('alone', [True], indirect=True)
 def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
   alone, start, train, tmp_path

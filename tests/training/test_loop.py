@@ -165,6 +165,7 @@ def test_finished_run_evaluates_again(finished, environment):
   assert (workdir / 'evaluation/exits.csv').read_text() == before
 
 
+@pytest.mark.slow
 def test_sweep_needs_only_workdirs(finished, environment, tmp_path):
   workdir, _, _ = finished
   for flags in ((), ('--recompute', '--phases=all')):
@@ -241,6 +242,7 @@ def test_interrupted_run_ends_with_identical_parameters(finished, environment, t
   assert losses(tmp_path) == losses(finished[0])
 
 
+@pytest.mark.slow
 def test_any_number_of_steps_at_once_ends_with_identical_parameters(environment, tmp_path):
   short = ('--config.phases[0].epochs=2', '--config.phases[1].epochs=1')
   run(tmp_path / 'two', environment, *short, '--config.steps_per_dispatch=2')
@@ -253,6 +255,7 @@ def test_any_number_of_steps_at_once_ends_with_identical_parameters(environment,
   assert_identical(two, five)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time_save_what_an_epoch_has_done(finished, environment, tmp_path):
   flags = ('--config.checkpoint_every_epochs=3', '--config.checkpoint_every_minutes=1e-6')
   assert interrupt(start(tmp_path, environment, *flags), 'phase_1 epoch 1/', signal.SIGKILL) < 0
@@ -264,6 +267,7 @@ def test_checkpoints_by_time_save_what_an_epoch_has_done(finished, environment, 
   assert_identical(final_states(tmp_path, last), final_states(finished[0], last))
 
 
+@pytest.mark.slow
 def test_damage_and_a_full_disk_take_one_line_each_and_no_result(finished, environment, tmp_path):
   interrupt(start(tmp_path, environment), 'phase_1 epoch 2/', signal.SIGTERM)
   folder = tmp_path / 'checkpoints/phase_1'
@@ -298,6 +302,7 @@ def test_a_second_run_in_a_workdir_is_refused(finished, environment):
   assert line.startswith(f'error: workdir {workdir} is in use by process {os.getpid()} on ')
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
   finished, environment, tmp_path
 ):
@@ -309,6 +314,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
   assert (tmp_path / 'checkpoints/phase_1/18').exists()
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(finished, environment, tmp_path):
   flags = '--xla_force_host_platform_device_count=8'
   output, _ = run(tmp_path, environment, XLA_FLAGS=flags)

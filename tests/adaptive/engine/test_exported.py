@@ -209,6 +209,7 @@ def test_arrays_that_are_corrupt_or_fill_memory_are_refused(folder, name, conten
   assert name in refusal(folder)
 
 
+@pytest.mark.slow
 def test_arrays_that_grow_a_thousandfold_are_refused(folder):
   file = io.BytesIO()
   with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
