@@ -1,8 +1,8 @@
 """Keeps two runs from training in one workdir at the same time.
 
 On a disk, the lock is the operating system's, which drops it when the process ends in any way.
-Buckets have none; there, the lock is a file that the run writes again every half minute, and that
-expires without.
+Buckets have none; there, the lock is a file that the run writes again every 20 seconds, and that
+expires after a minute without.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from etils import epath
 from imta_jax.errors import UsageError
 from imta_jax.files import accessing, file_errors, write_whole
 
-_SECONDS_BETWEEN_HEARTBEATS, _SECONDS_TO_EXPIRE = 30, 120
+_SECONDS_BETWEEN_HEARTBEATS, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_EXPIRE = 20, 5, 60
 
 
 @contextlib.contextmanager
@@ -70,11 +70,14 @@ def _hold_file(workdir, holder):
 @contextlib.contextmanager
 def _hold_in_bucket(workdir, holder):
   path = workdir / '.lock'
-  with accessing(path):
-    heartbeat, _, other = path.read_text().partition(' ') if path.exists() else ('0', '', '')
-  seconds_left = float(heartbeat) + _SECONDS_TO_EXPIRE - time.time()
-  if seconds_left > 0:
-    _refuse(workdir, f'{other} (if it was killed, the lock expires in {seconds_left:.0f} s)')
+  found = content = _read(path)
+  if _is_alive(content):
+    print(f'{workdir} was in use: waiting for its lock to expire or a heartbeat', flush=True)
+  while _is_alive(content):
+    time.sleep(_SECONDS_BETWEEN_LOOKS)
+    content = _read(path)
+    if content not in (found, ''):
+      _refuse(workdir, content.partition(' ')[2])
 
   def beat():
     write_whole(path, f'{time.time():.0f} {holder}'.encode())
@@ -95,6 +98,15 @@ def _hold_in_bucket(workdir, holder):
     keeper.join()
     with contextlib.suppress(*file_errors()):
       path.unlink()
+
+
+def _read(path):
+  with accessing(path):
+    return path.read_text() if path.exists() else ''
+
+
+def _is_alive(content):
+  return content != '' and time.time() < float(content.split()[0]) + _SECONDS_TO_EXPIRE
 
 
 def _refuse(workdir: epath.Path, holder: str) -> NoReturn:

@@ -146,16 +146,18 @@ def test_a_bucket_that_refuses_is_told_in_one_line(server, folder):
 def test_a_second_run_is_refused_until_the_first_ends_or_its_lock_expires(folder, monkeypatch):
   workdir = folder.parent.parent
   monkeypatch.setattr(workdir_lock, '_SECONDS_BETWEEN_HEARTBEATS', 0.1)
+  monkeypatch.setattr(workdir_lock, '_SECONDS_BETWEEN_LOOKS', 0.2)
   with workdir_lock.hold(workdir):
     first = (workdir / '.lock').read_text()
     time.sleep(1.1)
     assert (workdir / '.lock').read_text() > first
-    refusal = f'^workdir {workdir} is in use by process {os.getpid()} on .*expires in 1[12].* s'
+    refusal = f'^workdir {workdir} is in use by process {os.getpid()} on .*: wait'
     with pytest.raises(UsageError, match=refusal), workdir_lock.hold(workdir):
       pytest.fail('two runs hold the lock')
   assert not (workdir / '.lock').exists()
-  (workdir / '.lock').write_text(first)  # As a killed run leaves it.
-  monkeypatch.setattr(workdir_lock, '_SECONDS_TO_EXPIRE', 1)
+  # As a run leaves it that was killed a moment ago.
+  (workdir / '.lock').write_text(f'{time.time():.0f} process 7 on elsewhere')
+  monkeypatch.setattr(workdir_lock, '_SECONDS_TO_EXPIRE', 2)
   with workdir_lock.hold(workdir):
     assert (workdir / '.lock').read_text() > first
 
