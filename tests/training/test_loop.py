@@ -285,8 +285,8 @@ def test_damage_and_a_full_disk_take_one_line_each_and_no_result(finished, envir
   assert result.returncode == 1
   lines = result.stderr.splitlines()  # Orbax and asyncio add their own.
   assert [line for line in lines if 'Skipping corrupt checkpoint' in line and str(latest) in line]
-  last = lines[-1]
-  assert last.startswith('error: a checkpoint in ') and 'File too large' in last
+  (error,) = (line for line in lines if line.startswith('error: a checkpoint in '))
+  assert 'File too large' in error
   after = {path.name for path in folder.iterdir()}
   assert before <= after and all('-tmp' in name for name in after - before)
 
