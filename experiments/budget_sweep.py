@@ -102,12 +102,12 @@ def networks(
     return
   # These are slow to import and not needed for finished runs.
   from imta_jax.data.pipeline import open_dataset
-  from imta_jax.training.networks import predict_splits, restore_network
+  from imta_jax.training.restore import restore_network
 
   dataset = open_dataset(config)
   for index in indices:
-    network = restore_network(config, workdir, index, len(dataset.class_names), dataset.image_shape)
-    yield index, network.costs, predict_splits(network, dataset)
+    network = restore_network(workdir, index)
+    yield index, network.costs, evaluate.predict_splits(network.predict, network.weights, dataset)
 
 
 if __name__ == '__main__':

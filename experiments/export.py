@@ -4,10 +4,10 @@
     python experiments/export.py runs/cifar100 exported --budget=40e6
 
 The folder contains each stage as StableHLO (from jax.export, for any batch size, for CPUs, GPUs and
-TPUs), the weights, thresholds for 40 budgets, and engine/, which needs only JAX and NumPy:
+TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs only JAX and NumPy:
 
     import sys; sys.path.insert(0, 'exported')
-    from engine import AdaptiveClassifier
+    from adaptive.engine import AdaptiveClassifier
     answers = AdaptiveClassifier.load('exported', budget=20e6).predict(images)  # uint8
 """
 
@@ -28,9 +28,11 @@ import numpy as np
 from etils import epath
 from jax import export
 
+import imta_jax
 from imta_jax import command_line
 from imta_jax.adaptive import engine
 from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet
+from imta_jax.adaptive.exported import SOURCES
 from imta_jax.errors import UsageError
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -39,7 +41,7 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   flags = {
-    'without_engine': 'leave out engine/, for use where imta_jax is installed',
+    'without_engine': 'leave out adaptive/, for use where imta_jax is installed',
     'float16': 'store kernels in float16, which halves the size; they compute in float32',
   }
   run(__doc__, write_export, arguments, flags)
@@ -128,10 +130,7 @@ def write_export(
   if classifier.validation is not None:
     contents[engine.VALIDATION] = _validation(classifier.validation)
   if not without_engine:
-    contents |= {
-      f'engine/{path.name}': path.read_bytes()
-      for path in sorted(Path(engine.__file__).parent.glob('*.py'))
-    }
+    contents |= {name: (Path(imta_jax.__file__).parent / name).read_bytes() for name in SOURCES}
   packages = ('imta_jax', 'jax', 'jaxlib', 'numpy')
   return write_folder(classifier, folder, source, contents, fields, packages)
 

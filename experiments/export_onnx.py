@@ -18,7 +18,7 @@ code classifies one image without JAX (for several images, remove those that exi
       if threshold is not None and probabilities.max() >= threshold:
         break
 
-For an exit rule other than top_probability, its score in imta_jax/adaptive/engine/rules.py, which
+For an exit rule other than top_probability, its score in imta_jax/adaptive/rules.py, which
 works on NumPy arrays, takes the place of probabilities.max(); the manifest names rule and
 temperatures.
 """

@@ -16,9 +16,9 @@ from etils import epath
 
 from imta_jax import command_line, evaluate, files
 from imta_jax.adaptive import policy
-from imta_jax.adaptive.calibration import fit_temperatures
-from imta_jax.adaptive.engine import RULES, CalibrationSet
-from imta_jax.adaptive.engine.guarantee import guaranteed_thresholds
+from imta_jax.adaptive.guarantee import CalibrationSet, guaranteed_thresholds
+from imta_jax.adaptive.rules import RULES
+from imta_jax.adaptive.search import fit_temperatures
 from imta_jax.figures import new_figure, save_figure
 from imta_jax.training import workdir as layout
 
@@ -111,10 +111,10 @@ def compare_sweeps(
   arrays = _arrays(splits)
   geometric = policy.budget_sweep(*arrays, madds)
   optimal = policy.optimal_sweep(*arrays, madds, [p.validation_madds for p in geometric])
-  scores, correct = policy.scores_and_correctness('test', *arrays[2:], len(madds))
+  test = policy.scores_and_correctness('test', *arrays[2:], len(madds))
   records = []
   for one, other in zip(geometric, optimal, strict=True):
-    differences = 1.0 * _answers(scores, correct, other) - _answers(scores, correct, one)
+    differences = 1.0 * _answers(test, other.thresholds) - _answers(test, one.thresholds)
     records.append(
       {
         'budget': round(one.validation_madds),
@@ -165,10 +165,9 @@ def compare_guarantees(
   records = []
   for max_loss in _MAX_LOSSES:
     for confidence in _CONFIDENCES:
-      thresholds = guaranteed_thresholds(CalibrationSet(*validation), max_loss, confidence)
-      scores, correct = test
-      exits = policy.choose_exits(scores, thresholds)
-      losses = 1.0 * correct[-1] - correct[exits, np.arange(len(exits))]
+      thresholds = guaranteed_thresholds(validation, max_loss, confidence)
+      exits = policy.choose_exits(test.scores, thresholds)
+      losses = 1.0 * test.correct[-1] - _answers(test, thresholds)
       records.append(
         {
           'max_loss': round(100 * max_loss, 4),
@@ -186,9 +185,10 @@ def _arrays(splits):
   return [x for s in evaluate.SPLITS for x in (splits[s].probabilities(), splits[s].labels)]
 
 
-def _answers(scores, correct, point):
-  exits = policy.choose_exits(scores, point.thresholds)
-  return correct[exits, np.arange(len(exits))]
+def _answers(images: CalibrationSet, thresholds: Sequence[float]) -> np.ndarray:
+  """Whether each image is classified correctly, [image]."""
+  exits = policy.choose_exits(images.scores, thresholds)
+  return images.correct[exits, np.arange(len(exits))]
 
 
 def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -> None:

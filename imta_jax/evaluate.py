@@ -15,13 +15,17 @@ import numpy as np
 import scipy.special
 from etils import epath
 
+from imta_jax.adaptive import untrusted
 from imta_jax.adaptive.cost import ExitCost
-from imta_jax.adaptive.engine import untrusted
-from imta_jax.adaptive.policy import OperatingPoint, budget_sweep
-from imta_jax.data.dataset import Batch
+from imta_jax.adaptive.guarantee import CalibrationSet
+from imta_jax.adaptive.policy import OperatingPoint, budget_sweep, scores_and_correctness
+from imta_jax.adaptive.rules import DEFAULT_RULE, RULES, get_rule
+from imta_jax.adaptive.search import fit_temperatures
+from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError
 from imta_jax.figures import new_figure, save_figure
 from imta_jax.files import read_whole, write_csv, write_whole
+from imta_jax.runtime import replicate
 
 SPLITS = ('validation', 'test')
 
@@ -115,11 +119,17 @@ def predict(
   return Predictions(np.concatenate(logits, axis=1), np.concatenate(labels))
 
 
+def predict_splits(
+  step: Callable[[Any, Batch], tuple], weights: Any, dataset: Dataset
+) -> dict[str, Predictions]:
+  """Runs a network on the validation and test images; see `predict`."""
+  weights = replicate(weights)
+  return {split: predict(step, weights, dataset.evaluation_batches(split)) for split in SPLITS}
+
+
 def save_predictions(predictions: Predictions, path: epath.Path) -> None:
   """Writes predictions to an .npz file."""
-  content = io.BytesIO()
-  np.savez(content, logits=predictions.logits, labels=predictions.labels)
-  write_whole(path, content.getvalue())
+  _save_arrays(path, logits=predictions.logits, labels=predictions.labels)
 
 
 def load_predictions(path: epath.Path) -> Predictions:
@@ -128,12 +138,7 @@ def load_predictions(path: epath.Path) -> Predictions:
   Raises:
     UsageError: If they are missing or corrupt.
   """
-  content = read_whole(path, _EVALUATE_AGAIN)
-  try:
-    # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
-    arrays = untrusted.read_arrays(io.BytesIO(content))
-  except ValueError as error:
-    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
+  arrays = _load_arrays(path)
   logits, labels = (arrays.get(name, np.zeros(())) for name in ('logits', 'labels'))
   kinds = logits.dtype.kind + labels.dtype.kind
   if logits.ndim != 3 or not logits.size or labels.shape != logits.shape[1:2] or kinds != 'fi':
@@ -147,6 +152,63 @@ def load_predictions(path: epath.Path) -> Predictions:
       f'{_EVALUATE_AGAIN}'
     )
   return Predictions(logits, labels)
+
+
+def save_scores(predictions: Predictions, path: epath.Path) -> None:
+  """Writes what thresholds depend on to an .npz file: a hundredth of the logits of 1000 classes.
+
+  Args:
+    predictions: Predictions for validation images.
+    path: The file.
+  """
+  probabilities, labels = predictions.probabilities(), predictions.labels
+  temperatures = fit_temperatures(probabilities, labels)
+  for_rule = {
+    rule: scores_and_correctness(
+      'validation', probabilities, labels, len(probabilities), rule, temperatures
+    )
+    for rule in RULES
+  }
+  scores = {rule: calibration.scores for rule, calibration in for_rule.items()}
+  correct = for_rule[DEFAULT_RULE].correct
+  _save_arrays(path, temperatures=temperatures, correct=correct, **scores)
+
+
+def load_scores(path: epath.Path, rule: str) -> tuple[CalibrationSet, np.ndarray]:
+  """Loads what `save_scores` wrote.
+
+  Args:
+    path: The file.
+    rule: Name of an exit rule; see `adaptive.rules`.
+
+  Returns:
+    Scores by this rule, and the temperatures for the rule 'calibrated', [exit].
+
+  Raises:
+    UsageError: If they are missing or corrupt.
+    ValueError: If there is no such rule.
+  """
+  get_rule(rule)
+  arrays = _load_arrays(path)
+  try:
+    return CalibrationSet(arrays[rule], arrays['correct']), arrays['temperatures']
+  except (KeyError, ValueError) as error:
+    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
+
+
+def _save_arrays(path, **arrays):
+  content = io.BytesIO()
+  np.savez(content, **arrays)
+  write_whole(path, content.getvalue())
+
+
+def _load_arrays(path):
+  content = read_whole(path, _EVALUATE_AGAIN)
+  try:
+    # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
+    return untrusted.read_arrays(io.BytesIO(content))
+  except ValueError as error:
+    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
 
 
 @dataclasses.dataclass(frozen=True)

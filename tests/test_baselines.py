@@ -7,9 +7,9 @@ import pytest
 from imta_jax import baselines, runtime
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
-from imta_jax.training import networks, steps
+from imta_jax.training import phases, steps
 from imta_jax.training.packing import unpack
-from imta_jax.training.phases import set_up_phase
+from imta_jax.training.phases import Phase
 
 SHAPE = (8, 8, 3)
 
@@ -59,7 +59,7 @@ def test_a_name_gives_a_network_with_one_exit_and_one_phase(network, stem, field
   (phase,) = config.phases
   assert (phase.trained, phase.loss) == ('everything', 'cross_entropy')
   assert phase.gradient_equilibrium == 'off'
-  assert networks.create_model(config, phase, 10).num_exits == 1
+  assert phases.create_model(config, phase, 10).num_exits == 1
 
 
 # 9, 18, 6 and 58 blocks or layers.
@@ -78,13 +78,13 @@ def test_exits_come_after_equal_numbers_of_layers_and_keep_both_phases(
   config = chosen(network, exits, stem)
   assert config.model.exits_after == exits_after
   assert config_lib.to_dict(config.phases) == config_lib.to_dict(config_lib.default().phases)
-  assert networks.create_model(config, config.phases[1], 10).num_exits == exits
+  assert phases.create_model(config, config.phases[1], 10).num_exits == exits
 
 
 def test_googlenet_has_its_auxiliary_exits_or_none():
   config = chosen('googlenet', 3, 'imagenet')
   assert len(config.phases) == 2
-  assert networks.create_model(config, config.phases[1], 10).num_exits == 3
+  assert phases.create_model(config, config.phases[1], 10).num_exits == 3
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,7 @@ def test_both_phases_train_a_network_with_exits(network):
 
   def take_a_step(index, predecessor):
     """Returns the network and the states before and after the first step of a phase."""
-    phase = set_up_phase(
-      config, index, predecessor, num_classes=3, image_shape=SHAPE, steps_per_epoch=10
-    )
+    phase = Phase(config, index, predecessor, num_classes=3, image_shape=SHAPE, steps_per_epoch=10)
     step = steps.on_devices(phase.train_step, (None, None, 0))
     after = step(runtime.replicate(phase.state), runtime.replicate(phase.teacher), batch)
     return phase.model, phase.state, after

@@ -10,7 +10,7 @@ from imta_jax import config as config_lib
 from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.errors import UsageError
-from imta_jax.training import networks
+from imta_jax.training import phases
 
 FOLDER = Path(__file__).parents[1] / 'configs'
 
@@ -48,7 +48,7 @@ def load(name, argument=''):
 )
 def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, params):
   config = load(name)
-  model = networks.create_model(config, config.phases[0], num_classes)
+  model = phases.create_model(config, config.phases[0], num_classes)
   side = config.dataset.image_size
   costs = exit_costs(model, (side, side, 3))
   assert [cost.madds / 1e6 for cost in costs] == pytest.approx(madds, rel=1e-4)
@@ -72,7 +72,7 @@ def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, para
 def test_the_networks_of_comparison_are_trained_like_msdnet(name, argument, num_exits):
   config, of_msdnet = load(name, argument), load(name)
   config_lib.validate(config)
-  assert networks.create_model(config, config.phases[0], 10).num_exits == num_exits
+  assert phases.create_model(config, config.phases[0], 10).num_exits == num_exits
   if num_exits == 1:
     del of_msdnet.phases[1]
     of_msdnet.phases[0].gradient_equilibrium = 'off'
@@ -98,7 +98,7 @@ def test_every_field_of_the_network_can_be_overridden(name, argument):
   for field in models.defaults(config.model.name):
     config_lib.check_path(config, f'model.{field}')
   config.model.remat = True
-  assert networks.create_model(config, config.phases[0], 100).remat
+  assert phases.create_model(config, config.phases[0], 100).remat
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_folder_of_images_chooses_size_and_network(
   assert config.batch_size == {10: 6, 50: 48}[per_class]
   assert config.phases[0].epochs == 300
   assert not capsys.readouterr().out  # Only the first host prints, when it opens the data set.
-  model = networks.create_model(config, config.phases[0], 3)
+  model = phases.create_model(config, config.phases[0], 3)
   side = config.dataset.image_size
   costs = exit_costs(model, (side, side, len(config.dataset.mean)))
   # The networks whose weights come with the repository, so that training can start from them.

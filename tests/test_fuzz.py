@@ -27,7 +27,7 @@ from imta_jax.adaptive.policy import (
 )
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import from_state_dict, to_state_dict
-from imta_jax.training import networks, train_state
+from imta_jax.training import phases, train_state
 
 # The same examples at every run.
 FIXED = {
@@ -109,7 +109,7 @@ def test_a_config_is_refused_or_can_be_set_up(changes):
   try:
     config_lib.validate(config)
     for phase in config.phases:
-      networks.create_model(config, phase, 10)
+      phases.create_model(config, phase, 10)
   except UsageError as error:
     check_line(error)
     return
@@ -164,7 +164,7 @@ def test_fields_of_a_model_are_refused_or_make_a_network(name, fields):
   config.model = ConfigDict({'name': name, **fields})
   try:
     config_lib.validate(config)
-    model = networks.create_model(config, config.phases[0], 10)
+    model = phases.create_model(config, config.phases[0], 10)
   except UsageError as error:
     check_line(error)
   else:

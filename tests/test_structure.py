@@ -43,7 +43,7 @@ def test_imports_are_found():
   assert imported_modules('imta_jax.main') >= {'imta_jax.training.loop', 'imta_jax.config'}
   assert 'imta_jax.data.in_memory' in imported_modules('imta_jax.data.pipeline')  # In a function.
   assert 'imta_jax.adaptive.engine.plan' in imported_modules('imta_jax.adaptive.engine.runner')
-  assert 'imta_jax.training.networks' not in imported_modules('imta_jax.adaptive.engine.classifier')
+  assert 'imta_jax.training.restore' not in imported_modules('imta_jax.adaptive.engine.classifier')
 
 
 def test_no_import_circle():

@@ -136,7 +136,7 @@ def set_up_without_data(
   for number in range(index + 1):
     if phase is not None:
       predecessor = phase.model, phase.state.weights.variables
-    phase = phases.set_up_phase(
+    phase = phases.Phase(
       config,
       number,
       predecessor,
@@ -148,7 +148,7 @@ def set_up_without_data(
       name: pack(jax.tree.map(change, getattr(phase.state, name).tree))
       for name in ('trained', 'frozen', 'batch_stats')
     }
-    phase = dataclasses.replace(phase, state=phase.state.replace(**changed))
+    phase.state = phase.state.replace(**changed)
   return phase, predecessor
 
 

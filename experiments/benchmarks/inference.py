@@ -34,16 +34,16 @@ from etils import epath
 from ml_collections import ConfigDict
 from savings import ALL_EXITS, NEARLY_AS_ACCURATE
 
-from imta_jax import command_line, evaluate, files
+from imta_jax import command_line, files
+from imta_jax.adaptive.compiler import compiler_options
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
-from imta_jax.adaptive.engine.compiler import compiler_options
 from imta_jax.command_line import list_of, positive
 from imta_jax.data import arrays
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.data.preprocess import normalize
 from imta_jax.errors import UsageError
-from imta_jax.training import networks
 from imta_jax.training import workdir as layout
+from imta_jax.training.restore import restore_network
 
 _POINTS_LOST = 0.005  # Of NEARLY_AS_ACCURATE.
 # Default budgets, as fractions of the last exit's multiply-adds.
@@ -114,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raise UsageError(f'{len(images)} test images do not fill a batch of {max(options.batch_sizes)}')
   classifier = AdaptiveClassifier.from_workdir(workdir, sweep=options.sweep).compile()
   programs = open_programs(config, workdir, classifier.num_classes, images, options.onnx)
-  last_phase = layout.phase_name(len(config.phases) - 1)
-  validation = evaluate.load_predictions(layout.predictions_path(workdir, last_phase, 'validation'))
-  points, last_accuracy = classifier.operating_points, validation.accuracy()[-1]
+  points, last_accuracy = classifier.operating_points, classifier.validation.correct[-1].mean()
   methods = [Method(name) for name in programs]
   methods += choose_methods(points, classifier.madds, last_accuracy, options.budgets)
   run_method = partial(run, programs, classifier)
@@ -173,7 +171,7 @@ def open_programs(
   """
 
   def restore(index):
-    restored = networks.restore_network(config, workdir, index, num_classes, images.shape[1:])
+    restored = restore_network(workdir, index)
     return restored.model, restored.weights.variables
 
   last = len(config.phases) - 1

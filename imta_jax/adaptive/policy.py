@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imta_jax.adaptive.engine.rules import DEFAULT_RULE, RULES, choose_exits
+from imta_jax.adaptive.guarantee import CalibrationSet
+from imta_jax.adaptive.rules import DEFAULT_RULE, choose_exits, get_rule
 from imta_jax.adaptive.search import Search
 
 # The paper's budget parameters: 0.05, 0.10 … 2.00.
@@ -75,8 +76,8 @@ def exit_scores(
 
   Args:
     probabilities: [exit, image, class].
-    rule: Name of the exit rule; see `engine.rules`.
-    temperatures: [exit], for the rule 'calibrated'; see `calibration.fit_temperatures`.
+    rule: Name of the exit rule; see `rules`.
+    temperatures: [exit], for the rule 'calibrated'; see `search.fit_temperatures`.
 
   Returns:
     [exit, image].
@@ -84,8 +85,7 @@ def exit_scores(
   Raises:
     ValueError: If there is no such rule, or not one temperature above 0 per exit.
   """
-  if rule not in RULES:
-    raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
+  score = get_rule(rule)
   probabilities = np.asarray(probabilities)
   before = [probabilities[0], *probabilities[:-1]]
   temperatures = [1.0] * len(before) if temperatures is None else temperatures
@@ -94,7 +94,7 @@ def exit_scores(
   return np.stack(
     [
       # A Python number leaves the precision as it is.
-      np.asarray(RULES[rule](p, q, float(temperature)))
+      np.asarray(score(p, q, float(temperature)))
       for p, q, temperature in zip(probabilities, before, temperatures, strict=True)
     ]
   )
@@ -158,18 +158,13 @@ def budget_sweep(
   Raises:
     ValueError: If the shapes of the arrays do not match, or a number is out of range.
   """
-  madds = _costs(madds)
-  how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
-  validation = scores_and_correctness(
-    'validation', validation_probabilities, validation_labels, **how
+  how = {'num_exits': len(_costs(madds)), 'rule': rule, 'temperatures': temperatures}
+  return geometric_points(
+    scores_and_correctness('validation', validation_probabilities, validation_labels, **how),
+    scores_and_correctness('test', test_probabilities, test_labels, **how),
+    madds,
+    parameters,
   )
-  test = scores_and_correctness('test', test_probabilities, test_labels, **how)
-  order = np.argsort(-validation[0], axis=1, kind='stable')
-  points = []
-  for p in parameters:
-    thresholds = _thresholds(validation[0], order, geometric_shares(p, len(madds)))
-    points.append(_operating_point(p, thresholds, validation, test, madds))
-  return points
 
 
 def optimal_sweep(
@@ -205,30 +200,81 @@ def optimal_sweep(
     ValueError: If the shapes of the arrays do not match, or a number is out of range, as a budget
       that is less than the first exit takes.
   """
-  madds = _costs(madds)
-  how = {'num_exits': len(madds), 'rule': rule, 'temperatures': temperatures}
-  validation = scores_and_correctness(
-    'validation', validation_probabilities, validation_labels, **how
+  how = {'num_exits': len(_costs(madds)), 'rule': rule, 'temperatures': temperatures}
+  return optimal_points(
+    scores_and_correctness('validation', validation_probabilities, validation_labels, **how),
+    scores_and_correctness('test', test_probabilities, test_labels, **how),
+    madds,
+    budgets,
   )
-  test = scores_and_correctness('test', test_probabilities, test_labels, **how)
+
+
+def geometric_points(
+  validation: CalibrationSet,
+  test: CalibrationSet,
+  madds: Sequence[float],
+  parameters: Sequence[float] = BUDGET_PARAMETERS,
+) -> list[OperatingPoint]:
+  """`budget_sweep` from scores."""
+  madds = _costs(madds)
+  order = np.argsort(-validation.scores, axis=1, kind='stable')
+  points = []
+  for p in parameters:
+    thresholds = _thresholds(validation.scores, order, geometric_shares(p, len(madds)))
+    points.append(_operating_point(p, thresholds, validation, test, madds))
+  return points
+
+
+def optimal_points(
+  validation: CalibrationSet,
+  test: CalibrationSet,
+  madds: Sequence[float],
+  budgets: Sequence[float] | None = None,
+) -> list[OperatingPoint]:
+  """`optimal_sweep` from scores; by default at 40 budgets from the first exit to the last."""
+  madds = _costs(madds)
+  if budgets is None:
+    budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
   for budget in budgets:
     if not budget >= madds[0]:
       raise ValueError(
         f'budget {budget:,.0f} is below the {madds[0]:,.0f} multiply-adds of the first exit: '
         'choose at least that'
       )
-  order = np.argsort(-validation[0], axis=1, kind='stable')
-  search = Search(*validation, madds)
+  order = np.argsort(-validation.scores, axis=1, kind='stable')
+  search = Search(validation.scores, validation.correct, madds)
   for extreme in (-np.inf, np.inf):  # All images leave at the first exit, or at the last one.
     search.add(np.full(len(madds), extreme))
   for p in BUDGET_PARAMETERS:
-    search.add(_thresholds(validation[0], order, geometric_shares(p, len(madds))))
+    search.add(_thresholds(validation.scores, order, geometric_shares(p, len(madds))))
   search.explore()
   for budget in budgets:
     search.optimize(budget)
   return [
     _operating_point(budget, search.best(budget), validation, test, madds) for budget in budgets
   ]
+
+
+def operating_points(
+  validation: CalibrationSet, madds: Sequence[float], sweep: str
+) -> list[OperatingPoint]:
+  """The operating points of a network for which only validation images are known.
+
+  Args:
+    validation: Scores of validation images, which also stand for the test images.
+    madds: [exit], multiply-adds per image up to and including each exit.
+    sweep: 'geometric' or 'optimal'; see `budget_sweep` and `optimal_sweep`.
+
+  Returns:
+    40 operating points.
+
+  Raises:
+    ValueError: If there is no such sweep, or scores and costs do not match.
+  """
+  sweeps = {'geometric': geometric_points, 'optimal': optimal_points}
+  if sweep not in sweeps:
+    raise ValueError(f'sweep {sweep!r} is unknown: choose from {", ".join(sweeps)}')
+  return sweeps[sweep](validation, validation, madds)
 
 
 def cheapest_as_accurate(
@@ -254,7 +300,7 @@ def scores_and_correctness(
   num_exits: int,
   rule: str = DEFAULT_RULE,
   temperatures: Sequence[float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> CalibrationSet:
   """Reduces probabilities to what thresholds depend on.
 
   Args:
@@ -266,7 +312,7 @@ def scores_and_correctness(
     temperatures: See `exit_scores`.
 
   Returns:
-    Scores, and whether the answers are right, both [exit, image].
+    Scores, and whether the answers are right.
 
   Raises:
     ValueError: If the shapes of the arrays do not match, or the rule is wrong.
@@ -281,7 +327,7 @@ def scores_and_correctness(
     )
   scores = exit_scores(probabilities, rule, temperatures)
   # An image with NaN probabilities counts as wrong.
-  return scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores)
+  return CalibrationSet(scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores))
 
 
 def _costs(madds):
@@ -312,22 +358,11 @@ def _thresholds(scores, order, shares):
 
 
 def _operating_point(parameter, thresholds, validation, test, madds):
-  validation_accuracy, validation_exit_fractions = _operate(*validation, thresholds)
-  test_accuracy, test_exit_fractions = _operate(*test, thresholds)
-  return OperatingPoint(
-    parameter=float(parameter),
-    thresholds=tuple(thresholds.tolist()),
-    validation_accuracy=validation_accuracy,
-    validation_madds=float(validation_exit_fractions @ madds),
-    validation_exit_fractions=tuple(validation_exit_fractions.tolist()),
-    test_accuracy=test_accuracy,
-    test_madds=float(test_exit_fractions @ madds),
-    test_exit_fractions=tuple(test_exit_fractions.tolist()),
-  )
-
-
-def _operate(scores, correct, thresholds):
-  """Accuracy, and the share of the images that leave at each exit."""
-  exits = choose_exits(scores, thresholds)
-  accuracy = correct[exits, np.arange(exits.size)].mean()
-  return float(accuracy), np.bincount(exits, minlength=len(thresholds)) / exits.size
+  figures = {}
+  for split, images in (('validation', validation), ('test', test)):
+    exits = choose_exits(images.scores, thresholds)
+    fractions = np.bincount(exits, minlength=len(madds)) / exits.size
+    figures[f'{split}_accuracy'] = float(images.correct[exits, np.arange(exits.size)].mean())
+    figures[f'{split}_madds'] = float(fractions @ madds)
+    figures[f'{split}_exit_fractions'] = tuple(fractions.tolist())
+  return OperatingPoint(float(parameter), tuple(thresholds.tolist()), **figures)

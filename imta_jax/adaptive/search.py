@@ -1,4 +1,4 @@
-"""Searches thresholds with the highest validation accuracy within a budget.
+"""What is fitted to validation images: thresholds within a budget, and temperatures.
 
 Trying all thresholds takes images^(exits - 1) trials. But if all thresholds except one are fixed,
 the best value of that one is found by sorting. Coordinate ascent does that exit by exit, first for
@@ -8,12 +8,16 @@ accuracy less a price per multiply-add, then within the budget.
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 
-from imta_jax.adaptive.engine.rules import choose_exits
+from imta_jax.adaptive.rules import choose_exits
 
 # Prices per multiply-add for which thresholds are searched before any budget is known.
 _NUM_PRICES = 24
 _MAX_ROUNDS = 12
+
+_MAX_TEMPERATURE = 20.0
 
 
 class Search:
@@ -109,3 +113,42 @@ class Search:
     values[tied[: len(values)]] = -np.inf
     best = int(np.argmax(values))
     return (np.inf if best == 0 else sorted_scores[best - 1]), values[best]
+
+
+def fit_temperatures(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Fits a temperature per exit: the one with the lowest cross-entropy after scaling.
+
+  Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017).
+
+  Args:
+    probabilities: [exit, image, class], of validation images; those with NaN are left out.
+    labels: [image].
+
+  Returns:
+    [exit], between 1/20 and 20; 1 changes nothing, and above 1 the network is less sure.
+
+  Raises:
+    ValueError: If labels are no classes of the probabilities.
+  """
+  probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+  num_classes = probabilities.shape[-1]
+  if not labels.size or labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(f'labels must be from 0 to {num_classes - 1}, one for each image')
+  smallest = np.finfo(np.float32).tiny  # Probabilities can be 0, their logarithms cannot.
+  return np.array([_fit(np.log(np.maximum(p, smallest)), labels) for p in probabilities])
+
+
+def _fit(logits, labels):
+  is_finite = np.isfinite(logits).all(axis=-1)
+  if not is_finite.any():
+    return 1.0
+  logits, labels = logits[is_finite], labels[is_finite]
+  images = np.arange(len(labels))
+
+  def cross_entropy(log_temperature):
+    scaled = logits / np.exp(log_temperature)
+    return (scipy.special.logsumexp(scaled, axis=-1) - scaled[images, labels]).mean()
+
+  bound = np.log(_MAX_TEMPERATURE)
+  result = scipy.optimize.minimize_scalar(cross_entropy, bounds=(-bound, bound), method='bounded')
+  return float(np.exp(result.x))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from imta_jax.adaptive.engine import untrusted
+from imta_jax.adaptive import untrusted
 from imta_jax.errors import UsageError
 from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
 from imta_jax.models.multi_exit import MultiExitNetwork

@@ -16,19 +16,18 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate, runtime
-from imta_jax.adaptive.cost import exit_costs
 from imta_jax.data.dataset import Dataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
-from imta_jax.models.multi_exit import MultiExitNetwork
-from imta_jax.training import checkpoint, networks, steps, train_state, workdir_lock
+from imta_jax.training import checkpoint, steps, train_state, workdir_lock
 from imta_jax.training import workdir as layout
 from imta_jax.training.console import PhaseProgress, Reporter
 from imta_jax.training.events import Events
 from imta_jax.training.metrics import Metrics, has_tensorboard
 from imta_jax.training.packing import pack
-from imta_jax.training.phases import Phase, set_up_phase
+from imta_jax.training.phases import Phase, create_model
 from imta_jax.training.profiling import Profile
+from imta_jax.training.restore import TrainedNetwork, chosen_state, load_variables
 from imta_jax.training.signals import StopRequest
 
 # Enough to keep the devices busy, few enough that their batches fit in memory.
@@ -53,7 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
   """
   config_lib.validate(config)
   for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
-    networks.create_model(config, phase, num_classes=1)
+    create_model(config, phase, num_classes=1)
   with runtime.watchdog():
     dataset = open_dataset(config)
     with workdir_lock.hold(workdir), StopRequest() as stop:
@@ -64,12 +63,13 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
         num_images=dataset.num_images,
         fingerprint=dataset.fingerprint(),
       )
-      return _train_phases(Run(config, workdir, dataset, Reporter(), stop))
+      run = _Run(config, workdir, dataset, Reporter(), stop)
+      return run.evaluate_networks(run.train_networks())
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """What the phases of a run share."""
+class _Run:
+  """A run in a workdir that no other run uses."""
 
   config: ConfigDict
   workdir: epath.Path
@@ -77,147 +77,142 @@ class Run:
   reporter: Reporter
   stop: StopRequest
 
-
-def _train_phases(run: Run) -> list[evaluate.Evaluation]:
-  """Trains and evaluates all phases in a workdir that no other run uses."""
-  config, reporter = run.config, run.reporter
-  reporter.say(
-    f'{config.dataset.name}: '
-    + ', '.join(f'{count:,} {split}' for split, count in run.dataset.num_images.items())
-    + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
-    f'{jax.process_count()} host(s) · workdir {run.workdir}'
-  )
-  if config.tensorboard and not has_tensorboard():
-    reporter.say('TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.')
-  trained = []
-  for index in range(len(config.phases)):
-    predecessor = (trained[-1].model, trained[-1].weights.variables) if trained else None
-    trained.append(_train_phase(run, index, predecessor))
-  return _evaluate(run, trained)
-
-
-def _train_phase(
-  run: Run, index: int, predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
-) -> networks.TrainedNetwork:
-  """Trains a phase, resuming if it was interrupted, and restores its chosen state."""
-  runtime.progressed()
-  dataset, reporter, stop = run.dataset, run.reporter, run.stop
-  phase = set_up_phase(
-    run.config,
-    index,
-    predecessor,
-    num_classes=len(dataset.class_names),
-    image_shape=dataset.image_shape,
-    steps_per_epoch=dataset.steps_per_epoch,
-  )
-  costs = exit_costs(phase.model, dataset.image_shape, phase.state.weights.variables)
-  if phase.loaded:
-    reporter.say(f'{phase.name} starts from {run.config.init_from}: {phase.loaded}.')
-  reporter.overview(
-    f'{phase.name}: {phase.config.loss}, trains {phase.config.trained}, {phase.num_steps:,} steps',
-    costs,
-  )
-  predict = steps.on_devices(phase.predict_step, (None, 0))
-  folder = layout.checkpoint_folder(run.workdir, phase.name)
-  with checkpoint.Checkpoints(folder) as checkpoints:
-    with _open_session(run, index, phase, predict, checkpoints) as session:
-      _take_all_steps(session, stop)
-    chosen = networks.chosen_state(checkpoints, phase.state, phase.config, phase.name, run.workdir)
-  reporter.say(
-    f'{phase.name} is finished; its {phase.config.chosen_state} state is from step '
-    f'{int(chosen.step):,}.'
-  )
-  stop.has_unsaved_steps = False
-  if stop.requested():
-    stop.leave('run the same command again to go on.')
-  return networks.TrainedNetwork(phase.name, phase.model, chosen.weights, predict, costs)
-
-
-def _take_all_steps(session: '_Session', stop: StopRequest) -> None:
-  """The training loop of a phase: takes steps up to the next event, and handles it."""
-  events = session.events
-  while session.step < events.num_steps:
-    session.take_steps(events.next_after(session.step))
-    if events.logs_at(session.step):
-      session.log()
-    accuracy = None
-    if events.validates_at(session.step):
-      accuracy = session.validate()
-      session.save(accuracy)
-    elif events.logs_at(session.step) and session.is_save_due():
-      session.save()
-    if events.ends_epoch_at(session.step):
-      session.report_epoch(accuracy)
-    if stop.requested() and session.step < events.num_steps:
-      session.save()
-      session.checkpoints.wait()
-      stop.leave(
-        f'{session.phase.name} was saved at step {session.step:,}; run the same command again to '
-        'resume.'
+  def train_networks(self) -> list[TrainedNetwork]:
+    """Trains all phases."""
+    self.reporter.say(
+      f'{self.config.dataset.name}: '
+      + ', '.join(f'{count:,} {split}' for split, count in self.dataset.num_images.items())
+      + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
+      f'{jax.process_count()} host(s) · workdir {self.workdir}'
+    )
+    if self.config.tensorboard and not has_tensorboard():
+      self.reporter.say(
+        'TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.'
       )
+    trained = []
+    for index in range(len(self.config.phases)):
+      runtime.progressed()
+      trained.append(self._train_phase(index, trained[-1] if trained else None))
+    return trained
 
+  def _train_phase(self, index: int, predecessor: TrainedNetwork | None) -> TrainedNetwork:
+    """Trains a phase, resuming if it was interrupted, and restores its chosen state."""
+    phase = self._set_up_phase(index, predecessor)
+    if phase.loaded:
+      self.reporter.say(f'{phase.name} starts from {self.config.init_from}: {phase.loaded}.')
+    self.reporter.overview(
+      f'{phase.name}: {phase.config.loss}, trains {phase.config.trained}, '
+      f'{phase.num_steps:,} steps',
+      phase.costs,
+    )
+    folder = layout.checkpoint_folder(self.workdir, phase.name)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+      with self._open_session(index, phase, checkpoints) as session:
+        session.take_all_steps()
+      chosen = chosen_state(checkpoints, phase.state, phase.config, phase.name, self.workdir)
+    self.reporter.say(
+      f'{phase.name} is finished; its {phase.config.chosen_state} state is from step '
+      f'{int(chosen.step):,}.'
+    )
+    self.stop.has_unsaved_steps = False
+    if self.stop.requested():
+      self.stop.leave('run the same command again to go on.')
+    return TrainedNetwork(phase.name, phase.model, chosen.weights, phase.predict, phase.costs)
 
-@contextlib.contextmanager
-def _open_session(
-  run: Run, index: int, phase: Phase, predict: Callable, checkpoints: checkpoint.Checkpoints
-) -> Iterator['_Session']:
-  """Restores the latest state of a phase and opens what its steps read and write."""
-  config, dataset = run.config, run.dataset
-  restored = checkpoints.restore(phase.state)
-  state = runtime.replicate(phase.state if restored is None else restored)
-  step = int(state.step)
-  if 0 < step < phase.num_steps:
-    run.reporter.say(f'{phase.name} resumes from step {step:,}.')
-  limit = _steps_per_dispatch(config)
-  events = Events(
-    step,
-    phase.num_steps,
-    dataset.steps_per_epoch,
-    config.log_every_steps,
-    config.checkpoint_every_epochs,
-    limit,
-    config.profile_steps,
-  )
-  loop = steps.make_train_loop(
-    phase.train_step, dataset.draw, dtype=phase.model.dtype, one_step=limit == 1
-  )
-  tensorboard = layout.tensorboard_folder(run.workdir, phase.name)
-  writes_tensorboard = config.tensorboard and has_tensorboard()
-  metrics = Metrics(
-    layout.metrics_path(run.workdir), phase.name, step, tensorboard if writes_tensorboard else None
-  )
-  progress = run.reporter.progress(phase.name, events, config.batch_size)
-  with metrics, Profile(tensorboard, events.profile) as profile, progress as bar:
-    yield _Session(
-      run,
-      phase,
-      events,
-      step,
-      state,
-      teacher=runtime.replicate(pack(phase.teacher)),
-      read=dataset.train_reader(index, step),
-      train=steps.on_devices(loop, (None, None, dataset.source_axes, None), donated=(0,)),
-      predict=predict,
-      checkpoints=checkpoints,
-      metrics=metrics,
-      profile=profile,
-      progress=bar,
+  def _set_up_phase(self, index: int, predecessor: TrainedNetwork | None) -> Phase:
+    donor = None
+    if predecessor is None and self.config.init_from is not None:
+      donor = load_variables(self.config.init_from)
+    return Phase(
+      self.config,
+      index,
+      predecessor and (predecessor.model, predecessor.weights.variables),
+      donor,
+      num_classes=len(self.dataset.class_names),
+      image_shape=self.dataset.image_shape,
+      steps_per_epoch=self.dataset.steps_per_epoch,
     )
 
+  @contextlib.contextmanager
+  def _open_session(
+    self, index: int, phase: Phase, checkpoints: checkpoint.Checkpoints
+  ) -> Iterator['_Session']:
+    """Restores the latest state of a phase and opens what its steps read and write."""
+    config, dataset = self.config, self.dataset
+    restored = checkpoints.restore(phase.state)
+    state = runtime.replicate(phase.state if restored is None else restored)
+    step = int(state.step)
+    if 0 < step < phase.num_steps:
+      self.reporter.say(f'{phase.name} resumes from step {step:,}.')
+    limit = _steps_per_dispatch(config)
+    events = Events(
+      step,
+      phase.num_steps,
+      dataset.steps_per_epoch,
+      config.log_every_steps,
+      config.checkpoint_every_epochs,
+      limit,
+      config.profile_steps,
+    )
+    loop = steps.make_train_loop(
+      phase.train_step, dataset.draw, dtype=phase.model.dtype, one_step=limit == 1
+    )
+    tensorboard = layout.tensorboard_folder(self.workdir, phase.name)
+    writes_tensorboard = config.tensorboard and has_tensorboard()
+    metrics = Metrics(
+      layout.metrics_path(self.workdir),
+      phase.name,
+      step,
+      tensorboard if writes_tensorboard else None,
+    )
+    progress = self.reporter.progress(phase.name, events, config.batch_size)
+    with metrics, Profile(tensorboard, events.profile) as profile, progress as bar:
+      yield _Session(
+        self,
+        phase,
+        events,
+        step,
+        state,
+        teacher=runtime.replicate(pack(phase.teacher)),
+        read=dataset.train_reader(index, step),
+        train=steps.on_devices(loop, (None, None, dataset.source_axes, None), donated=(0,)),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        profile=profile,
+        progress=bar,
+      )
 
-def _steps_per_dispatch(config: ConfigDict) -> int | None:
-  """Returns how many steps to send to the devices at once; None for all up to the next event."""
-  has_single_steps = jax.default_backend() == 'cpu' or not config.dataset.in_memory
-  if config.steps_per_dispatch is None and has_single_steps:
-    return 1  # On CPUs loops are slow (`steps.make_train_loop`); streams have batches one by one.
-  return config.steps_per_dispatch
+  def evaluate_networks(self, trained: Sequence[TrainedNetwork]) -> list[evaluate.Evaluation]:
+    """Evaluates the network of each phase, and writes and prints the results."""
+    evaluations = []
+    for of_phase in trained:
+      runtime.progressed()
+      predictions = evaluate.predict_splits(of_phase.predict, of_phase.weights, self.dataset)
+      evaluations.append(evaluate.assess(of_phase.name, of_phase.costs, predictions))
+      self.reporter.results(evaluations[-1])
+      if jax.process_index() == 0:
+        for split, prediction in predictions.items():
+          path = layout.predictions_path(self.workdir, of_phase.name, split)
+          evaluate.save_predictions(prediction, path)
+        scores_path = layout.scores_path(self.workdir, of_phase.name)
+        evaluate.save_scores(predictions['validation'], scores_path)
+    if jax.process_index() == 0:
+      folder = layout.evaluation_folder(self.workdir)
+      evaluate.write_tables(evaluations, folder)
+      labels = [
+        layout.phase_label(of_phase.name, phase)
+        for of_phase, phase in zip(trained, self.config.phases, strict=True)
+      ]
+      evaluate.write_figure(evaluations, folder / 'budget.png', self.config.dataset.name, labels)
+    self.reporter.summary(evaluations[-1], self.workdir)
+    return evaluations
 
 
 @dataclasses.dataclass
 class _Session:
   """A phase in training: its state on the devices, and what the host does between its steps."""
 
-  run: Run
+  run: _Run
   phase: Phase
   events: Events
   step: int
@@ -225,7 +220,6 @@ class _Session:
   teacher: Any
   read: Callable[[int], Any]
   train: Callable
-  predict: Callable
   checkpoints: checkpoint.Checkpoints
   metrics: Metrics
   profile: Profile
@@ -234,6 +228,28 @@ class _Session:
   in_flight: collections.deque = dataclasses.field(default_factory=collections.deque)
   start: float = dataclasses.field(default_factory=time.monotonic)
   last_save: float = dataclasses.field(default_factory=time.monotonic)
+
+  def take_all_steps(self) -> None:
+    """The training loop of a phase: takes steps up to the next event, and handles it."""
+    while self.step < self.events.num_steps:
+      self.take_steps(self.events.next_after(self.step))
+      if self.events.logs_at(self.step):
+        self.log()
+      accuracy = None
+      if self.events.validates_at(self.step):
+        accuracy = self.validate()
+        self.save(accuracy)
+      elif self.events.logs_at(self.step) and self.is_save_due():
+        self.save()
+      if self.events.ends_epoch_at(self.step):
+        self.report_epoch(accuracy)
+      if self.run.stop.requested() and self.step < self.events.num_steps:
+        self.save()
+        self.checkpoints.wait()
+        self.run.stop.leave(
+          f'{self.phase.name} was saved at step {self.step:,}; run the same command again to '
+          'resume.'
+        )
 
   def take_steps(self, last: int) -> None:
     """Sends the steps up to `last` to the devices, some ahead of the last finished one."""
@@ -275,7 +291,7 @@ class _Session:
   def validate(self) -> np.ndarray:
     """Returns the accuracy of each exit on validation images, [exit], and writes it."""
     batches = self.run.dataset.evaluation_batches('validation')
-    validation = evaluate.predict(self.predict, self.state.weights, batches)
+    validation = evaluate.predict(self.phase.predict, self.state.weights, batches)
     accuracy = validation.accuracy()
     figures = {'accuracy': accuracy, 'cross_entropy': validation.cross_entropy()}
     self.metrics.write(self.step, figures, 'validation/')
@@ -331,24 +347,9 @@ def _means(totals: Mapping[str, Any]) -> dict[str, Any]:
   return {name: total / totals['steps'] for name, total in totals.items() if name != 'steps'}
 
 
-def _evaluate(run: Run, trained: Sequence[networks.TrainedNetwork]) -> list[evaluate.Evaluation]:
-  """Evaluates the network of each phase, and writes and prints the results."""
-  workdir, evaluations = run.workdir, []
-  for network in trained:
-    runtime.progressed()
-    predictions = networks.predict_splits(network, run.dataset)
-    evaluations.append(evaluate.assess(network.name, network.costs, predictions))
-    run.reporter.results(evaluations[-1])
-    if jax.process_index() == 0:
-      for split, prediction in predictions.items():
-        evaluate.save_predictions(prediction, layout.predictions_path(workdir, network.name, split))
-  if jax.process_index() == 0:
-    folder = layout.evaluation_folder(workdir)
-    evaluate.write_tables(evaluations, folder)
-    labels = [
-      layout.phase_label(network.name, phase)
-      for network, phase in zip(trained, run.config.phases, strict=True)
-    ]
-    evaluate.write_figure(evaluations, folder / 'budget.png', run.config.dataset.name, labels)
-  run.reporter.summary(evaluations[-1], workdir)
-  return evaluations
+def _steps_per_dispatch(config: ConfigDict) -> int | None:
+  """Returns how many steps to send to the devices at once; None for all up to the next event."""
+  has_single_steps = jax.default_backend() == 'cpu' or not config.dataset.in_memory
+  if config.steps_per_dispatch is None and has_single_steps:
+    return 1  # On CPUs loops are slow (`steps.make_train_loop`); streams have batches one by one.
+  return config.steps_per_dispatch

@@ -1,22 +1,28 @@
 """Sets up a training phase: its network, optimizer, initial state, teacher and steps."""
 
-import dataclasses
+import functools
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from imta_jax.models.initial_values import transplant
+from imta_jax import models, runtime
+from imta_jax.adaptive.cost import ExitCost, exit_costs
+from imta_jax.errors import UsageError, first_line
+from imta_jax.models.initial_values import initialize, transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
-from imta_jax.training import networks, steps, train_state
+from imta_jax.training import steps, train_state
 from imta_jax.training import workdir as layout
-from imta_jax.training.pretrained import start_from
+
+Variables = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
 class Phase:
   """A phase that is ready for its first step.
+
+  Its arrays are on the host or the default device, not yet replicated.
 
   Attributes:
     name: Its name in folders and output.
@@ -26,80 +32,140 @@ class Phase:
     schedule: The learning rate of each step.
     state: The state before the first step.
     teacher: Variables of the teacher if it is the network of the previous phase; otherwise empty.
-    loaded: What was loaded from config.init_from; see `pretrained.start_from`.
+    loaded: What was loaded from config.init_from; empty if nothing was.
     train_step: See `steps.make_train_step`.
-    predict_step: See `steps.make_predict_step`.
   """
 
-  name: str
-  config: ConfigDict
-  model: MultiExitNetwork
-  num_steps: int
-  schedule: optax.Schedule
-  state: train_state.TrainState
-  teacher: Mapping[str, Any]
-  loaded: str
-  train_step: Callable
-  predict_step: Callable
+  def __init__(
+    self,
+    config: ConfigDict,
+    index: int,
+    predecessor: tuple[MultiExitNetwork, Variables] | None = None,
+    donor: Variables | None = None,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    steps_per_epoch: int,
+  ):
+    """Sets up a phase.
+
+    Args:
+      config: A complete config; see imta_jax.config.
+      index: Index of the phase, counted from 0.
+      predecessor: Network and variables of the previous phase, from which it starts; None for the
+        first phase.
+      donor: Variables of config.init_from, from which the first phase starts; None if that is not
+        set.
+      num_classes: Number of classes of the data set.
+      image_shape: (height, width, channels) of the images.
+      steps_per_epoch: Training steps per epoch.
+
+    Raises:
+      UsageError: If a field of config.model is wrong, the network does not fit the images, or the
+        donor has nothing in common with it.
+    """
+    phase = config.phases[index]
+    self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
+    self.model = create_model(config, phase, num_classes)
+    self._image_shape = image_shape
+    variables = initial_variables(self.model, config.seed, image_shape)
+    if predecessor is not None:
+      variables = transplant(predecessor[1], variables)
+    elif donor is not None:
+      variables, self.loaded = start_from(donor, variables)
+    self.num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
+    self.schedule = train_state.create_schedule(
+      phase, self.num_steps, steps_per_epoch, config.batch_size
+    )
+    optimizer = train_state.create_optimizer(phase, self.schedule)
+    self.state = train_state.create_state(variables, phase.trained, optimizer)
+    teacher_model, self.teacher = _teacher(phase, predecessor)
+    self.train_step = steps.make_train_step(self.model, teacher_model, phase, optimizer)
+
+  @functools.cached_property
+  def costs(self) -> list[ExitCost]:
+    """The cost up to each exit, [exit]."""
+    return exit_costs(self.model, self._image_shape, self.state.weights.variables)
+
+  @functools.cached_property
+  def predict(self) -> Callable:
+    """The mapped evaluation step; see `steps.make_predict_step`."""
+    return steps.on_devices(steps.make_predict_step(self.model), (None, 0))
 
 
-def set_up_phase(
-  config: ConfigDict,
-  index: int,
-  predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None,
-  *,
-  num_classes: int,
-  image_shape: tuple[int, int, int],
-  steps_per_epoch: int,
-) -> Phase:
-  """Sets up a phase.
-
-  Its network starts from the variables that it shares with the network of the previous phase; that
-  of the first phase from config.init_from, if that is set.
-
-  Args:
-    config: A complete config; see imta_jax.config.
-    index: Index of the phase, counted from 0.
-    predecessor: Network and variables of the previous phase; None for the first phase.
-    num_classes: Number of classes of the data set.
-    image_shape: (height, width, channels) of the images.
-    steps_per_epoch: Training steps per epoch.
-
-  Returns:
-    The phase. Its arrays are on the host or the default device, not yet replicated.
+def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
+  """Creates the network of a phase.
 
   Raises:
-    UsageError: If a field of config.model is wrong, the network does not fit the images, or
-      config.init_from has nothing in common with it.
+    UsageError: If a field of config.model is wrong.
   """
-  phase = config.phases[index]
-  model = networks.create_model(config, phase, num_classes)
-  variables, loaded = networks.initial_variables(model, config.seed, image_shape), ''
-  if predecessor is not None:
-    variables = transplant(predecessor[1], variables)
-  elif config.init_from is not None:
-    variables, loaded = start_from(config.init_from, variables)
-  num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
-  schedule = train_state.create_schedule(phase, num_steps, steps_per_epoch, config.batch_size)
-  optimizer = train_state.create_optimizer(phase, schedule)
-  teacher_model, teacher = _teacher(phase, predecessor)
-  return Phase(
-    name=layout.phase_name(index),
-    config=phase,
-    model=model,
-    num_steps=num_steps,
-    schedule=schedule,
-    state=train_state.create_state(variables, phase.trained, optimizer),
-    teacher=teacher,
-    loaded=loaded,
-    train_step=steps.make_train_step(model, teacher_model, phase, optimizer),
-    predict_step=steps.make_predict_step(model),
+  fields = {name: value for name, value in config.model.items() if name != 'name'}
+  try:
+    return models.create(
+      config.model.name,
+      num_classes=num_classes,
+      gradient_equilibrium=phase.gradient_equilibrium,
+      shared_channels=phase.shared_channels,
+      collaboration=phase.collaboration,
+      stop_collaboration_gradient=phase.stop_collaboration_gradient,
+      batch_norm_axis=runtime.AXIS if config.global_batch_norm else None,
+      **fields,
+    )
+  except (TypeError, ValueError) as error:
+    raise UsageError(f'config.model: {error}') from error
+
+
+def initial_variables(
+  model: MultiExitNetwork, seed: int, image_shape: tuple[int, int, int]
+) -> Variables:
+  """Draws the initial variables of a network.
+
+  Raises:
+    UsageError: If the network does not fit the images.
+  """
+  try:
+    return initialize(model, seed, image_shape)
+  except (ValueError, ZeroDivisionError) as error:
+    raise UsageError(
+      f'config.model does not fit images of {image_shape}: {first_line(error)}'
+    ) from error
+
+
+def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
+  """Takes the variables of a trained network whose names and shapes agree with a new one's.
+
+  Classifiers of networks with and without ISC have the rows of the embedding in common.
+
+  Args:
+    donor: Variables of the trained network, which may have other exits or classes.
+    fresh: Initial variables of the new network.
+
+  Returns:
+    Variables with the structure of `fresh`, and what was loaded: 'loaded 118 of 124 arrays; new:
+    params/classifiers_0/dense/kernel (128, 10), …; unused: 4 of the trained network'.
+
+  Raises:
+    UsageError: If nothing agrees.
+  """
+  variables = transplant(donor, fresh)
+  flat_donor, flat, flat_fresh = (flatten_dict(v, sep='/') for v in (donor, variables, fresh))
+  new = [f'{name} {leaf.shape}' for name, leaf in flat_fresh.items() if flat[name] is leaf]
+  if len(new) == len(flat_fresh):
+    raise UsageError(
+      'the network of config.init_from has no layer in common with this one: give config.model the '
+      'fields of that network'
+    )
+  names = textwrap.shorten(', '.join(new) or 'none', 400, placeholder=' …')
+  unused = len(flat_donor.keys() - flat.keys())
+  loaded = len(flat) - len(new)
+  return variables, (
+    f'loaded {loaded} of {len(flat)} arrays; new: {names}; unused: {unused} of the trained network'
   )
 
 
 def _teacher(
-  phase: ConfigDict, predecessor: tuple[MultiExitNetwork, Mapping[str, Any]] | None
-) -> tuple[MultiExitNetwork | None, Mapping[str, Any]]:
+  phase: ConfigDict, predecessor: tuple[MultiExitNetwork, Variables] | None
+) -> tuple[MultiExitNetwork | None, Variables]:
   """Returns the teacher's network and variables if it is the previous phase's network."""
   if phase.loss != 'one_for_all' or phase.teacher != 'frozen':
     return None, {}

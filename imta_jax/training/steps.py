@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from imta_jax.adaptive.engine.compiler import compiler_options
+from imta_jax.adaptive.compiler import compiler_options
 from imta_jax.data.dataset import Batch
 from imta_jax.errors import UsageError
 from imta_jax.models.batch_norm import MOMENTUM

@@ -8,6 +8,7 @@ checkpoints/phase_1/<step>/       the latest states and the best one
 metrics.jsonl                     metrics: one line per write, with step and phase
 tensorboard/phase_1/              the same metrics for TensorBoard, and profiles
 evaluation/                       tables, a figure, and the predictions behind them
+evaluation/phase_1_scores.npz     what a classifier needs of the validation images
 """
 
 import json
@@ -75,13 +76,35 @@ def predictions_path(workdir: epath.Path, phase: str, split: str) -> epath.Path:
   return evaluation_folder(workdir) / f'{phase}_{split}.npz'
 
 
-def load_config(workdir: epath.Path) -> ConfigDict:
+def scores_path(workdir: epath.PathLike, phase: str) -> epath.Path:
+  """Returns the path of what a classifier needs of the validation images."""
+  return evaluation_folder(epath.Path(workdir)) / f'{phase}_scores.npz'
+
+
+def phase_index(config: ConfigDict, phase: int) -> int:
+  """Returns the index of a phase, counted from 0; -1 is the last one.
+
+  Raises:
+    UsageError: If there is none.
+  """
+  if not -len(config.phases) <= phase < len(config.phases):
+    raise UsageError(f'phase {phase + 1} does not exist: the run has 1 to {len(config.phases)}')
+  return phase % len(config.phases)
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """Returns the (height, width, channels) of the images of a config."""
+  side = config.dataset.image_size
+  return side, side, len(config.dataset.mean)
+
+
+def load_config(workdir: epath.PathLike) -> ConfigDict:
   """Loads the config of a run.
 
   Raises:
     UsageError: If the folder is not a workdir, or its config is corrupt.
   """
-  path = workdir / 'config.json'
+  path = epath.Path(workdir) / 'config.json'
   with accessing(path):
     is_workdir = path.exists()
   if not is_workdir:
@@ -97,13 +120,13 @@ def load_config(workdir: epath.Path) -> ConfigDict:
   return config
 
 
-def load_class_names(workdir: epath.Path) -> list[str]:
+def load_class_names(workdir: epath.PathLike) -> list[str]:
   """Loads the class names of a run's data set.
 
   Raises:
     UsageError: If the run has not written its class names, or they are corrupt.
   """
-  path = workdir / 'classes.json'
+  path = epath.Path(workdir) / 'classes.json'
   if not path.exists():
     raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
   names = _read_json(path)

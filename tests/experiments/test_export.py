@@ -27,7 +27,7 @@ for name in ('imta_jax', 'flax', 'optax', 'orbax'):
   sys.modules[name] = None
 sys.path.insert(0, folder)
 import numpy as np
-from engine import AdaptiveClassifier
+from adaptive.engine import AdaptiveClassifier
 classifier = AdaptiveClassifier.load(folder)
 images = np.load(images)
 together, alone = classifier.predict(images), classifier.predict(images[:1])
@@ -162,7 +162,8 @@ def test_stages_are_for_all_platforms(exported):
 
 
 @pytest.mark.parametrize(
-  'name', ['stage_1.jax', 'stage_3.jax', 'weights.npz', 'engine/runner.py', 'manifest.json']
+  'name',
+  ['stage_1.jax', 'stage_3.jax', 'weights.npz', 'adaptive/engine/runner.py', 'manifest.json'],
 )
 @pytest.mark.parametrize('damage', ['flipped', 'cut', 'missing'])
 def test_a_corrupt_export_is_refused_by_name(exported, tmp_path, name, damage):
@@ -189,7 +190,7 @@ def test_another_format_is_refused(exported, tmp_path):
     AdaptiveClassifier.load(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['/etc/passwd', '../../../dev/zero', 'engine/../../secret'])
+@pytest.mark.parametrize('name', ['/etc/passwd', '../../../dev/zero', 'adaptive/../../secret'])
 def test_an_export_that_names_other_files_is_refused(exported, tmp_path, name):
   from imta_jax.adaptive.engine import manifest_checksum
 

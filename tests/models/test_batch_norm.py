@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imta_jax.adaptive.engine.compiler import compiler_options
+from imta_jax.adaptive.compiler import compiler_options
 from imta_jax.models.batch_norm import MOMENTUM, batch_norm, normalize
 
 RANDOM = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from imta_jax import runtime
 from imta_jax.models.initial_values import initialize
 from imta_jax.techniques.one_for_all import one_for_all_loss
 from imta_jax.training import steps
-from imta_jax.training.phases import set_up_phase
+from imta_jax.training.phases import Phase
 
 SHAPE = (8, 8, 1)
 NUM_CLASSES = 3
@@ -36,7 +36,7 @@ def make_config():
 
 
 def set_up(config, index, predecessor=None):
-  return set_up_phase(
+  return Phase(
     config,
     index,
     predecessor,

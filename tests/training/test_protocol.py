@@ -22,7 +22,7 @@ from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep, optimal_sweep
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
-from imta_jax.training import loop, networks, signals
+from imta_jax.training import loop, phases, signals
 from imta_jax.training import workdir as layout
 
 STEPS_PER_EPOCH = 2
@@ -182,7 +182,7 @@ def test_the_best_state_of_each_phase_is_evaluated(finished):
       'params': {**(state['frozen'] or {}), **state['trained']},
       'batch_stats': state['batch_stats'],
     }
-    model = networks.create_model(config, config.phases[index], num_classes=3)
+    model = phases.create_model(config, config.phases[index], num_classes=3)
     predictions = evaluate.load_predictions(layout.predictions_path(workdir, name, 'test'))
     assert set(predictions.labels) == {LABELS['test']}
     expected = jax.jit(model.apply)(variables, images)
@@ -198,7 +198,7 @@ def test_image_files_are_cropped_as_the_data_set_was(in_memory, crop, finished, 
   config = layout.load_config(copy)
   config.dataset.in_memory = in_memory
   (copy / 'config.json').write_text(config_lib.to_json(config))
-  classifier = networks.load_classifier(copy)
+  classifier = AdaptiveClassifier.from_workdir(copy)
   assert classifier.preprocessing == {'crop': crop}
   assert classifier.class_names == ('a', 'b', 'c')
 
@@ -337,7 +337,7 @@ def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finis
   validation = evaluate.Predictions(logits.astype(np.float32), labels)
   path = layout.predictions_path(workdir, 'phase_1', 'validation')
   evaluate.save_predictions(validation, path)
-  classifier = networks.load_classifier(workdir, 0, rule, sweep)
+  classifier = AdaptiveClassifier.from_workdir(workdir, 0, rule, sweep)
   splits = (validation.probabilities(), validation.labels) * 2
   how = {'rule': rule, 'temperatures': classifier.temperatures}
   madds = classifier.madds

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from imta_jax import config as config_lib
-from imta_jax.training import networks, train_state
+from imta_jax.training import phases, train_state
 from imta_jax.training.packing import pack
 
 
@@ -151,8 +151,8 @@ def test_a_step_takes_and_returns_few_arrays():
   config = config_lib.default()
   config.model.num_exits = 7
   for index, phase in enumerate(config.phases):
-    model = networks.create_model(config, phase, num_classes=100)
-    variables = networks.initial_variables(model, 0, (32, 32, 3))
+    model = phases.create_model(config, phase, num_classes=100)
+    variables = phases.initial_variables(model, 0, (32, 32, 3))
     optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
     state = train_state.create_state(variables, phase.trained, optimizer)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))

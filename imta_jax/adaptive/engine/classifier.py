@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..exported import read_export, thresholds_from_json
+from ..guarantee import CalibrationSet, guaranteed_thresholds
+from ..rules import DEFAULT_RULE, get_rule
 from .batches import Answers, concatenate_sorted
-from .exported import read_export, thresholds_from_json
-from .guarantee import CalibrationSet, guaranteed_thresholds
 from .programs import Stage, Tree
-from .rules import DEFAULT_RULE, RULES
 from .runner import BATCH_SIZES, Runner
 
 
@@ -90,8 +90,6 @@ class AdaptiveClassifier:
     self.image, self.operating_points = image, tuple(operating_points)
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
     self.thresholds = np.asarray(thresholds, np.float32)
-    if rule not in RULES:
-      raise ValueError(f'rule {rule!r} is unknown: choose from {", ".join(RULES)}')
     self.rule, self.validation = rule, validation
     temperatures = [1.0] * len(self.stages) if temperatures is None else temperatures
     self.temperatures = tuple(map(float, temperatures))
@@ -107,7 +105,7 @@ class AdaptiveClassifier:
     known_exit_fractions = [
       (point.thresholds, point.exit_fractions) for point in self.operating_points
     ]
-    scores = [partial(RULES[rule], temperature=temperature) for temperature in self.temperatures]
+    scores = [partial(get_rule(rule), temperature=t) for t in self.temperatures]
     self._runner = Runner(
       self.stages, self.weights, scores, image, self.madds, known_exit_fractions, batch_sizes
     )
@@ -125,37 +123,64 @@ class AdaptiveClassifier:
     workdir: Any,
     budget: float | None = None,
     *,
-    latency: float | None = None,
-    max_loss: float | None = None,
-    confidence: float = 0.95,
     phase: int = -1,
     rule: str = DEFAULT_RULE,
     sweep: str = 'geometric',
+    **limits: float | None,
   ) -> 'AdaptiveClassifier':
     """Loads the network that a run has trained and evaluated.
+
+    Its thresholds are the cheapest ones that are as accurate as the last exit on validation images,
+    unless a limit chooses others.
 
     Args:
       workdir: The run's folder.
       budget: See `choose`.
-      latency: See `choose`.
-      max_loss: See `choose`.
-      confidence: See `choose`.
       phase: Index of the training phase.
       rule: Name of the exit rule; see `rules`.
       sweep: Where operating points come from: 'geometric' shares as in the paper
         (`policy.budget_sweep`), or the 'optimal' ones on validation images
         (`policy.optimal_sweep`).
+      **limits: `latency`, `max_loss` and `confidence`; see `choose`.
 
     Returns:
       A classifier of uint8 images.
 
     Raises:
       UsageError: If the folder is not a workdir, or the run has not been evaluated.
+      ValueError: If there is no such rule or sweep; see also `choose`.
     """
-    from imta_jax.training import networks
+    from imta_jax import evaluate
+    from imta_jax.adaptive import policy
+    from imta_jax.training import restore
+    from imta_jax.training import workdir as layout
 
-    classifier = networks.load_classifier(workdir, phase, rule, sweep)
-    return classifier.choose(budget, latency, max_loss=max_loss, confidence=confidence)
+    config = layout.load_config(workdir)
+    index = layout.phase_index(config, phase)
+    path = layout.scores_path(workdir, layout.phase_name(index))
+    validation, temperatures = evaluate.load_scores(path, rule)
+    network = restore.restore_network(workdir, index)
+    madds = [cost.madds for cost in network.costs]
+    points = policy.operating_points(validation, madds, sweep)
+    cheapest = policy.cheapest_as_accurate(points, validation.correct[-1].mean())
+    return cls.from_model(
+      network.model,
+      network.weights.variables,
+      [np.inf] * len(madds) if cheapest is None else cheapest.thresholds,
+      layout.image_shape(config),
+      mean=config.dataset.mean,
+      std=config.dataset.std,
+      madds=madds,
+      rule=rule,
+      temperatures=temperatures if rule == 'calibrated' else None,
+      operating_points=[
+        OperatingPoint(p.thresholds, p.validation_exit_fractions, p.validation_accuracy)
+        for p in points
+      ],
+      validation=validation,
+      class_names=layout.load_class_names(workdir),
+      preprocessing={'crop': config.dataset.crop if config.dataset.in_memory else 'center'},
+    ).choose(budget, **limits)
 
   @classmethod
   def from_model(
@@ -216,22 +241,14 @@ class AdaptiveClassifier:
 
   @classmethod
   def load(
-    cls,
-    folder: Any,
-    budget: float | None = None,
-    *,
-    latency: float | None = None,
-    max_loss: float | None = None,
-    confidence: float = 0.95,
+    cls, folder: Any, budget: float | None = None, **limits: float | None
   ) -> 'AdaptiveClassifier':
     """Loads an export of experiments/export.py.
 
     Args:
       folder: The export.
       budget: See `choose`.
-      latency: See `choose`.
-      max_loss: See `choose`.
-      confidence: See `choose`.
+      **limits: `latency`, `max_loss` and `confidence`; see `choose`.
 
     Returns:
       A classifier of uint8 images.
@@ -259,7 +276,7 @@ class AdaptiveClassifier:
       madds=manifest['madds'],
       class_names=manifest['class_names'],
       preprocessing=manifest['preprocessing'],
-    ).choose(budget, latency, max_loss=max_loss, confidence=confidence)
+    ).choose(budget, **limits)
 
   def choose(
     self,

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..compiler import compiler_options
 from .batches import Carry
-from .compiler import compiler_options
 
 Tree = Any
 # (probabilities, those of the exit before) → score; both are [image, class].

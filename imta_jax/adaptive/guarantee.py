@@ -35,10 +35,20 @@ class CalibrationSet:
   Attributes:
     scores: [exit, image], float32, by the exit rule.
     correct: [exit, image], whether the answer of an exit is right.
+
+  Raises:
+    ValueError: If shapes or types are others, or there is no image.
   """
 
   scores: np.ndarray
   correct: np.ndarray
+
+  def __post_init__(self):
+    shapes, kinds = (self.scores.shape, self.correct.shape), (self.scores.dtype, self.correct.dtype)
+    if len(set(shapes)) > 1 or self.scores.ndim != 2 or not self.scores.size:
+      raise ValueError(f'scores and correct, of shapes {shapes}, must both be [exit, image]')
+    if [kind.kind for kind in kinds] != ['f', 'b']:
+      raise ValueError(f'scores and correct, of types {kinds}, must be floats and booleans')
 
   @functools.cached_property
   def loss_counts(self) -> np.ndarray:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,26 @@ from jax import export
 
 from . import untrusted
 from .guarantee import CalibrationSet
-from .programs import Stage, Tree
 
 MANIFEST = 'manifest.json'
 VALIDATION = 'validation.npz'
 FORMAT = 3
+# The files of imta_jax that an export carries to run without it.
+SOURCES = (
+  'adaptive/__init__.py',
+  'adaptive/compiler.py',
+  'adaptive/exported.py',
+  'adaptive/guarantee.py',
+  'adaptive/rules.py',
+  'adaptive/untrusted.py',
+  'adaptive/engine/__init__.py',
+  'adaptive/engine/batches.py',
+  'adaptive/engine/classifier.py',
+  'adaptive/engine/plan.py',
+  'adaptive/engine/programs.py',
+  'adaptive/engine/read_ahead.py',
+  'adaptive/engine/runner.py',
+)
 
 # Bytes of a manifest, and of all other files together.
 _LARGEST_MANIFEST = 2**24
@@ -65,7 +81,7 @@ _FOREIGN_CALL = re.compile(r'custom_call(?! @shape_assertion\()')
 
 def read_export(
   folder: Any,
-) -> tuple[dict[str, Any], list[Stage], list[Tree], CalibrationSet | None]:
+) -> tuple[dict[str, Any], list[Callable], list[list], CalibrationSet | None]:
   """Reads an export and verifies its checksums.
 
   Args:
@@ -215,12 +231,13 @@ def _check_chain(folder, manifest, programs, weights):
 
 
 def _validation(folder, arrays, manifest):
-  scores, correct = (arrays.get(name, np.zeros(())) for name in ('scores', 'correct'))
-  num_exits = len(manifest['stages'])
-  shapes_fit = scores.ndim == 2 and len(scores) == num_exits and correct.shape == scores.shape
-  if not (shapes_fit and scores.size and (scores.dtype.kind, correct.dtype.kind) == ('f', 'b')):
-    raise _corrupt(folder, VALIDATION, f'must hold scores and answers of {num_exits} exits')
-  return CalibrationSet(scores, correct)
+  try:
+    validation = CalibrationSet(arrays['scores'], arrays['correct'])
+  except (KeyError, ValueError) as error:
+    raise _corrupt(folder, VALIDATION, f'has no valid scores ({error})') from error
+  if len(validation.scores) != (num_exits := len(manifest['stages'])):
+    raise _corrupt(folder, VALIDATION, f'does not have the scores of {num_exits} exits')
+  return validation
 
 
 def _call(exported, weights, carry):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imta_jax.adaptive.engine.rules import DEFAULT_RULE, RULES
+from imta_jax.adaptive.rules import DEFAULT_RULE, RULES
 
 
 def probabilities(seed, num_images=40, num_classes=6):

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from imta_jax.adaptive.engine.guarantee import (
+from imta_jax.adaptive.guarantee import (
   LEVELS,
   CalibrationSet,
   guaranteed_thresholds,

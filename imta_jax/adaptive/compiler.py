@@ -1,7 +1,4 @@
-"""Compiler options for each platform, for training as for inference.
-
-In this package because an export carries a copy of it; imports nothing else of it.
-"""
+"""Compiler options for each platform, for training as for inference."""
 
 import functools
 

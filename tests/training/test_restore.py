@@ -12,13 +12,14 @@ from flax.traverse_util import flatten_dict
 
 from imta_jax import config as config_lib
 from imta_jax import models
+from imta_jax.adaptive import exported
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import initialize
-from imta_jax.training import pretrained, train_state
+from imta_jax.training import phases, restore, train_state
 from imta_jax.training import workdir as layout
 from imta_jax.training.checkpoint import Checkpoints
-from imta_jax.training.phases import set_up_phase
+from imta_jax.training.phases import Phase
 
 PATH = Path(__file__).parents[2] / 'experiments/export.py'
 SHAPE = (8, 8, 3)
@@ -84,7 +85,7 @@ def workdir(donor, tmp_path_factory):
 def test_all_but_the_last_layers_start_from_a_network_of_other_classes(source, donor, request):
   folder = str(request.getfixturevalue(source))
   fresh = initialize(create(3), 0, SHAPE)
-  started, loaded = pretrained.start_from(folder, fresh)
+  started, loaded = phases.start_from(restore.load_variables(folder), fresh)
   started = flatten_dict(started, sep='/')
   donor, fresh = flatten_dict(donor, sep='/'), flatten_dict(fresh, sep='/')
   assert started.keys() == fresh.keys()
@@ -101,12 +102,11 @@ def test_all_but_the_last_layers_start_from_a_network_of_other_classes(source, d
 
 @pytest.mark.parametrize('num_exits', [1, 2, 3])
 def test_classifiers_start_from_the_embedding_rows_of_a_network_with_isc(
-  num_exits, random_variables, monkeypatch
+  num_exits, random_variables
 ):
   donor = random_variables(create(5, collaboration='network'), SHAPE)
-  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
   fresh = initialize(create(5, num_exits=num_exits), 0, SHAPE)
-  started, loaded = pretrained.start_from('', fresh)
+  started, loaded = phases.start_from(donor, fresh)
   for index in range(min(num_exits, 2)):
     dense, donors = (v['params'][f'classifiers_{index}']['dense'] for v in (started, donor))
     np.testing.assert_array_equal(dense['kernel'], donors['kernel'][:128])
@@ -119,14 +119,13 @@ def test_classifiers_start_from_the_embedding_rows_of_a_network_with_isc(
     assert 'new: batch_stats/exits_2/' in loaded
 
 
-def test_embeddings_of_another_size_leave_classifiers_new(random_variables, monkeypatch):
+def test_embeddings_of_another_size_leave_classifiers_new(random_variables):
   # Images twice as large have embeddings four times as large.
   donor = random_variables(create(5), (16, 16, 3))
-  monkeypatch.setattr(pretrained, '_load_variables', lambda folder: donor)
   small, large = (initialize(create(5), 0, (side, side, 3)) for side in (16, 32))
   assert len(large['params']['classifiers_0']['dense']['kernel']) > 128
-  assert 'new: none' in pretrained.start_from('', small)[1]
-  started, loaded = pretrained.start_from('', large)
+  assert 'new: none' in phases.start_from(donor, small)[1]
+  started, loaded = phases.start_from(donor, large)
   assert 'new: params/classifiers_0/dense/kernel' in loaded
   np.testing.assert_array_equal(
     *(tree['params']['classifiers_0']['dense']['kernel'] for tree in (started, large))
@@ -136,9 +135,9 @@ def test_embeddings_of_another_size_leave_classifiers_new(random_variables, monk
 def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
   config = config_lib.default()
   config.model.update(name='msdnet', **FIELDS)
-  config.init_from = str(export)
-  phase = set_up_phase(
-    config, 0, None, num_classes=3, image_shape=SHAPE, steps_per_epoch=config.batch_size
+  donor = restore.load_variables(str(export))
+  phase = Phase(
+    config, 0, None, donor, num_classes=3, image_shape=SHAPE, steps_per_epoch=config.batch_size
   )
   assert phase.loaded.startswith('loaded ')
   started = flatten_dict(phase.state.weights.variables, sep='/')
@@ -149,7 +148,7 @@ def test_phase_one_starts_from_the_network_that_the_config_names(export, donor):
 
 def test_layers_of_another_width_keep_their_initial_values(export, donor):
   fresh = initialize(create(5, growth_rate=8), 0, SHAPE)
-  started, _ = pretrained.start_from(str(export), fresh)
+  started, _ = phases.start_from(restore.load_variables(str(export)), fresh)
   (stem,) = (name for name in fresh['params']['stages_0'] if name.endswith('_0'))
   np.testing.assert_array_equal(
     flatten_dict(started['params']['stages_0'][stem])[('scale_0', 'conv', 'kernel')],
@@ -164,24 +163,24 @@ def test_layers_of_another_width_keep_their_initial_values(export, donor):
 def test_a_network_with_nothing_in_common_is_refused(export):
   model = models.create('resnet', depth=8, num_classes=3)
   with pytest.raises(UsageError, match='has no layer in common with this one'):
-    pretrained.start_from(str(export), initialize(model, 0, SHAPE))
+    phases.start_from(restore.load_variables(str(export)), initialize(model, 0, SHAPE))
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path):
   with pytest.raises(UsageError, match='is not a workdir: it has no config.json'):
-    pretrained.start_from(str(tmp_path), {})
+    restore.load_variables(str(tmp_path))
 
 
 def test_an_export_without_names_is_refused(export, tmp_path, monkeypatch):
   (tmp_path / 'manifest.json').write_text('{}')
-  manifest, _, weights, _ = pretrained.read_export(export)
+  manifest, _, weights, _ = exported.read_export(export)
   manifest.pop('variables')
-  monkeypatch.setattr(pretrained, 'read_export', lambda folder: (manifest, [], weights, None))
-  with pytest.raises(UsageError, match='without the names of its variables: export it again'):
-    pretrained.start_from(str(tmp_path), {})
+  monkeypatch.setattr(exported, 'read_export', lambda folder: (manifest, [], weights, None))
+  with pytest.raises(UsageError, match='does not name all of its variables: export it again'):
+    restore.load_variables(str(tmp_path))
 
 
 def test_a_corrupt_export_is_refused(tmp_path):
   (tmp_path / 'manifest.json').write_text(json.dumps({'format': 1}))
   with pytest.raises(UsageError, match='is corrupt: export again'):
-    pretrained.start_from(str(tmp_path), {})
+    restore.load_variables(str(tmp_path))

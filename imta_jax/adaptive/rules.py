@@ -62,6 +62,17 @@ RULES: dict[str, Rule] = {
 DEFAULT_RULE = 'top_probability'
 
 
+def get_rule(name: str) -> Rule:
+  """Returns the rule of a name.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  if name not in RULES:
+    raise ValueError(f'rule {name!r} is unknown: choose from {", ".join(RULES)}')
+  return RULES[name]
+
+
 def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
   """The exit, counted from 0, at which each image leaves.
 

@@ -1,0 +1,112 @@
+"""Restores trained networks from the workdirs of runs, and their variables also from exports."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from etils import epath
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from imta_jax.adaptive import exported
+from imta_jax.adaptive.cost import ExitCost, exit_costs
+from imta_jax.errors import UsageError
+from imta_jax.models.multi_exit import MultiExitNetwork
+from imta_jax.training import checkpoint, phases, steps, train_state
+from imta_jax.training import workdir as layout
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+  """The network of a phase, with its chosen state.
+
+  Attributes:
+    name: Name of the phase.
+    model: The network.
+    weights: Its variables, on the host.
+    predict: The mapped evaluation step; see `steps.make_predict_step`.
+    costs: The cost up to each exit, [exit].
+  """
+
+  name: str
+  model: MultiExitNetwork
+  weights: train_state.Weights
+  predict: Callable
+  costs: list[ExitCost]
+
+
+def restore_network(workdir: epath.PathLike, index: int) -> TrainedNetwork:
+  """Restores the network of a phase from its checkpoints.
+
+  Args:
+    workdir: The run's folder.
+    index: Index of the phase, counted from 0.
+
+  Returns:
+    The network with its chosen state.
+
+  Raises:
+    UsageError: If the folder is not a workdir, or there is no intact checkpoint.
+  """
+  workdir = epath.Path(workdir)
+  config = layout.load_config(workdir)
+  phase, name, image_shape = (
+    config.phases[index],
+    layout.phase_name(index),
+    layout.image_shape(config),
+  )
+  model = phases.create_model(config, phase, len(layout.load_class_names(workdir)))
+  variables = phases.initial_variables(model, config.seed, image_shape)
+  # Only the structure of the optimizer's state matters.
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.0))
+  like = train_state.create_state(variables, phase.trained, optimizer)
+  folder = layout.checkpoint_folder(workdir, name)
+  with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+    chosen = chosen_state(checkpoints, like, phase, name, workdir)
+  costs = exit_costs(model, image_shape, variables)
+  predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
+  return TrainedNetwork(name, model, chosen.weights, predict, costs)
+
+
+def chosen_state(
+  checkpoints: checkpoint.Checkpoints,
+  like: train_state.TrainState,
+  phase: ConfigDict,
+  name: str,
+  workdir: epath.Path,
+) -> train_state.TrainState:
+  """Restores the state that the config of a phase chooses: the best or the last one.
+
+  Raises:
+    UsageError: If there is no intact checkpoint.
+  """
+  chosen = checkpoints.restore(like, phase.chosen_state)
+  if chosen is None:
+    raise UsageError(
+      f'{name} has no intact checkpoint in {workdir}: run the training command again'
+    )
+  return chosen
+
+
+def load_variables(folder: str) -> Mapping[str, Any]:
+  """Loads the variables of a trained network.
+
+  Args:
+    folder: The workdir of a run, whose last phase counts, or an export.
+
+  Raises:
+    UsageError: If the folder is neither, or corrupt.
+  """
+  path = epath.Path(folder)
+  if not (path / exported.MANIFEST).exists():
+    last = len(layout.load_config(path).phases) - 1
+    return restore_network(path, last).weights.variables
+  try:
+    manifest, _, weights, _ = exported.read_export(folder)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  names = manifest.get('variables', [])
+  if list(map(len, names)) != list(map(len, weights)):
+    raise UsageError(f'{folder} does not name all of its variables: export it again')
+  return unflatten_dict(dict(zip(sum(names, []), sum(weights, []), strict=True)), sep='/')
