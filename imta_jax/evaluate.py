@@ -15,14 +15,13 @@ import numpy as np
 import scipy.special
 from etils import epath
 
-from imta_jax.adaptive import untrusted
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.guarantee import CalibrationSet
 from imta_jax.adaptive.policy import OperatingPoint, budget_sweep, scores_and_correctness
 from imta_jax.adaptive.rules import DEFAULT_RULE, RULES, get_rule
 from imta_jax.adaptive.search import fit_temperatures
 from imta_jax.data.dataset import Batch, Dataset
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.figures import new_figure, save_figure
 from imta_jax.files import read_whole, write_csv, write_whole
 from imta_jax.runtime import replicate
@@ -30,26 +29,6 @@ from imta_jax.runtime import replicate
 SPLITS = ('validation', 'test')
 
 _EVALUATE_AGAIN = 'run the training command again, which evaluates again'
-
-# The form of the rows of evaluation.json that are read again.
-_FRACTIONS = [untrusted.is_fraction]
-_ROWS = {
-  'exits': {
-    'madds': untrusted.is_positive,
-    'params': untrusted.is_positive,
-    'test_top1': untrusted.is_fraction,
-  },
-  'budget': {
-    'parameter': untrusted.is_positive,
-    'thresholds': [untrusted.is_threshold],
-    'validation_accuracy': untrusted.is_fraction,
-    'validation_madds': untrusted.is_positive,
-    'validation_exit_fractions': _FRACTIONS,
-    'test_accuracy': untrusted.is_fraction,
-    'test_madds': untrusted.is_positive,
-    'test_exit_fractions': _FRACTIONS,
-  },
-}
 
 # Smallest range of the accuracy axis in figures, in percentage points.
 _SMALLEST_SPAN = 5
@@ -139,19 +118,14 @@ def load_predictions(path: epath.Path) -> Predictions:
     UsageError: If they are missing or corrupt.
   """
   arrays = _load_arrays(path)
-  logits, labels = (arrays.get(name, np.zeros(())) for name in ('logits', 'labels'))
-  kinds = logits.dtype.kind + labels.dtype.kind
-  if logits.ndim != 3 or not logits.size or labels.shape != logits.shape[1:2] or kinds != 'fi':
-    raise UsageError(
-      f'{path} has logits {logits.shape} and labels {labels.shape}, expected [exit, image, class] '
-      f'and [image]: {_EVALUATE_AGAIN}'
-    )
-  if labels.min() < 0 or labels.max() >= logits.shape[2]:
-    raise UsageError(
-      f'{path} has labels from {labels.min()} to {labels.max()}, but {logits.shape[2]} classes: '
-      f'{_EVALUATE_AGAIN}'
-    )
-  return Predictions(logits, labels)
+  try:
+    predictions = Predictions(arrays['logits'], arrays['labels'])
+    num_exits, num_images, _ = predictions.logits.shape
+    if not num_exits or predictions.labels.shape != (num_images,):
+      raise ValueError(f'labels {predictions.labels.shape} for logits {predictions.logits.shape}')
+  except (KeyError, ValueError) as error:
+    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
+  return predictions
 
 
 def save_scores(predictions: Predictions, path: epath.Path) -> None:
@@ -206,9 +180,10 @@ def _load_arrays(path):
   content = read_whole(path, _EVALUATE_AGAIN)
   try:
     # Read as a whole: TensorFlow's files, which buckets have, cannot be sought as zipfile does.
-    return untrusted.read_arrays(io.BytesIO(content))
-  except ValueError as error:
-    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
+    with np.load(io.BytesIO(content)) as arrays:
+      return dict(arrays)
+  except Exception as error:  # Corrupt files make their readers raise all kinds of exceptions.
+    raise UsageError(f'{path} is corrupt ({first_line(error)}): {_EVALUATE_AGAIN}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +261,7 @@ def load_costs(folder: epath.Path, name: str) -> list[ExitCost]:
   Raises:
     UsageError: If the network has none, or they are corrupt.
   """
-  return [ExitCost(row['madds'], row['params']) for row in _load_rows(folder, 'exits', name)]
+  return _load_rows(folder, name, 'exits', lambda row: ExitCost(row['madds'], row['params']))
 
 
 def load_accuracies(folder: epath.Path, name: str) -> list[float]:
@@ -295,7 +270,7 @@ def load_accuracies(folder: epath.Path, name: str) -> list[float]:
   Raises:
     UsageError: If the network has none, or they are corrupt.
   """
-  return [row['test_top1'] for row in _load_rows(folder, 'exits', name)]
+  return _load_rows(folder, name, 'exits', lambda row: row['test_top1'])
 
 
 def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
@@ -304,25 +279,23 @@ def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
   Raises:
     UsageError: If the network has none, or they are corrupt.
   """
-  points = []
-  for row in _load_rows(folder, 'budget', name):
-    row = {field: row[field] for field in _ROWS['budget']}
-    row['thresholds'] = tuple(math.inf if t is None else t for t in row['thresholds'])
-    points.append(OperatingPoint(**row))
-  return points
+
+  def point(row):
+    fields = {field.name: row[field.name] for field in dataclasses.fields(OperatingPoint)}
+    thresholds = [math.inf if t is None else t for t in fields['thresholds'][:-1]]
+    fields['thresholds'] = [*thresholds, -math.inf]
+    return OperatingPoint(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+  return _load_rows(folder, name, 'budget', point)
 
 
-def _load_rows(folder, table, name):
+def _load_rows(folder, name, table, parse):
   path = folder / 'evaluation.json'
-  content = read_whole(path, _EVALUATE_AGAIN) if path.exists() else json.dumps({table: []})
+  content = read_whole(path, _EVALUATE_AGAIN)
   try:
-    tables = untrusted.read_json(content)
-  except ValueError as error:
-    raise UsageError(f'{path} is corrupt ({error}): {_EVALUATE_AGAIN}') from error
-  schema = {table: [{'network': untrusted.is_text, **_ROWS[table]}]}
-  if not untrusted.matches_schema(tables, schema):
-    raise UsageError(f'{path} is corrupt, its rows {table!r} are not valid: {_EVALUATE_AGAIN}')
-  rows = [row for row in tables[table] if row['network'] == name]
+    rows = [parse(row) for row in json.loads(content)[table] if row['network'] == name]
+  except (ValueError, LookupError, TypeError, RecursionError) as error:
+    raise UsageError(f'{path} is corrupt ({first_line(error)}): {_EVALUATE_AGAIN}') from error
   if not rows:
     raise UsageError(f'{folder} has no evaluation of {name}: let the training command finish')
   return rows

@@ -12,9 +12,6 @@ from etils import epath
 
 from imta_jax.errors import UsageError, first_line
 
-# Bytes of a file that is read: those of predictions for a million images, 1000 classes and 4 exits.
-_LARGEST = 2**34
-
 _MAKE_ROOM = (
   'make room, correct its permissions or choose another place, then run the same command again'
 )
@@ -37,14 +34,9 @@ def read_whole(path: epath.Path, hint: str) -> bytes:
     hint: What to do if it cannot be used, for the message.
 
   Raises:
-    UsageError: If it is not a regular file, is too large or cannot be read.
+    UsageError: If it cannot be read.
   """
-  # Reading a pipe would wait, and reading a device might never end; epath takes both for files.
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise UsageError(f'{path} is not a regular file: {hint}')
   try:
-    if (size := size_and_time(path)[0]) > _LARGEST:
-      raise UsageError(f'{path} is too large ({size:,} bytes): {hint}')
     return path.read_bytes()
   except file_errors() as error:
     raise UsageError(f'{path} cannot be read ({reason_of(error)}): {hint}') from error

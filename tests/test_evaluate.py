@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
-import zipfile
 
 import jax
 import numpy as np
@@ -14,10 +12,11 @@ from matplotlib.figure import Figure
 
 from imta_jax import models
 from imta_jax.adaptive.cost import ExitCost
-from imta_jax.adaptive.policy import budget_sweep
+from imta_jax.adaptive.policy import budget_sweep, exit_scores
+from imta_jax.adaptive.rules import RULES
+from imta_jax.adaptive.search import fit_temperatures
 from imta_jax.errors import UsageError
 from imta_jax.evaluate import (
-  _ROWS,
   SPLITS,
   Evaluation,
   Predictions,
@@ -26,7 +25,9 @@ from imta_jax.evaluate import (
   load_costs,
   load_points,
   load_predictions,
+  load_scores,
   save_predictions,
+  save_scores,
   write_figure,
   write_tables,
 )
@@ -65,10 +66,6 @@ def test_accuracy_counts_labels_among_the_k_highest(predictions, k):
     expected.append(right / NUM_IMAGES)
   assert 0 < expected[0] < expected[1]
   np.testing.assert_allclose(predictions['test'].accuracy(k), expected)
-
-
-def test_accuracy_is_top_1_unless_told_otherwise(predictions):
-  np.testing.assert_array_equal(predictions['test'].accuracy(), predictions['test'].accuracy(1))
 
 
 def test_of_equal_logits_the_first_class_ranks_highest():
@@ -274,109 +271,55 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch)
   assert figures[1].axes[0].lines[0].get_marker() == '.'
 
 
-def damages():
-  """Arguments of `numpy.savez`, or bytes, that are no predictions of 2 images of 3 classes."""
-  logits, labels = np.zeros((1, 2, 3), np.float32), np.zeros(2, np.int32)
-  return {
-    'nothing': b'',
-    'text': b'logits',
-    'no labels': {'logits': logits},
-    'no exits': {'logits': logits[0], 'labels': labels},
-    'no images': {'logits': logits[:, :0], 'labels': labels[:0]},
-    'labels missing': {'logits': logits, 'labels': labels[:1]},
-    'labels of two axes': {'logits': logits, 'labels': labels[np.newaxis]},
-    'labels that are no integers': {'logits': logits, 'labels': labels.astype(np.float32)},
-    'a label below': {'logits': logits, 'labels': labels - 1},
-    'a label beyond': {'logits': logits, 'labels': labels + 3},
-    'complex logits': {'logits': logits.astype(complex), 'labels': labels},
-    'objects': {'logits': logits.astype(object), 'labels': labels},
-  }
+@pytest.mark.parametrize('rule', RULES)
+def test_scores_are_those_of_the_rule(predictions, tmp_path, rule):
+  path, validation = epath.Path(tmp_path) / 'scores.npz', predictions['validation']
+  save_scores(validation, path)
+  scores, temperatures = load_scores(path, rule)
+  probabilities = validation.probabilities()
+  np.testing.assert_array_equal(temperatures, fit_temperatures(probabilities, validation.labels))
+  np.testing.assert_array_equal(scores.scores, exit_scores(probabilities, rule, temperatures))
+  np.testing.assert_array_equal(scores.correct, probabilities.argmax(-1) == validation.labels)
 
 
-@pytest.mark.parametrize('damage', damages())
-def test_corrupt_predictions_are_refused_by_name(tmp_path, damage):
-  path, content = epath.Path(tmp_path) / 'phase_1_test.npz', damages()[damage]
-  if isinstance(content, dict):
-    np.savez(path, **content)
-  else:
-    path.write_bytes(content)
-  with pytest.raises(UsageError, match='phase_1_test.npz .*: run the training command again'):
-    load_predictions(path)
-
-
-@pytest.mark.slow
-def test_predictions_that_would_fill_memory_are_refused(tmp_path):
-  path = epath.Path(tmp_path) / 'phase_1_test.npz'
-  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
-    for name in range(5):
-      with archive.open(f'{name}.npy', 'w') as entry:
-        for _ in range(4):
-          entry.write(bytes(2**26))
-  with pytest.raises(
-    UsageError, match='phase_1_test.npz is corrupt .* would grow to 1,342,177,280'
-  ):
-    load_predictions(path)
-
-
-def test_pipes_huge_and_missing_files_are_refused_at_once(tmp_path):
-  for name, load in (('phase_1_test.npz', load_predictions), ('evaluation.json', load_tables)):
-    path = epath.Path(tmp_path) / name
-    with pytest.raises(UsageError, match='evaluation.json|phase_1_test.npz|has no evaluation'):
-      load(path)
-    path.write_bytes(b'')
-    os.truncate(path, 2**40)
-    with pytest.raises(UsageError, match=f'{name} is too large .1,099,511,627,776 bytes'):
-      load(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(UsageError, match=f'{name} is not a regular file'):
-      load(path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(UsageError, match=f'{name} is not a regular file'):
-      load(path)
-
-
-def load_tables(path):
-  return load_costs(path.parent, 'IMTA')
+LOGITS, LABELS = np.zeros((1, 2, 3), np.float32), np.zeros(2, np.int32)
 
 
 @pytest.mark.parametrize(
   'content',
   [
-    b'',
-    b'[]',
-    b'3',
-    b'\xff',
-    b'[' * 100_000,
-    b'{}',
-    b'{"exits": {}, "budget": {}}',
-    b'{"exits": [3], "budget": [3]}',
-    b'{"exits": [{}], "budget": [{}]}',
-    b'{"exits": [{"network": "IMTA"}], "budget": [{"network": "IMTA"}]}',
+    {'logits': LOGITS},
+    {'logits': LOGITS[0], 'labels': LABELS},
+    {'logits': LOGITS[:0], 'labels': LABELS},
+    {'logits': LOGITS, 'labels': LABELS[:1]},
+    {'logits': LOGITS.astype(object), 'labels': LABELS},
   ],
-  ids=range(10),
+  ids=['no labels', 'no exits', 'empty', 'labels missing', 'objects'],
 )
-def test_corrupt_tables_are_refused_by_name(tmp_path, content):
-  folder = epath.Path(tmp_path)
-  (folder / 'evaluation.json').write_bytes(content)
-  for load in (load_costs, load_accuracies, load_points):
-    with pytest.raises(UsageError, match='evaluation.json is corrupt') as caught:
-      load(folder, 'IMTA')
-    assert '\n' not in str(caught.value)
+def test_corrupt_arrays_are_refused_by_name(tmp_path, content):
+  path = epath.Path(tmp_path) / 'phase_1.npz'
+  np.savez(path, **content)
+  for load in (load_predictions, lambda path: load_scores(path, 'margin')):
+    with pytest.raises(UsageError, match='phase_1.npz is corrupt .*: run the training command'):
+      load(path)
 
 
-@pytest.mark.parametrize('value', [None, 'x', -1, 1e999, float('nan'), 10**400, [], [None]])
-def test_every_value_of_a_table_is_checked(tables, tmp_path, value):
-  folder = epath.Path(tmp_path)
-  for load, table in ((load_costs, 'exits'), (load_points, 'budget')):
-    for field in _ROWS[table]:
-      if field == 'thresholds' and value in ([], [None]):
-        continue  # A threshold may be infinite.
-      if field.endswith('fractions') and value == []:
-        continue
-      content = json.loads((tables / 'evaluation.json').read_text())
-      content[table][-1][field] = value
-      (folder / 'evaluation.json').write_text(json.dumps(content))
-      with pytest.raises(UsageError, match=f"its rows '{table}' are not valid"):
-        load(folder, content[table][0]['network'])
+@pytest.mark.parametrize('load', [load_predictions, load_costs, load_accuracies, load_points])
+@pytest.mark.parametrize('content', [None, b'', b'[]', b'\xff', b'{"exits": [3], "budget": [3]}'])
+def test_missing_and_corrupt_files_are_refused_by_name(tmp_path, load, content):
+  path = epath.Path(tmp_path) / 'evaluation.json'
+  if content is not None:
+    path.write_bytes(content)
+  arguments = (path,) if load is load_predictions else (path.parent, 'IMTA')
+  reason = 'cannot be read' if content is None else 'is corrupt'
+  with pytest.raises(UsageError, match=f'evaluation.json {reason}') as caught:
+    load(*arguments)
+  assert '\n' not in str(caught.value)
+
+
+def test_networks_are_loaded_as_they_were_written(tables, evaluation):
+  assert load_costs(tables, 'IMTA') == COSTS
+  assert load_accuracies(tables, 'IMTA') == pytest.approx(list(evaluation.accuracies['test', 1]))
+  assert load_points(tables, 'IMTA') == list(evaluation.points)
+  with pytest.raises(UsageError, match='has no evaluation of ISC'):
+    load_points(tables, 'ISC')

@@ -10,8 +10,6 @@ from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax.adaptive.cost import ExitCost
-from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.errors import UsageError
 from imta_jax.evaluate import SPLITS, Predictions, assess, save_predictions, write_tables
 from imta_jax.training import workdir as layout
 
@@ -68,17 +66,3 @@ def test_wrong_arguments_and_corrupt_workdirs_end_in_one_line(workdir, tmp_path)
   done = run(workdir)
   assert done.returncode == 2 and done.stderr.count('\n') == 1
   assert 'for the 2 exits of madds' in done.stderr
-
-
-def test_a_network_is_not_loaded_from_files_that_disagree(workdir):
-  message = r'2 exits .* and 2 classes .classes.json., but its predictions are of 2 exits and 3'
-  (workdir / 'classes.json').write_text('["a", "b"]')
-  with pytest.raises(UsageError, match=message):
-    AdaptiveClassifier.from_workdir(workdir)
-  (workdir / 'classes.json').write_text('["a", "b", "c"]')
-  path = layout.predictions_path(workdir, 'phase_1', 'validation')
-  save_predictions(Predictions(np.zeros((3, 4, 3), np.float32), np.zeros(4, np.int32)), path)
-  with pytest.raises(UsageError, match='but its predictions are of 3 exits and 3 classes'):
-    AdaptiveClassifier.from_workdir(workdir)
-  with pytest.raises(UsageError, match='phase 3 does not exist'):
-    AdaptiveClassifier.from_workdir(workdir, phase=2)

@@ -335,9 +335,8 @@ def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finis
   labels = random.integers(0, 3, 200, dtype=np.int32)
   logits = random.normal(size=(2, 200, 3)) + 2 * np.eye(3)[labels] * [[[0.5]], [[1.0]]]
   validation = evaluate.Predictions(logits.astype(np.float32), labels)
-  path = layout.predictions_path(workdir, 'phase_1', 'validation')
-  evaluate.save_predictions(validation, path)
-  classifier = AdaptiveClassifier.from_workdir(workdir, 0, rule, sweep)
+  evaluate.save_scores(validation, layout.scores_path(workdir, 'phase_1'))
+  classifier = AdaptiveClassifier.from_workdir(workdir, phase=0, rule=rule, sweep=sweep)
   splits = (validation.probabilities(), validation.labels) * 2
   how = {'rule': rule, 'temperatures': classifier.temperatures}
   madds = classifier.madds
