@@ -46,7 +46,8 @@ def test_budgets_are_those_of_the_geometric_shares(splits):
 
 def test_the_margin_is_that_of_differences_image_by_image(splits):
   test = splits['test']
-  scores, correct = policy.scores_and_correctness('test', test.probabilities(), test.labels, 3)
+  images = policy.scores_and_correctness('test', test.probabilities(), test.labels, 3)
+  scores, correct = images.scores, images.correct
   points = policy.budget_sweep(
     *(x for split in splits.values() for x in (split.probabilities(), split.labels)), MADDS
   )
