@@ -10,7 +10,7 @@ Cost: 300 + 180 epochs of 703 steps; 89 million multiply-adds per image at the l
 Data: `tfds build cifar10`; otherwise the first run downloads it.
 """
 
-from imta_jax import baselines
+from imta_jax.models import baselines
 from imta_jax import config as config_lib
 
 

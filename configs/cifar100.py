@@ -6,16 +6,17 @@
     python -m imta_jax.main --config=configs/cifar100.py:network=resnet-62,exits=7
 
 Other networks are resnet-20, -32, … -110, densenet-40, -52, …, densenet_bc-40, -52, … -100 and
-hydranet-1, … -9; see imta_jax/baselines.py. They have one exit and phase I alone unless `exits`
-says otherwise: that places exits after equal numbers of blocks or layers and keeps both phases.
-Then `'--config.model.exits_after=(4, 8, 14, 18, 24, 28)'` moves them, here as in the MSDNet paper.
+hydranet-1, … -9; see imta_jax/models/baselines.py. They have one exit and phase I alone unless
+`exits` says otherwise: that places exits after equal numbers of blocks or layers and keeps both
+phases. Then `'--config.model.exits_after=(4, 8, 14, 18, 24, 28)'` moves them, here as in the MSDNet
+paper.
 
 The paper reaches in Table 1 (top-1, exits 1 to 7): 64.00 68.41 71.86 73.50 74.46 75.39 75.96 %.
 Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds per image at the last exit.
 Data: `tfds build cifar100`; otherwise the first run downloads it.
 """
 
-from imta_jax import baselines
+from imta_jax.models import baselines
 from imta_jax import config as config_lib
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from imta_jax import command_line, files, prepare
+from imta_jax import command_line, files
+from imta_jax.data import prepare
 from imta_jax.data.arrays import SPLITS
 
 

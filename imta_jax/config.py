@@ -30,7 +30,7 @@ def default() -> ConfigDict:
         'name': 'cifar100',
         # TFDS folder (default: TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of images.
         'data_dir': config_dict.placeholder(str),
-        # Folder written by imta_jax.prepare, to be used instead of TFDS.
+        # Folder written by imta_jax.data.prepare, to be used instead of TFDS.
         'arrays_dir': config_dict.placeholder(str),
         'train_split': 'train',
         'test_split': 'test',

@@ -73,8 +73,8 @@ def import_tensorflow() -> None:
   except ModuleNotFoundError as error:
     raise UsageError(
       'TensorFlow is not installed, but reading this data set requires it: pip install tensorflow '
-      'tensorflow-datasets, or set config.dataset.arrays_dir to a folder that imta_jax.prepare '
-      'wrote on another machine'
+      'tensorflow-datasets, or set config.dataset.arrays_dir to a folder that '
+      'imta_jax.data.prepare wrote on another machine'
     ) from error
   finally:
     os.dup2(stderr, 2)

@@ -1,13 +1,10 @@
-"""Small data sets as plain arrays, cached between runs or copied to another machine."""
+"""Small data sets as plain arrays in a file, cached between runs or copied to another machine."""
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
-import shutil
 import tempfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -15,15 +12,13 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from imta_jax.errors import UsageError
+from imta_jax.errors import UsageError, first_line
 from imta_jax.files import size_and_time
 from imta_jax.runtime import cache_folder
 
 SPLITS = ('train', 'validation', 'test')
 _FIELDS = ('name', 'train_split', 'test_split', 'validation_size')
-_PART_BYTES = 48_000_000
-# What reading raises if files are missing or corrupt.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RecursionError)
+_FILE = 'arrays.npz'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,34 +51,27 @@ def load(dataset: ConfigDict) -> Arrays | None:
   """
   if dataset.arrays_dir:
     return _load_arrays_dir(dataset)
-  folder = _cache_folder(dataset)
   try:
-    record = json.loads((folder / 'record.json').read_text())
-    if record['stamp'] != list(size_and_time(epath.Path(record['source']))):
-      return None
-    return _read_parts(folder, record)
-  except _READ_ERRORS:
+    record, arrays = _read(_cache_folder(dataset))
+    is_current = record['stamp'] == list(size_and_time(epath.Path(record['source'])))
+  except Exception:  # Corrupt files raise all kinds of exceptions.
     return None
+  return arrays if is_current else None
 
 
 def _load_arrays_dir(dataset):
-  folder = epath.Path(dataset.arrays_dir)
-  hint = 'write it again with python -m imta_jax.prepare'
+  place = f'config.dataset.arrays_dir is {dataset.arrays_dir}'
+  hint = 'write it again with python -m imta_jax.data.prepare'
   try:
-    record = json.loads((folder / 'record.json').read_text())
-    arrays = _read_parts(folder, record)
-  except _READ_ERRORS as error:
-    is_clear = isinstance(error, OSError | ValueError)
+    record, arrays = _read(epath.Path(dataset.arrays_dir))
+  except Exception as error:  # Corrupt files raise all kinds of exceptions.
     raise UsageError(
-      f'config.dataset.arrays_dir is {dataset.arrays_dir}, which does not contain a complete data '
-      f'set ({error if is_clear else f"record.json is corrupt: {error!r}"}): {hint}'
+      f'{place}, which does not contain a complete data set ({first_line(error)}): {hint}'
     ) from error
   for field in _FIELDS:
-    if (value := record.get(field)) != dataset[field]:
-      raise UsageError(
-        f'config.dataset.arrays_dir is {dataset.arrays_dir}, whose {field} is {value!r}, not '
-        f'{dataset[field]!r}: {hint}'
-      )
+    value = record.get(field)
+    if value != dataset[field]:
+      raise UsageError(f'{place}, whose {field} is {value!r}, not {dataset[field]!r}: {hint}')
   return arrays
 
 
@@ -97,99 +85,44 @@ def store(dataset: ConfigDict, arrays: Arrays, source: epath.Path) -> None:
   """
   folder = _cache_folder(dataset)
   try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-      part = epath.Path(temporary) / 'arrays'
-      write(dataset, arrays, part, {'source': str(source), 'stamp': size_and_time(source)})
-      shutil.rmtree(folder, ignore_errors=True)
-      os.replace(part, folder)
+    write(dataset, arrays, folder, source=str(source), stamp=size_and_time(source))
   except OSError as error:
     logging.warning('The data set could not be cached in %s (%s).', folder, error.strerror)
 
 
-def write(
-  dataset: ConfigDict, arrays: Arrays, folder: epath.Path, extra: dict[str, Any] | None = None
-) -> list[epath.Path]:
-  """Writes a data set to a folder, in parts of limited size.
+def write(dataset: ConfigDict, arrays: Arrays, folder: epath.Path, **record: Any) -> epath.Path:
+  """Writes a data set to a folder, atomically.
 
   Args:
     dataset: The data set's config.
     arrays: The data set.
-    folder: The folder to write.
-    extra: More fields for record.json.
+    folder: The folder, which is made if it does not exist.
+    **record: What else is recorded.
 
   Returns:
-    The folders of the parts.
+    The file.
 
   Raises:
-    OSError: If a file cannot be written; without record.json, which comes last, `load` refuses the
-      folder.
+    OSError: If it cannot be written.
   """
-  parts, bytes_left = [], 0
-  num_chunks, checksums = {}, {}
-  for split in SPLITS:
-    images, labels = arrays.images[split], arrays.labels[split]
-    chunk_size = max(1, _PART_BYTES // (images[:1].nbytes + labels[:1].nbytes))
-    starts = range(0, len(labels), chunk_size)
-    num_chunks[split] = len(starts)
-    for number, start in enumerate(starts):
-      chunk = slice(start, start + chunk_size)
-      size = images[chunk].nbytes + labels[chunk].nbytes
-      if size > bytes_left:
-        parts.append(folder / f'part_{len(parts)}')
-        parts[-1].mkdir(parents=True, exist_ok=True)
-        bytes_left = _PART_BYTES
-      bytes_left -= size
-      for kind, array in (('images', images), ('labels', labels)):
-        name = f'{split}_{kind}_{number}.npy'
-        content = io.BytesIO()  # Errors in writing an array to a file do not say the reason.
-        np.save(content, array[chunk])
-        (parts[-1] / name).write_bytes(content.getvalue())
-        checksums[name] = _checksum(array[chunk])
-  record = {field: dataset[field] for field in _FIELDS} | {
-    'class_names': arrays.class_names,
-    'num_chunks': num_chunks,
-    'crc32': checksums,
-  }
-  (folder / 'record.json').write_text(json.dumps(record | (extra or {}), indent=2) + '\n')
-  return parts
+  record |= {field: dataset[field] for field in _FIELDS} | {'class_names': arrays.class_names}
+  images = {f'{split}_images': array for split, array in arrays.images.items()}
+  labels = {f'{split}_labels': array for split, array in arrays.labels.items()}
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
+    part = os.path.join(temporary, _FILE)
+    np.savez(part, record=json.dumps(record), **images, **labels)
+    os.replace(part, folder / _FILE)
+  return folder / _FILE
 
 
-def _read_parts(folder: epath.Path, record: dict[str, Any]) -> Arrays:
-  """Reads the arrays that `write` wrote; each chunk may be in any subfolder."""
-  paths = {path.name: path for path in folder.glob('*/*.npy')}
-
-  class_names = record['class_names']
-  if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-    raise ValueError('class_names in record.json are not names')
-
-  def load_chunks(split, kind):
-    chunks = []
-    for number in range(record['num_chunks'][split]):
-      name = f'{split}_{kind}_{number}.npy'
-      if name not in paths:
-        raise ValueError(f'{name} is missing')
-      chunks.append(_load_chunk(paths[name], record['crc32'][name]))
-    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-
-  images = {split: load_chunks(split, 'images') for split in SPLITS}
-  labels = {split: load_chunks(split, 'labels') for split in SPLITS}
-  return Arrays(class_names, images, labels)
-
-
-def _load_chunk(path, checksum):
-  try:
-    # Mapped first, because a header may claim more elements than the file or the memory has.
-    chunk = np.array(np.lib.format.open_memmap(path, mode='r'))
-  except (OSError, ValueError, OverflowError) as error:
-    raise ValueError(f'{path.name} is corrupt: {error}') from error
-  if _checksum(chunk) != checksum:
-    raise ValueError(f'{path.name} is corrupt')
-  return chunk
-
-
-def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array))
+def _read(folder: epath.Path) -> tuple[dict[str, Any], Arrays]:
+  """Reads the record and the arrays that `write` wrote; the file contains their checksums."""
+  with np.load(folder / _FILE, allow_pickle=False) as content:
+    record = json.loads(content['record'].item())
+    images = {split: content[f'{split}_images'] for split in SPLITS}
+    labels = {split: content[f'{split}_labels'] for split in SPLITS}
+  return record, Arrays(record['class_names'], images, labels)
 
 
 def _cache_folder(dataset: ConfigDict) -> epath.Path:

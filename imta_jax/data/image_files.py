@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +34,7 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
   """Finds image files.
 
   Args:
-    paths: Files, with any extension, and folders, which are searched for images by `find_files`.
+    paths: Files, with any extension, and folders, which are searched by `find_files`.
 
   Yields:
     Paths in the given order; the files of a folder are sorted by name.
@@ -55,29 +54,23 @@ def is_image(path: str) -> bool:
   return path.lower().endswith(EXTENSIONS)
 
 
-def find_files(folder: str, seen: set[Path] | None = None) -> Iterator[str]:
+def find_files(folder: str) -> Iterator[str]:
   """Yields the visible files in a folder and its subfolders, sorted by name.
 
-  Args:
-    folder: Where to search. Links to folders are followed.
-    seen: Folders that are left out, to which those that are searched are added; by default the
-      folder and its parents, so that links in a circle end.
+  Links to folders are followed, but no folder is searched twice, so that links in a circle end.
 
   Raises:
     UsageError: If a folder cannot be read.
   """
-  if seen is None:
-    start = Path(os.path.realpath(folder))
-    seen = {start, *start.parents}
-  folders, files = list_folder(folder)
-  for name in files:
-    yield os.path.join(folder, name)
-  for name in folders:
-    path = os.path.join(folder, name)
-    target = Path(os.path.realpath(path))
-    if target not in seen:
-      seen.add(target)
-      yield from find_files(path, seen)
+  seen = set(Path(os.path.realpath(folder)).parents)
+  for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+    target = Path(os.path.realpath(place))
+    if target in seen:
+      folders.clear()
+      continue
+    seen.add(target)
+    folders[:] = _visible(folders)
+    yield from (os.path.join(place, name) for name in _visible(files))
 
 
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
@@ -87,11 +80,11 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
     UsageError: If the folder cannot be read.
   """
   _, folders, files = next(os.walk(folder, onerror=_refuse))
-  return sorted(filter(_is_visible, folders)), sorted(filter(_is_visible, files))
+  return _visible(folders), _visible(files)
 
 
-def _is_visible(name):
-  return not name.startswith('.') and name.lower() not in _SYSTEM_NAMES
+def _visible(names):
+  return sorted(n for n in names if not n.startswith('.') and n.lower() not in _SYSTEM_NAMES)
 
 
 def _refuse(error: OSError) -> None:
@@ -188,11 +181,13 @@ def image_size_and_channels(file: str | BinaryIO) -> tuple[tuple[int, int], int]
 def _open(file, max_pixels):
   """Opens an image; whatever Pillow raises inside becomes an ImageError."""
   try:
-    if isinstance(file, str) and not os.path.isdir(file):
-      _check_regular(file)
+    # Opening a pipe would wait forever.
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+      raise ImageError('not a regular file')
     with Image.open(file, formats=_FORMATS) as image:
       if image.width * image.height > max_pixels:
-        raise ImageError(_too_large(f'{image.width} x {image.height}', max_pixels))
+        size = f'{image.width} x {image.height}'
+        raise ImageError(f'too large: {size} exceeds {max_pixels:,} pixels')
       # Nothing says which value is white. (Portable greymaps of mode I have values up to 65535.)
       if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):
         kind = 'floating-point numbers' if image.mode == 'F' else '32-bit integers'
@@ -200,22 +195,11 @@ def _open(file, max_pixels):
       yield image
   except ImageError:
     raise
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise ImageError(_too_large('it', max_pixels)) from error
   except Image.UnidentifiedImageError as error:
     raise ImageError(f'not an image: expected {", ".join(_FORMATS)}') from error
   except Exception as error:  # Pillow raises all kinds of exceptions for corrupt files.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     raise ImageError(f'cannot be read: {reason or type(error).__name__}') from error
-
-
-def _check_regular(path):
-  if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait forever.
-    raise ImageError('not a regular file')
-
-
-def _too_large(size, max_pixels):
-  return f'too large: {size} exceeds {max_pixels:,} pixels'
 
 
 def _decode(image, mode):

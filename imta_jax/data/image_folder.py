@@ -4,8 +4,8 @@ import bisect
 import collections
 import dataclasses
 import hashlib
-import itertools
 import os
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +35,8 @@ _SPLIT_OF_FOLDER = {
   **dict.fromkeys(('val', 'valid', 'validation'), 'validation'),
   **dict.fromkeys(('test', 'testing', 'test_set'), 'test'),
 }
-# Number of images whose headers `survey` reads, of bad files that an error names, and of classes
-# that `ImageFolder.summary` names.
-_SURVEYED, _NAMED, _CLASSES_NAMED = 1_000, 5, 20
+# Number of images whose headers `survey` reads, and of bad files that an error names.
+_SURVEYED, _NAMED = 1_000, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,11 @@ class ImageFolder:
 
   def summary(self) -> str:
     """Returns the classes, the numbers of images and what was ignored, in one line."""
-    names = self.class_names[:_CLASSES_NAMED]
-    more = ['…'] if len(self.class_names) > len(names) else []
+    names = textwrap.shorten(', '.join(self.class_names), 100, placeholder=' …')
     counts = ', '.join(f'{len(paths):,} {split}' for split, paths in self.paths.items())
     ignored = ', '.join(f'{count:,} × {kind}' for kind, count in self.ignored.items())
     return (
-      f'{len(self.class_names)} classes ({", ".join(names + more)}); {counts} images'
+      f'{len(self.class_names)} classes ({names}); {counts} images'
       + (' (split by a hash of their paths)' if self.is_split_here else '')
       + (f'; ignored: {ignored}' if ignored else '')
     )
@@ -109,35 +107,28 @@ def scan(root: str) -> ImageFolder:
     )
   folders, ignored = _split_folders(root)
   classes = {split: _find_classes(path, ignored) for split, path in folders.items()}
-  train = classes.pop('train')
-  class_names = sorted(train)
+  class_names = sorted(classes['train'])
   for split, found in classes.items():
-    if unknown := sorted(set(found) - set(train)):
+    unknown = sorted(found.keys() - classes['train'].keys())
+    if unknown:
       raise UsageError(
         f'{folders[split]} has a class {unknown[0]!r} that the training images do not have'
       )
-  splits = {split: classes.get(split, {}) for split in SPLITS}
   shares = {split: share for split, share in _SHARES.items() if split not in classes}
-  for name in class_names:
-    if len(train[name]) <= len(shares):
+  paths, labels = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
+  for label, name in enumerate(class_names):
+    of_class = {split: found.get(name, []) for split, found in classes.items()}
+    if len(of_class['train']) <= len(shares):
       raise UsageError(
-        f'class {name!r} of {root} has {len(train[name])} training image(s), too few to hold some '
-        'out: add images'
+        f'class {name!r} of {root} has {len(of_class["train"])} training image(s), too few to hold '
+        'some out: add images'
       )
-    parts = _split_off(train[name], root, shares.values())
-    for split, paths in zip((*shares, 'train'), parts, strict=True):
-      splits[split][name] = paths
-  of_classes = {split: [splits[split].get(name, []) for name in class_names] for split in SPLITS}
-  return ImageFolder(
-    class_names,
-    {split: list(itertools.chain(*parts)) for split, parts in of_classes.items()},
-    {
-      split: np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, parts)))
-      for split, parts in of_classes.items()
-    },
-    'test' in shares,
-    ignored,
-  )
+    of_class |= _split_off(of_class['train'], root, shares)
+    for split in SPLITS:
+      paths[split] += of_class[split]
+      labels[split] += [label] * len(of_class[split])
+  labels = {split: np.array(values, np.int32) for split, values in labels.items()}
+  return ImageFolder(class_names, paths, labels, 'test' in shares, ignored)
 
 
 def _split_folders(root):
@@ -173,22 +164,27 @@ def _split_off(paths, root, shares):
   So adding or removing a file moves no other one, with one exception: a part that would be empty
   takes the file with the nearest hash, which goes back when another file comes below the threshold.
 
+      hashes a: 0.1, b: 0.25, c: 0.5; shares {'test': 0.2, 'validation': 0.1}; thresholds 0.2, 0.28
+      → {'test': [a], 'validation': [b], 'train': [c]}
+
   Args:
     paths: The files, more than there are shares.
     root: What their paths are relative to.
-    shares: The share of each part but the last in what the parts before it leave.
+    shares: {split: share in what the splits before it leave}.
 
   Returns:
-    The parts, each with a file or more.
+    {split: files}, with a file or more each; 'train' has those that are left.
   """
   hashed = sorted((_hash(relative_name(path, root)), path) for path in paths)
-  ends, bound = [0], 0
-  for number_left, share in zip(range(len(shares), 0, -1), shares, strict=True):
-    bound += share * (1 - bound)
-    end = bisect.bisect(hashed, (bound,))
-    ends.append(min(max(end, ends[-1] + 1), len(hashed) - number_left))
   ordered = [path for _, path in hashed]
-  return [ordered[start:end] for start, end in itertools.pairwise([*ends, None])]
+  parts, start, threshold = {}, 0, 0
+  for index, (split, share) in enumerate(shares.items()):
+    threshold += share * (1 - threshold)
+    last_end = len(ordered) - (len(shares) - index)  # Leaves each later part a file.
+    end = min(max(bisect.bisect(hashed, (threshold,)), start + 1), last_end)
+    parts[split] = ordered[start:end]
+    start = end
+  return {**parts, 'train': ordered[start:]}
 
 
 def _hash(name):

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,7 @@ SOURCE_AXES = (None, None, None, 0)
 
 
 def check(shape: Sequence[int | None], dataset: ConfigDict) -> None:
-  """Checks that the images of a data set match its config.
-
-  Args:
-    shape: (height, width, channels) of the images; None for sizes that vary.
-    dataset: Config of the data set.
+  """Checks that images of a shape, with None for sizes that vary, match the data set's config.
 
   Raises:
     UsageError: If they do not.
@@ -71,14 +67,13 @@ class InMemoryDataset(Dataset):
 
   def train_reader(self, phase: int, first_step: int) -> Callable[[int], tuple[jax.Array, ...]]:
     images, labels = runtime.replicate((self.arrays.images['train'], self.arrays.labels['train']))
-    epoch, plan = None, None
+
+    @lru_cache(maxsize=1)
+    def plan(epoch):
+      return self._plan_epoch(np.int32(shuffle_number(phase, epoch)))
 
     def read(step):
-      nonlocal epoch, plan
-      if epoch != step // self.steps_per_epoch:
-        epoch = step // self.steps_per_epoch
-        plan = self._plan_epoch(np.int32(shuffle_number(phase, epoch)))
-      return images, labels, plan, runtime.device_numbers()
+      return images, labels, plan(step // self.steps_per_epoch), runtime.device_numbers()
 
     return read
 
@@ -131,7 +126,8 @@ def draw_batch(config: ConfigDict, source: tuple[jax.Array, ...], step: jax.Arra
     jax.lax.dynamic_slice_in_dim(array, start, per_device) for array in plan
   )
   image = preprocess.crop_and_flip(images[indices], corners, mirrored, config.dataset.padding)
-  return {'image': _normalize(config, image), 'label': labels[indices]}
+  image = preprocess.normalize(image, config.dataset.mean, config.dataset.std)
+  return {'image': image, 'label': labels[indices]}
 
 
 def plan_epoch(
@@ -164,14 +160,10 @@ def _keys_of_images(key, first, count):
 
 def _prepare(config, device, start, batch, augments):
   """Normalises an evaluation batch on its device."""
-  image = batch['image']
+  image, dataset = batch['image'], config.dataset
   if augments:
-    key, dataset = jax.random.fold_in(jax.random.key(config.seed), start), config.dataset
+    key = jax.random.fold_in(jax.random.key(config.seed), start)
     keys = _keys_of_images(key, device * len(image), len(image))
     crops = preprocess.draw_crops(keys, dataset.padding, dataset.flip)
     image = preprocess.crop_and_flip(image, *crops, dataset.padding)
-  return {**batch, 'image': _normalize(config, image)}
-
-
-def _normalize(config, images):
-  return preprocess.normalize(images, config.dataset.mean, config.dataset.std)
+  return {**batch, 'image': preprocess.normalize(image, dataset.mean, dataset.std)}

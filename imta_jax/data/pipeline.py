@@ -1,29 +1,21 @@
-"""Opens the data set that a config names: through TFDS, from arrays, or a folder of images.
-
-TensorFlow is imported only if TFDS has to read the data.
-"""
+"""Opens the data set that a config names: through TFDS, from arrays, or a folder of images."""
 
 import contextlib
-import json
-import os
-import re
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from imta_jax import runtime
-from imta_jax.data import image_folder, tfds_files
+from imta_jax.data import arrays, image_folder, in_memory, tfds_sets
 from imta_jax.data.dataset import Dataset
-from imta_jax.errors import UsageError, first_line
-from imta_jax.runtime import import_tensorflow
-
-_TFDS_FOLDER = '~/tensorflow_datasets'  # The default of TFDS.
+from imta_jax.data.folder_reader import FolderReader
+from imta_jax.data.in_memory import InMemoryDataset
+from imta_jax.data.streamed import StreamedDataset
+from imta_jax.data.tfds_reader import TfdsReader
+from imta_jax.errors import UsageError
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -46,7 +38,12 @@ def open_dataset(config: ConfigDict) -> Dataset:
         f'make it a multiple of {jax.device_count()}'
       )
   with _first_host_first():
-    dataset = _open_in_memory(config) if config.dataset.in_memory else _open_streamed(config)
+    if config.dataset.name == image_folder.NAME:
+      dataset = _open_folder(config)
+    elif config.dataset.in_memory:
+      dataset = _open_in_memory(config)
+    else:
+      dataset = _open_streamed(config)
   if dataset.num_images['train'] < config.batch_size:
     raise UsageError(
       f'config.batch_size is {config.batch_size}, more than the number of training images '
@@ -80,134 +77,40 @@ def _check_hosts_agree(dataset: Dataset, name: str) -> None:
     )
 
 
-def _open_in_memory(config: ConfigDict) -> Dataset:
-  from imta_jax.data import arrays, in_memory, tfds_arrays
+def _open_folder(config: ConfigDict) -> Dataset:
+  dataset = config.dataset
+  side = dataset.image_size
+  folder = image_folder.scan(dataset.data_dir)
+  if jax.process_index() == 0:
+    print(
+      f'{dataset.data_dir}: {folder.summary()} → {side} × {side} pixels, '
+      f'{"in memory" if dataset.in_memory else "streamed"}'
+    )
+  if dataset.in_memory:
+    shape = (side, side, len(dataset.mean))
+    return InMemoryDataset(image_folder.read(folder, shape, dataset.crop), config)
+  image_folder.check_headers(folder)  # Better found now than in the middle of an epoch.
+  num_images = {split: len(paths) for split, paths in folder.paths.items()}
+  return StreamedDataset(FolderReader(folder, config), folder.class_names, num_images, config)
 
-  if config.dataset.name == image_folder.NAME:
-    side, channels = config.dataset.image_size, len(config.dataset.mean)
-    folder = _scan(config.dataset)
-    stored = image_folder.read(folder, (side, side, channels), config.dataset.crop)
-    return in_memory.InMemoryDataset(stored, config)
+
+def _open_in_memory(config: ConfigDict) -> Dataset:
   stored = arrays.load(config.dataset)
   if stored is not None:
     in_memory.check(stored.images['train'].shape[1:], config.dataset)
-    return in_memory.InMemoryDataset(stored, config)
-  builder = _prepared_builder(config.dataset)
-  splits = _splits(builder, config.dataset)
+    return InMemoryDataset(stored, config)
+  builder = tfds_sets.open_builder(config.dataset)
+  splits = tfds_sets.find_splits(builder, config.dataset)
   in_memory.check(builder.info.features['image'].shape, config.dataset)
-  content = tfds_arrays.read(builder, splits)
-  dataset = in_memory.InMemoryDataset(content, config)  # Checks the labels.
+  content = tfds_sets.read_arrays(builder, splits)
+  dataset = InMemoryDataset(content, config)  # Checks the labels.
   arrays.store(config.dataset, content, builder.data_path / 'dataset_info.json')
   return dataset
 
 
 def _open_streamed(config: ConfigDict) -> Dataset:
-  from imta_jax.data import streamed
-
-  if config.dataset.name == image_folder.NAME:
-    from imta_jax.data.folder_reader import FolderReader
-
-    folder = _scan(config.dataset)
-    image_folder.check_headers(folder)  # Better found now than in the middle of an epoch.
-    num_images = {split: len(paths) for split, paths in folder.paths.items()}
-    reader = FolderReader(folder, config)
-    return streamed.StreamedDataset(reader, folder.class_names, num_images, config)
-  from imta_jax.data.tfds_reader import TfdsReader
-
-  builder = _prepared_builder(config.dataset)
-  splits = _splits(builder, config.dataset)
-  class_names = builder.info.features['label'].names
+  builder = tfds_sets.open_builder(config.dataset)
+  splits = tfds_sets.find_splits(builder, config.dataset)
   num_images = {split: count for split, (_, count) in splits.items()}
-  reader = TfdsReader(builder, splits, config)
-  return streamed.StreamedDataset(reader, class_names, num_images, config)
-
-
-def _scan(dataset: ConfigDict) -> image_folder.ImageFolder:
-  folder = image_folder.scan(dataset.data_dir)
-  if jax.process_index() == 0:
-    print(
-      f'{dataset.data_dir}: {folder.summary()} → {dataset.image_size} × {dataset.image_size} '
-      f'pixels, {"in memory" if dataset.in_memory else "streamed"}'
-    )
-  return folder
-
-
-def _prepared_builder(dataset: ConfigDict) -> Any:
-  import_tensorflow()
-  import tensorflow_datasets as tfds
-
-  from imta_jax.data import mnist5k  # noqa: F401  Registers the builder.
-
-  data_dir = dataset.data_dir or os.environ.get('TFDS_DATA_DIR')
-  try:
-    builder = tfds.builder(dataset.name, data_dir=data_dir)
-  except Exception as error:  # Corrupt metadata raises all kinds of exceptions.
-    folder = epath.Path(data_dir or _TFDS_FOLDER).expanduser() / re.split('[/:]', dataset.name)[0]
-    is_unknown = isinstance(error, tfds.core.DatasetNotFoundError | ValueError | AssertionError)
-    corrupt = _corrupt_metadata(folder) or (None if is_unknown else f'the metadata in {folder}')
-    if corrupt:
-      raise UsageError(
-        f'{corrupt} cannot be read ({first_line(error)}): {tfds_files.FIX_HINT}'
-      ) from error
-    raise UsageError(
-      f'config.dataset.name is {dataset.name!r}, which was found neither in TFDS nor in '
-      f'{data_dir or "its default folder"}: see tensorflow.org/datasets/catalog for the names'
-    ) from None
-  missing = {'image', 'label'} - set(builder.info.features or ())
-  if missing:
-    raise UsageError(
-      f'config.dataset.name is {dataset.name!r}, which has no feature {sorted(missing)[0]!r}: '
-      'choose a data set with the features `image` and `label`'
-    )
-  if not builder.info.splits:
-    if not sys.stderr.isatty():
-      tfds.disable_progress_bar()
-    try:
-      with runtime.watchdog_paused():
-        builder.download_and_prepare()
-    except Exception as error:
-      raise UsageError(
-        f'data set {dataset.name!r} is not prepared in {builder.data_dir}, and preparing it failed '
-        f'({type(error).__name__}: {first_line(error)}): prepare it with '
-        f'`tfds build {dataset.name}`, or set TFDS_DATA_DIR or config.dataset.data_dir'
-      ) from error
-  if not builder.info.splits:  # TFDS prepares nothing where there is a folder.
-    raise UsageError(
-      f'{builder.data_path} has no dataset_info.json that names splits: delete this folder, and '
-      'the data set is prepared again'
-    )
-  return builder
-
-
-def _corrupt_metadata(folder):
-  """Returns the first file with metadata below a folder that is not JSON, if there is one."""
-  for version in ('*', '*/*'):  # A builder's configs have folders of their own.
-    for name in ('dataset_info.json', 'features.json'):
-      for path in sorted(folder.glob(f'{version}/{name}')):
-        try:
-          json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
-          return path
-  return None
-
-
-def _splits(builder: Any, dataset: ConfigDict) -> dict[str, tuple[str, int]]:
-  """Returns {split: (TFDS instruction, number of images)}."""
-  for field in ('train_split', 'test_split'):
-    if dataset[field] not in builder.info.splits:
-      raise UsageError(
-        f'config.dataset.{field} is {dataset[field]!r}, which does not exist: {dataset.name} has '
-        f'the splits {", ".join(builder.info.splits)}'
-      )
-  train, held_out = dataset.train_split, dataset.validation_size
-  num_train = builder.info.splits[train].num_examples - held_out
-  if num_train <= 0:
-    raise UsageError(
-      f'config.dataset.validation_size is {held_out}, but {dataset.name} has only '
-      f'{num_train + held_out} training images: hold out fewer images'
-    )
-  return {
-    'train': (f'{train}[:{num_train}]', num_train),
-    'validation': (f'{train}[{num_train}:]', held_out),
-    'test': (dataset.test_split, builder.info.splits[dataset.test_split].num_examples),
-  }
+  class_names = builder.info.features['label'].names
+  return StreamedDataset(TfdsReader(builder, splits, config), class_names, num_images, config)

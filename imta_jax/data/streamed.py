@@ -59,7 +59,7 @@ class StreamedDataset(Dataset):
     self.steps_per_epoch = steps_per_epoch(num_images['train'], config)
     self._steps_per_stack = config.steps_per_dispatch or 1
     self._send = jax.pmap(lambda batch: batch, axis_name=runtime.AXIS)
-    self._normalize = jax.pmap(self._normalize_batch, axis_name=runtime.AXIS)
+    self._prepare = jax.pmap(self._normalize, axis_name=runtime.AXIS)
 
   def train_reader(self, phase: int, first_step: int) -> Callable[[int], dict[str, jax.Array]]:
     stacks = self._send_ahead(self._train_stacks(phase, first_step))
@@ -78,7 +78,7 @@ class StreamedDataset(Dataset):
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
-    return map(self._normalize, self._send_ahead(batches))
+    return map(self._prepare, self._send_ahead(batches))
 
   def fingerprint(self) -> int:
     files = {split: self._reader.files(split) for split in sorted(self.num_images)}
@@ -111,8 +111,9 @@ class StreamedDataset(Dataset):
         yield ahead.popleft()
     yield from ahead
 
-  def _normalize_batch(self, batch):
-    return {**batch, 'image': _normalize(self._config, batch['image'])}
+  def _normalize(self, batch):
+    dataset = self._config.dataset
+    return {**batch, 'image': preprocess.normalize(batch['image'], dataset.mean, dataset.std)}
 
 
 def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
@@ -135,8 +136,5 @@ def draw_batch(config: ConfigDict, source: dict[str, jax.Array], step: jax.Array
     jax.lax.dynamic_index_in_dim(source[name], step % len(source[name]), keepdims=False)
     for name in ('image', 'label')
   )
-  return {'image': _normalize(config, image), 'label': label}
-
-
-def _normalize(config, images):
-  return preprocess.normalize(images, config.dataset.mean, config.dataset.std)
+  image = preprocess.normalize(image, config.dataset.mean, config.dataset.std)
+  return {'image': image, 'label': label}

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imta_jax.data import preprocess, tfds_files
+from imta_jax.data import preprocess, tfds_sets
 from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.streamed import steps_per_epoch
 
@@ -33,18 +32,28 @@ class TfdsReader:
 
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
-    epoch, position = divmod(first_step, self._steps_per_epoch)
+    num_batches = self._steps_per_epoch
+    epoch, position = divmod(first_step, num_batches)
     while True:
-      open_epoch = partial(self._epoch, shuffle_number(phase, epoch))
-      yield from self._batches('train', open_epoch, batch_size, self._steps_per_epoch, position)
+      number = [self._config.seed, shuffle_number(phase, epoch)]
+      seed = int(np.random.SeedSequence(number).generate_state(1)[0])
+      decode = self._random_crop(seed)
+      yield from self._batches('train', decode, batch_size, num_batches, position, seed)
       epoch, position = epoch + 1, 0
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    dataset = self._config.dataset
     batch_size = self._config.evaluation_batch_size // jax.process_count()
     # All hosts send the same number of batches; hosts with fewer images pad the last ones.
     largest_part = -(-self._splits[split][1] // jax.process_count())
-    num_batches = -(-largest_part // batch_size)
-    return self._batches(split, partial(self._evaluation, split), batch_size, num_batches)
+    if split == 'validation' and dataset.augment_validation:
+      decode = self._random_crop(self._config.seed)
+    else:
+
+      def decode(_, encoded):
+        return preprocess.decode_center_crop(encoded, dataset.image_size)
+
+    return self._batches(split, decode, batch_size, -(-largest_part // batch_size))
 
   def files(self, split: str) -> list[tuple[str, int]]:
     info = self._builder.info
@@ -52,56 +61,36 @@ class TfdsReader:
     # TFDS records the size of all files together.
     return [(os.path.basename(file.filename), info.dataset_size) for file in instructions]
 
-  def _epoch(self, number):
-    """Returns this host's images of an epoch and how to decode them, as functions of the seed."""
-    seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
-    examples = self._read('train', shuffle_seed=seed).shuffle(_SHUFFLE_BUFFER, seed=seed)
-    return examples, self._random_crop(seed)
+  def _batches(self, split, decode, batch_size, num_batches, position=0, seed=None):
+    """Yields batches [local devices, batch per device, …]; an error names what is corrupt.
 
-  def _evaluation(self, split):
-    """Returns this host's images of a split and how to decode them."""
-    dataset = self._config.dataset
-    if split == 'validation' and dataset.augment_validation:
-      return self._read(split), self._random_crop(self._config.seed)
-
-    def decode(index, encoded):
-      del index
-      return preprocess.decode_center_crop(encoded, dataset.image_size)
-
-    return self._read(split), decode
-
-  def _batches(self, split, open_examples, batch_size, num_batches, position=0):
-    """Yields batches [local devices, batch per device, …]; an error names what is corrupt."""
+    Args:
+      split: The split.
+      decode: Maps the number of an example and its encoded image to the image.
+      batch_size: Images per batch.
+      num_batches: Batches of the epoch.
+      position: Number of batches that are skipped, without decoding their images.
+      seed: Shuffles the examples if given.
+    """
     import tensorflow as tf
 
     tf.get_logger().setLevel('ERROR')  # TFDS numbers examples with a function that is deprecated.
-    try:
-      decoded = self._decode(*_skip(position * batch_size, *open_examples()))
-      batches = _batch(decoded, batch_size).take(num_batches - position)
-      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-        yield batch
-        position += 1
-    except tf.errors.InvalidArgumentError as error:
-      # Opened again, because a data set is shuffled anew whenever it is read.
-      examples, decode = _skip(position * batch_size, *open_examples())
-      tfds_files.refuse_example(self._builder, examples.take(batch_size), decode, error)
-    except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
-      tfds_files.refuse_files(self._builder, self._part(split), error)
-
-  def _decode(self, examples, decode):
-    """Decodes images; 'mask' tells them from the padding."""
-    import tensorflow as tf
-
     side = self._config.dataset.image_size
 
     def decode_example(index, example):
       return {
         'image': tf.ensure_shape(decode(index, example['image']), (side, side, 3)),
         'label': tf.cast(example['label'], tf.int32),
-        'mask': True,
+        'mask': True,  # False for padding.
       }
 
-    return examples.map(decode_example, tf.data.AUTOTUNE)
+    try:
+      examples = self._read(split, seed).enumerate().skip(position * batch_size)
+      batches = _batch(examples.map(decode_example, tf.data.AUTOTUNE), batch_size)
+      batches = batches.take(num_batches - position).prefetch(tf.data.AUTOTUNE)
+      yield from batches.as_numpy_iterator()
+    except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
+      tfds_sets.refuse(self._builder, self._part(split), error)
 
   def _part(self, split):
     """Returns the TFDS instruction for this host's part of a split."""
@@ -109,7 +98,7 @@ class TfdsReader:
 
     return tfds.even_splits(self._splits[split][0], jax.process_count())[jax.process_index()]
 
-  def _read(self, split, shuffle_seed=None):
+  def _read(self, split, seed):
     """Returns this host's encoded examples of a split; their order depends only on the seed."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -117,16 +106,13 @@ class TfdsReader:
     examples = self._builder.as_dataset(
       split=self._part(split),
       decoders={'image': tfds.decode.SkipDecoding()},
-      shuffle_files=shuffle_seed is not None,
-      read_config=tfds.ReadConfig(
-        shuffle_seed=shuffle_seed,
-        try_autocache=False,
-        add_tfds_id=True,
-      ),
+      shuffle_files=seed is not None,
+      read_config=tfds.ReadConfig(shuffle_seed=seed, try_autocache=False),
     )
     options = tf.data.Options()
     options.deterministic = True
-    return examples.with_options(options)
+    examples = examples.with_options(options)
+    return examples if seed is None else examples.shuffle(_SHUFFLE_BUFFER, seed=seed)
 
   def _random_crop(self, seed):
     """Returns a function that decodes an image, with a seed that no other image of any host has."""
@@ -140,11 +126,6 @@ class TfdsReader:
       return preprocess.decode_random_crop(encoded, dataset.image_size, dataset.flip, image_seed)
 
     return decode
-
-
-def _skip(count, examples, decode):
-  """Numbers examples and leaves out the first ones, which are not decoded."""
-  return examples.enumerate().skip(count), decode
 
 
 def _batch(examples, size):

@@ -5,12 +5,11 @@ and of phase II (collaboration 'network') can be converted. `from_state_dict` an
 work on NumPy arrays; only `load_checkpoint` needs torch.
 """
 
-import dataclasses
 import os
 import textwrap
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,7 @@ _COUNTER = 'num_batches_tracked'
 _KEYS = ('state_dict', 'model_state_dict', 'model', 'net')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
+class _Pair(NamedTuple):
   """The names of a variable in Flax and in the published code."""
 
   ours: str  # 'params/…' or 'batch_stats/…'
@@ -67,24 +65,20 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
     )
   variables = {}
   for pair in pairs:
-    value = _from_torch(np.asarray(state[pair.theirs]))
-    if value.shape != shapes[pair.ours].shape:
+    value, shape = _from_torch(np.asarray(state[pair.theirs])), shapes[pair.ours].shape
+    if value.shape != shape:
       raise UsageError(
         f'the checkpoint does not match the network: {pair.theirs!r} has shape {value.shape}, '
-        f"expected {shapes[pair.ours].shape}; fix the model's fields"
+        f"expected {shape}; fix the model's fields"
       )
     # Complex numbers, for example, would be cut to their real parts.
-    if not jnp.issubdtype(value.dtype, np.floating):
+    if jnp.issubdtype(value.dtype, np.floating):
+      with np.errstate(over='ignore'):
+        value = value.astype(np.float32)
+    if value.dtype != np.float32 or not np.isfinite(value).all():
       raise UsageError(
-        f'the checkpoint has {pair.theirs!r} of type {value.dtype}, expected floating-point '
-        'numbers: save it as float32'
-      )
-    with np.errstate(over='ignore'):
-      value = value.astype(np.float32)
-    if not np.isfinite(value).all():
-      raise UsageError(
-        f'the checkpoint has NaN or infinite values in {pair.theirs!r}: use one from before its '
-        'training diverged'
+        f'the checkpoint has {pair.theirs!r} of type {value.dtype}, which is no array of finite '
+        'floating-point numbers: use one from before its training diverged'
       )
     variables[pair.ours] = value
   return unflatten_dict(variables, sep='/')
@@ -124,8 +118,7 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If torch is not installed, the file is not a checkpoint of this network, or it would
-      fill memory.
+    UsageError: If torch is not installed, or the file is not a checkpoint of this network.
   """
   try:
     import torch
@@ -134,10 +127,8 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
     raise UsageError(
       f'reading {os.fspath(path)} requires PyTorch 2.6 or later: pip install --upgrade torch'
     ) from None
-  if not os.path.exists(path):
-    raise UsageError(f'checkpoint {os.fspath(path)} does not exist')
-  if not os.path.isfile(path):  # Reading a pipe would wait, and of a device never end.
-    raise UsageError(f'{os.fspath(path)} is not a regular file: give a checkpoint')
+  if not os.path.isfile(path):  # Reading a pipe would wait.
+    raise UsageError(f'{os.fspath(path)} does not exist or is not a regular file')
   try:
     names = []
     if zipfile.is_zipfile(path):
@@ -181,13 +172,10 @@ class _Ignored:
 
 
 def _to_numpy(name, tensor):
-  tensor = tensor.detach()
   try:
-    # A tensor that repeats its values can be of any size; a copy of it would fill memory.
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-      raise ValueError
+    tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  except (ValueError, TypeError, RuntimeError) as error:
+  except (TypeError, RuntimeError) as error:
     raise UsageError(
       f'the checkpoint has {name!r}, which is not a plain tensor ({tensor.layout}, {tensor.dtype}, '
       f'{tensor.device}): save dense tensors'
@@ -213,11 +201,8 @@ def _pairs(model: MultiExitNetwork) -> list[_Pair]:
       ours, theirs = f'stages_{index}/layers_{number}', f'{net}blocks.{index}.{number}'
       pairs += _layer_pairs(layer, ours, theirs)
     for number in range(len(exit_layers.convolutions)):
-      ours, theirs = (
-        f'exits_{index}/convolutions_{number}',
-        f'{net}classifier.{index}.m.{number}.net',
-      )
-      pairs += _conv_norm_pairs(ours, theirs, 0)
+      theirs = f'{net}classifier.{index}.m.{number}.net'
+      pairs += _conv_norm_pairs(f'exits_{index}/convolutions_{number}', theirs, 0)
     dense = f'classifier.{index}' if has_phase_two else f'classifier.{index}.linear'
     pairs += _dense_pairs(f'classifiers_{index}/dense', dense)
     if has_phase_two and index:
@@ -242,8 +227,7 @@ def _layer_pairs(layer, ours: str, theirs: str) -> Iterator[_Pair]:
   if isinstance(layer, FirstLayer):
     for scale in range(len(layer.widths)):
       net = '' if layer.stem == 'imagenet' and not scale else '.net'
-      pairs = _conv_norm_pairs(f'{ours}/scale_{scale}', f'{theirs}.layers.{scale}{net}', 0)
-      yield from pairs
+      yield from _conv_norm_pairs(f'{ours}/scale_{scale}', f'{theirs}.layers.{scale}{net}', 0)
       if not net:
         yield _Pair(f'params/{ours}/scale_0/conv/bias', f'{theirs}.layers.0.0.bias')
   elif isinstance(layer, Transition):
@@ -288,10 +272,8 @@ def _dense_pairs(ours: str, theirs: str) -> list[_Pair]:
 
 def _from_torch(value: np.ndarray) -> np.ndarray:
   """Transposes (out, in, height, width) to (height, width, in, out), and (out, in) to (in, out)."""
-  axes: Sequence[int] = {4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim, range(value.ndim))
-  return value.transpose(axes)
+  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.transpose()
 
 
 def _to_torch(value: np.ndarray) -> np.ndarray:
-  axes: Sequence[int] = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim, range(value.ndim))
-  return value.transpose(axes)
+  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.transpose()

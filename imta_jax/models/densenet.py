@@ -8,14 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import (
-  ConvNorm,
-  Convolution,
-  NormRelu,
-  PooledExit,
-  SingleMapStage,
-  exit_positions,
-)
+from imta_jax.models.layers import ConvNorm, Convolution, NormRelu, split_at_exits
 
 # Number of layers per dense block of the ImageNet networks.
 _IMAGENET_DEPTHS = {
@@ -51,8 +44,7 @@ class DenseLayer(nn.Module):
     growth_rate: Number of channels that the layer adds.
     bottleneck: Whether batch norm, ReLU and a 1×1 convolution precede, which leaves the 3×3
       convolution four times the growth rate to read.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
   """
 
   growth_rate: int
@@ -94,11 +86,9 @@ def densenet(
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-  """Creates the stages and exits of a DenseNet, without dropout.
+  """Creates the stages and exits of a DenseNet, without dropout; see `split_at_exits`.
 
-  All exits begin with batch norm and ReLU, since convolutions do not end with them. The last exit
-  is that of the plain network, which pools the whole map. Earlier exits first apply two 3×3
-  convolutions with stride 2 and 128 channels, like the exits of MSDNet.
+  All exits begin with batch norm and ReLU, since convolutions do not end with them.
 
   Args:
     depth: For the stem 'cifar' 40, 52, 64, 76, 88, 100 or another 6n + 4, and without `bc` also
@@ -110,8 +100,7 @@ def densenet(
     exits_after: Dense layers, counted from 1, after which an exit branches off; the last layer
       always has an exit. Empty for the plain network.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
@@ -120,30 +109,23 @@ def densenet(
     ValueError: If the depth, a layer or the stem does not exist, or the growth rate is below 1.
   """
   block_sizes = _block_sizes(depth, bc, stem)
-  exit_layers = exit_positions(exits_after, sum(block_sizes), 'layers')
   if growth_rate < 1:
     raise ValueError(f'growth_rate {growth_rate} is out of range: it must be 1 or more')
-
   variables = {'dtype': dtype, 'batch_norm_axis': batch_norm_axis}
-  conv_norm = partial(ConvNorm, **variables)
   width = 2 * growth_rate if bc else 16
-  stages, exits, layers = [], [], [Stem(width, stem, **variables)]
-  number = 0
+  layers = []  # Each with the stem or the transition that precedes it.
   for block, size in enumerate(block_sizes):
     if block:
       width = width // 2 if bc else width
-      layers.append(Transition(width, **variables))
+      before = [Transition(width, **variables)]
+    else:
+      before = [Stem(width, stem, **variables)]
     for _ in range(size):
-      number += 1
       width += growth_rate
-      layers.append(DenseLayer(growth_rate, bc, **variables))
-      if number in exit_layers:
-        stages.append(SingleMapStage(layers))
-        layers = []
-        is_last = number == exit_layers[-1]
-        convolutions = () if is_last else tuple(conv_norm(128, 3, stride=2) for _ in range(2))
-        exits.append(PooledExit((NormRelu(batch_norm_axis), *convolutions)))
-  return stages, exits
+      layers.append([*before, DenseLayer(growth_rate, bc, **variables)])
+      before = []
+  begin_exit = [partial(NormRelu, batch_norm_axis)]
+  return split_at_exits(layers, exits_after, 'layers', partial(ConvNorm, **variables), begin_exit)
 
 
 def num_layers(depth: int, bc: bool, stem: str) -> int:

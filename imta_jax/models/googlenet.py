@@ -1,6 +1,6 @@
 """GoogLeNet, the first Inception network (Szegedy et al., CVPR 2015), with batch norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from imta_jax.models.layers import (
   ConvNorm,
+  ConvNormFactory,
   PooledExit,
   SingleMapStage,
   run_together,
   split_features,
 )
-
-ConvNormFactory = Callable[..., ConvNorm]
 
 
 class MaxPool(nn.Module):
@@ -107,8 +106,7 @@ def googlenet(
   Args:
     auxiliary_exits: Whether the two auxiliary classifiers of the publication are exits, after the
       third and the sixth Inception module. They need images of 79 pixels or more.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
 
   Returns:
     Stages and exits for a MultiExitNetwork: one of each, or three.

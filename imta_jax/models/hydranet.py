@@ -5,10 +5,10 @@ features of the chosen branches, weighted by the gate. Training computes all bra
 computes only those that an image chose.
 
 From the publication, as its abstract and summaries by others describe it, are the four components,
-equally large groups of similar classes with a branch each (see `class_groups`), and the k branches
-that inference runs. The sizes of its CIFAR-100 networks, Hydra-Res-d1 to d9, were inferred from
-Table 1 of the IMTA paper, whose parameters and multiply-adds this network reproduces to the last
-digit:
+equally large groups of similar classes with a branch each (experiments/class_groups.py finds them),
+and the k branches that inference runs. The sizes of its CIFAR-100 networks, Hydra-Res-d1 to d9,
+were inferred from Table 1 of the IMTA paper, whose parameters and multiply-adds this network
+reproduces to the last digit:
 
 - The stem is the first two groups of a CIFAR ResNet, with 16 and 32 channels and d blocks each.
   Each of 20 branches, and the gate too, is its third group, with 64 channels and d blocks: 1.577
@@ -29,22 +29,18 @@ images.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imta_jax.models.layers import ConvNorm, PooledExit, SingleMapStage
+from imta_jax.models.layers import ConvNorm, ConvNormFactory, PooledExit, SingleMapStage
 from imta_jax.models.multi_exit import AUXILIARY
-from imta_jax.models.resnet import Block, ConvNormFactory, Stem
+from imta_jax.models.resnet import Block, Stem
 
 _uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # ±1/sqrt(inputs)
-
-# Inference runs a branch on at most this many images at once: with larger blocks more places are
-# padding, with smaller ones accelerators are idle.
-_LARGEST_BLOCK = 32
 
 
 class Branch(nn.Module):
@@ -115,88 +111,29 @@ class GatedBranches(nn.Module):
     return (jax.nn.softmax(highest)[..., jnp.newaxis] * features).sum(axis=1)
 
 
-class Blocks(NamedTuple):
-  """Which branch runs on which images, in blocks of one size.
-
-  Attributes:
-    branches: [block], the branch of each block.
-    pairs: [block, size], pairs of image and choice in `chosen`, numbered row by row; their number
-      where a block is padded.
-    count: The number of blocks that hold a pair; these come first.
-  """
-
-  branches: jax.Array
-  pairs: jax.Array
-  count: jax.Array | int
-
-
-def plan_blocks(chosen: jax.Array, num_branches: int, size: int) -> Blocks:
-  """Divides the pairs of images and branches into blocks of one branch each.
-
-  Args:
-    chosen: [batch, top_k], the branches of each image.
-    num_branches: Number of branches.
-    size: Images per block.
-
-  Returns:
-    The blocks, as few as possible.
-  """
-  branches = chosen.reshape(-1)
-  num_pairs = branches.size
-  order = jnp.argsort(branches)
-  counts = jnp.bincount(branches, length=num_branches)
-  ends = jnp.cumsum(counts)
-  blocks = -(-counts // size)
-  last_blocks = jnp.cumsum(blocks)
-  # Each branch fills at most one block partly.
-  number = jnp.arange(num_pairs if size == 1 else num_pairs // size + num_branches)
-  branch = jnp.searchsorted(last_blocks, number, side='right')
-  within = number - (last_blocks - blocks)[branch]
-  place = ((ends - counts)[branch] + size * within)[:, jnp.newaxis] + jnp.arange(size)
-  pairs = jnp.where(place < ends[branch][:, jnp.newaxis], order[place], num_pairs)
-  return Blocks(branch, pairs, num_pairs if size == 1 else last_blocks[-1])
-
-
 def run_chosen(branch: Branch, stacked: Any, x: jax.Array, chosen: jax.Array) -> jax.Array:
   """Runs branches in evaluation mode for the images that chose them, and for no others.
+
+      chosen [[0, 2], [2, 1]] → image 0 by branches 0 and 2, image 1 by branches 2 and 1
 
   Args:
     branch: A branch without a parent.
     stacked: Variables of all branches, stacked along the first axis.
     x: What branches read, [batch, height, width, channels].
-    chosen: [batch, top_k], different branches for each image.
+    chosen: [batch, top_k], the branches of each image.
 
   Returns:
     Features [batch, top_k, width].
   """
   num_images, top_k = chosen.shape
-  num_branches = jax.tree.leaves(stacked)[0].shape[0]
-  size = block_size(chosen.size, num_branches)
-  blocks = plan_blocks(chosen, num_branches, size)
 
-  def run_block(number, features):
-    variables = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, blocks.branches[number], keepdims=False),
-      stacked,
-    )
-    pairs = blocks.pairs[number]
-    # Padding reads the last image, and its result is dropped.
-    results = branch.apply(variables, x[jnp.minimum(pairs // top_k, num_images - 1)])
-    return features.at[pairs].set(results, mode='drop')
+  def run(number, features):
+    image, choice = number // top_k, number % top_k
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen[image, choice]], stacked)
+    return features.at[image, choice].set(branch.apply(variables, x[image][jnp.newaxis])[0])
 
-  features = jnp.zeros((chosen.size, branch.width), branch.dtype)
-  features = jax.lax.fori_loop(0, blocks.count, run_block, features)
-  return features.reshape(num_images, top_k, branch.width)
-
-
-def block_size(num_pairs: int, num_branches: int) -> int:
-  """Returns the number of images per block: half a branch's average, within limits.
-
-  Exported networks take batches of any size, whose blocks are single images.
-  """
-  if not isinstance(num_pairs, int):
-    return 1
-  return min(max(1, num_pairs // (2 * num_branches)), _LARGEST_BLOCK)
+  features = jnp.zeros((num_images, top_k, branch.width), branch.dtype)
+  return jax.lax.fori_loop(0, num_images * top_k, run, features)
 
 
 def hydranet(
@@ -211,11 +148,10 @@ def hydranet(
 
   Args:
     blocks: Number of residual blocks per resolution: the d of Hydra-Res-d1 to d9.
-    groups: [class], the group of each class, counted from 0; see `class_groups`. There is a branch
-      per group; the publication has 20 for the 100 classes of CIFAR-100.
+    groups: [class], the group of each class, counted from 0. There is a branch per group; the
+      publication has 20 for the 100 classes of CIFAR-100.
     top_k: Number of branches per image.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
 
   Returns:
     The stage (the stem) and the exit (gate, branches and combiner) for a MultiExitNetwork.

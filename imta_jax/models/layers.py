@@ -4,7 +4,8 @@ Convolution and batch norm are functions under `jax.jit`: a large network has fe
 and each shape is traced, differentiated and lowered only once.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -57,6 +58,9 @@ class ConvNorm(nn.Module):
       ConvParams(shape, self.use_bias, name='conv')(),
       BatchNormVars(self.features, name='norm')(),
     )
+
+
+ConvNormFactory = Callable[..., ConvNorm]
 
 
 class Convolution(nn.Module):
@@ -206,23 +210,6 @@ class SingleMapStage(nn.Module):
     return (x,)
 
 
-def exit_positions(exits_after: Sequence[int], last: int, unit: str) -> list[int]:
-  """Returns the numbers of all blocks or layers after which a network has an exit, in order.
-
-  Args:
-    exits_after: Numbers of those that the user chose, counted from 1.
-    last: Number of the last one, which always has an exit.
-    unit: What they are called, for the error: 'blocks'.
-
-  Raises:
-    ValueError: If a number does not exist or occurs twice.
-  """
-  wrong = [number for number in exits_after if not 1 <= number <= last]
-  if wrong or len(set(exits_after)) < len(exits_after):
-    raise ValueError(f'exits_after {tuple(exits_after)} must be different {unit} from 1 to {last}')
-  return sorted({*exits_after, last})
-
-
 class PooledExit(nn.Module):
   """The layers of an exit: mostly convolutions of stride 2, then average pooling and flattening.
 
@@ -246,3 +233,45 @@ class PooledExit(nn.Module):
         'larger images or fewer scales'
       )
     return nn.avg_pool(x, window, window).reshape(x.shape[0], -1)
+
+
+def split_at_exits(
+  blocks: Sequence[Sequence[nn.Module]],
+  exits_after: Sequence[int],
+  unit: str,
+  conv_norm: ConvNormFactory,
+  begin_exit: Sequence[Callable[[], nn.Module]] = (),
+) -> tuple[list[nn.Module], list[nn.Module]]:
+  """Divides a plain network into stages and gives each of them an exit.
+
+  The last exit is that of the plain network, which pools the whole map. Earlier exits first apply
+  two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet.
+
+      exits_after (2, 5) of 9 blocks → blocks 1 to 2, 3 to 5 and 6 to 9, each with an exit
+
+  Args:
+    blocks: The layers of each block of the network.
+    exits_after: Blocks, counted from 1, after which an exit branches off; the last one always has
+      an exit.
+    unit: What the blocks are called, for the error.
+    conv_norm: Creates convolutions.
+    begin_exit: Create what every exit applies first.
+
+  Returns:
+    Stages and exits for a MultiExitNetwork.
+
+  Raises:
+    ValueError: If a block does not exist or is given twice.
+  """
+  last = len(blocks)
+  if not set(exits_after) <= set(range(1, last + 1)) or len(set(exits_after)) < len(exits_after):
+    raise ValueError(f'exits_after {tuple(exits_after)} must be different {unit} from 1 to {last}')
+  stages, exits, start = [], [], 0
+  for end in sorted({*exits_after, last}):
+    stages.append(SingleMapStage(list(itertools.chain(*blocks[start:end]))))
+    layers = [create() for create in begin_exit]
+    if end < last:
+      layers += [conv_norm(128, 3, stride=2), conv_norm(128, 3, stride=2)]
+    exits.append(PooledExit(tuple(layers)))
+    start = end
+  return stages, exits

@@ -1,17 +1,21 @@
 """MSDNet, the multi-scale dense network (Huang et al., ICLR 2018) that the paper trains."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, PooledExit, run_together, split_features
+from imta_jax.models.layers import (
+  ConvNorm,
+  ConvNormFactory,
+  PooledExit,
+  run_together,
+  split_features,
+)
 from imta_jax.models.multi_exit import Features
-
-ConvNormFactory = Callable[..., ConvNorm]
 
 
 class FirstLayer(nn.Module):
@@ -172,8 +176,7 @@ def msdnet(
     reduction: Fraction of the channels that transitions keep; 0 for no transitions.
     bottleneck: Whether a 1×1 convolution precedes each 3×3 one.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
 
   Returns:
     Stages and exits for a MultiExitNetwork.

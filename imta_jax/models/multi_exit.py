@@ -32,9 +32,8 @@ class MultiExitNetwork(nn.Module):
     num_classes: Number of classes.
     gradient_equilibrium: Which maps GE rescales between stages: 'all' (as in the paper), 'coarsest'
       (only the last one, as in the published code) or 'off'.
-    shared_channels: The share of each coarsest map that later exits train (feature partitioning);
-      1 is off.
-    collaboration: ISC between exits: 'off', 'identity' or 'network'.
+    shared_channels: See `feature_partitioning.partition`, for each coarsest map; 1 is off.
+    collaboration: ISC between exits; see CollaborativeClassifier.
     stop_collaboration_gradient: See CollaborativeClassifier.
     dtype: Type of the computation; variables and logits are float32.
     batch_norm_axis: Name of the mapped axis over which the classifiers' batch statistics are
@@ -45,7 +44,7 @@ class MultiExitNetwork(nn.Module):
 
   stages: Sequence[nn.Module]
   exits: Sequence[nn.Module]
-  num_classes: int
+  num_classes: int = 100
   gradient_equilibrium: str = 'all'
   shared_channels: float = 1.0
   collaboration: str = 'off'
@@ -127,6 +126,11 @@ class MultiExitNetwork(nn.Module):
     run = nn.remat(_run, static_argnums=2) if self.remat and train else _run
     features = run(self.stages[index], features, train)
     coarsest = features[-1]
+    if self.gradient_equilibrium not in GRADIENT_EQUILIBRIA:
+      raise ValueError(
+        f'gradient_equilibrium {self.gradient_equilibrium!r} is unknown: choose one of '
+        f'{", ".join(GRADIENT_EQUILIBRIA)}'
+      )
     if self.gradient_equilibrium != 'off':
       exit_factor, onward_factor = equilibrium_factors(index + 1, self.num_exits)
       rescaled = features if self.gradient_equilibrium == 'all' else features[-1:]
@@ -134,7 +138,7 @@ class MultiExitNetwork(nn.Module):
         scale_gradient(x, onward_factor) for x in rescaled
       )
       coarsest = scale_gradient(coarsest, exit_factor)
-    if self.shared_channels < 1:
+    if self.shared_channels != 1:
       features = (*features[:-1], partition(features[-1], self.shared_channels))
     return features, self.exits[index](coarsest, train)
 

@@ -1,6 +1,6 @@
 """ResNet (He et al., CVPR 2016), plain or with exits after any of its blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,9 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, PooledExit, SingleMapStage, exit_positions
-
-ConvNormFactory = Callable[..., ConvNorm]
+from imta_jax.models.layers import ConvNorm, ConvNormFactory, split_at_exits
 
 # Number of blocks per group of the ImageNet networks, and whether they have bottlenecks.
 _IMAGENET_DEPTHS = {
@@ -79,10 +77,7 @@ def resnet(
   dtype: Any = jnp.float32,
   batch_norm_axis: str | None = None,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-  """Creates the stages and exits of a ResNet.
-
-  The last exit is that of the plain network, which pools the whole map. Earlier exits first apply
-  two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet.
+  """Creates the stages and exits of a ResNet; see `split_at_exits`.
 
   Args:
     depth: 20, 32, 44, 56, 110 or another 6n + 2 for the stem 'cifar'; 18, 34 or 50 for the stem
@@ -90,8 +85,7 @@ def resnet(
     exits_after: Blocks, counted from 1, after which an exit branches off; the last block always
       has an exit. Empty for the plain network.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.
-    dtype: Type of the computation.
-    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+    dtype, batch_norm_axis: See `models.create`.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
@@ -100,22 +94,14 @@ def resnet(
     ValueError: If the depth, a block or the stem does not exist.
   """
   group_sizes, bottleneck, base_width = _groups(depth, stem)
-  exit_blocks = exit_positions(exits_after, sum(group_sizes), 'blocks')
   conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  stages, exits, layers = [], [], [Stem(stem, conv_norm)]
-  number = 0
+  blocks = []
   for group, size in enumerate(group_sizes):
     for index in range(size):
-      number += 1
-      stride = 2 if group and not index else 1
-      layers.append(Block(base_width * 2**group, stride, bottleneck, stem == 'imagenet', conv_norm))
-      if number in exit_blocks:
-        stages.append(SingleMapStage(layers))
-        layers = []
-        is_last = number == exit_blocks[-1]
-        convolutions = () if is_last else tuple(conv_norm(128, 3, stride=2) for _ in range(2))
-        exits.append(PooledExit(convolutions))
-  return stages, exits
+      width, stride = base_width * 2**group, 2 if group and not index else 1
+      blocks.append([Block(width, stride, bottleneck, stem == 'imagenet', conv_norm)])
+  blocks[0].insert(0, Stem(stem, conv_norm))
+  return split_at_exits(blocks, exits_after, 'blocks', conv_norm)
 
 
 def num_blocks(depth: int, stem: str) -> int:

@@ -1,10 +1,9 @@
 """Writes a data set as arrays, on which machines without TensorFlow can train.
 
-    python -m imta_jax.prepare --config=configs/cifar100.py cifar100_arrays
+    python -m imta_jax.data.prepare --config=configs/cifar100.py cifar100_arrays
     python -m imta_jax.main --config=configs/cifar100.py --config.dataset.arrays_dir=cifar100_arrays
 
-For data sets that are kept in memory. The folders part_0, part_1 and so on are smaller than 50 MB
-each, so that they can travel alone.
+For data sets that are kept in memory.
 """
 
 import argparse
@@ -19,7 +18,6 @@ from imta_jax.data import arrays
 from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
-from imta_jax.files import size_and_time
 
 # What to do if a folder could not be written to its end.
 FIX_HINT = 'make room, delete what is there and run the command again'
@@ -41,10 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   folder = epath.Path(options.folder)
   config, dataset = open_for(options.config, folder)
   with files.accessing(folder, FIX_HINT):
-    parts = arrays.write(config.dataset, dataset.arrays, folder)
-  for part in parts:
-    size = sum(size_and_time(path)[0] for path in part.iterdir())
-    print(f'{part}  {size / 1e6:.1f} MB')
+    path = arrays.write(config.dataset, dataset.arrays, folder)
+  print(f'{path}  {files.size_and_time(path)[0] / 1e6:.1f} MB')
 
 
 def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemoryDataset]:
