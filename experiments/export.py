@@ -69,26 +69,20 @@ def run(
   parser = argparse.ArgumentParser(
     description=description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('workdir', help='workdir of an evaluated run, local or gs://')
+  command_line.add_network_arguments(parser)
   parser.add_argument(
     'output', type=command_line.output_folder, help='folder to write; must be empty or absent'
   )
-  parser.add_argument(
-    '--phase',
-    type=command_line.positive(int),
-    help='training phase to export, counted from 1; default: the last',
-  )
-  command_line.add_threshold_arguments(parser)
   for flag, text in flags.items():
     parser.add_argument(f'--{flag}', action='store_true', help=text)
   options = parser.parse_args(arguments)
   folder = options.output
   check_empty(folder)
-  if (epath.Path(options.workdir) / engine.MANIFEST).exists():
-    raise UsageError(f'{options.workdir} is an export already: name the workdir of a run')
-  classifier = command_line.open_classifier(options.workdir, **command_line.choices(options))
+  if (epath.Path(options.network) / engine.MANIFEST).exists():
+    raise UsageError(f'{options.network} is an export already: name the workdir of a run')
+  classifier = command_line.open_classifier(options.network, **command_line.choices(options))
   chosen = {flag: getattr(options, flag) for flag in flags}
-  size = write(classifier, folder, options.workdir, **chosen)
+  size = write(classifier, folder, options.network, **chosen)
   print(f'{len(classifier.stages)} stages, {size / 1e6:.1f} MB, in {folder}')
 
 

@@ -1,16 +1,12 @@
 """What several command lines share: types of arguments, the network to run, errors in one line."""
 
 import argparse
-import atexit
-import contextlib
 import errno
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +26,57 @@ def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
 
   Args:
     main: The program; returns its status, or exits with it.
-    usage_status: The status after a UsageError.
+    usage_status: The status after such an error.
   """
   for name in ('stdout', 'stderr'):
     if getattr(sys, name) is None:  # Closed, as by >&-.
       setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
     getattr(sys, name).reconfigure(errors='backslashreplace')
-  if os.path.expanduser('~') == '~':
-    os.environ['HOME'] = home = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
   warnings.filterwarnings('ignore', module='PIL')  # They do not name the file; errors do.
   jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:
-    with _environment_errors():
+    try:
       status = main()
+    finally:
+      sys.stdout.flush()
     sys.exit(status)
-  except UsageError as error:
-    print(f'error: {printable(str(error))}', file=sys.stderr)
-    sys.exit(usage_status)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except BrokenPipeError:
     _discard_output()
     sys.exit(_SIGPIPE_STATUS)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
+  except Exception as error:
+    message = _explanation(error)
+    if message is None:
+      raise
+    if isinstance(error, OSError):
+      _discard_output()
+    print(f'error: {printable(message)}', file=sys.stderr)
+    sys.exit(usage_status)
 
 
-@contextlib.contextmanager
-def _environment_errors() -> Iterator[None]:
-  """Raises a UsageError for what libraries raise: a full disk, unknown schemes, no devices."""
-  try:
-    try:
-      yield
-    finally:
-      sys.stdout.flush()
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
-      raise
-    _discard_output()
-    raise UsageError(f'the output cannot be written ({error.strerror}): make room') from error
-  except KeyError as error:
-    if not str(error).endswith("://'"):
-      raise
-    raise UsageError(
-      f'{error.args[0]} is an unknown scheme: give a folder, or a path in a bucket with gs://'
-    ) from error
-  except (AssertionError, RuntimeError) as error:
+def _explanation(error: Exception) -> str | None:
+  """The line for a user who can fix an error; None for bugs."""
+  if isinstance(error, UsageError):
+    return str(error)
+  if isinstance(error, OSError):
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
+    return f'the output cannot be written ({error.strerror}): make room' if is_full else None
+  if isinstance(error, KeyError) and str(error).endswith("://'"):  # From epath.Path.
+    return f'{error.args[0]} is an unknown scheme: give a folder, or a path in a bucket with gs://'
+  if isinstance(error, AssertionError | RuntimeError):
     try:
       jax.local_devices()
     except Exception as reason:
-      raise UsageError(
+      return (
         f'JAX finds no device for JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")} '
         f'({first_line(reason)}): unset it, or install JAX and drivers for that device'
-      ) from error
-    raise
+      )
+  return None
 
 
 def _discard_output() -> None:
-  """Spares Python, which flushes standard output when it ends, a second failure."""
+  """Keeps Python from flushing standard output again when it ends, which would fail again."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -96,40 +85,16 @@ def printable(text: str) -> str:
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+# The arguments that `open_classifier` takes besides the network.
+_CHOICES = ('phase', 'rule', 'sweep', 'budget', 'latency', 'max_loss', 'confidence')
+_OF_WORKDIR = _CHOICES[:3]
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of a program that runs a network; `choices` gathers them."""
   parser.add_argument('network', help='workdir of a run, or an exported folder')
   parser.add_argument(
     '--phase', type=positive(int), help='training phase to load, counted from 1; default: the last'
-  )
-  limits = add_threshold_arguments(parser)
-  limits.add_argument(
-    '--latency',
-    type=positive(float),
-    help='average seconds per image, one image at a time; each exit is timed first',
-  )
-
-
-def add_threshold_arguments(parser: argparse.ArgumentParser) -> Any:
-  """Adds the arguments that say which images leave early, and returns the group of limits."""
-  limits = parser.add_mutually_exclusive_group()
-  limits.add_argument(
-    '--budget',
-    type=positive(float),
-    help='average multiply-adds per image; default: the cheapest thresholds that are as accurate '
-    'as the last exit on validation images',
-  )
-  limits.add_argument(
-    '--max_loss',
-    type=fraction,
-    help='by how much the accuracy may lie below that of the last exit, for example 0.01, on '
-    'images like the validation images; see docs/thresholds.md',
-  )
-  parser.add_argument(
-    '--confidence',
-    type=fraction,
-    default=0.95,
-    help='the probability with which --max_loss is kept; default: %(default)s',
   )
   parser.add_argument(
     '--rule', choices=tuple(RULES), help=f'exit rule, for a workdir; default: {DEFAULT_RULE}'
@@ -140,13 +105,35 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> Any:
     help="thresholds to choose from, for a workdir: the paper's, or the most accurate ones on "
     'validation images; default: geometric',
   )
-  return limits
+  limits = parser.add_mutually_exclusive_group()
+  limits.add_argument(
+    '--budget',
+    type=float,
+    help='average multiply-adds per image; default: the cheapest thresholds that are as accurate '
+    'as the last exit on validation images',
+  )
+  limits.add_argument(
+    '--latency',
+    type=float,
+    help='average seconds per image, one image at a time; each exit is timed first',
+  )
+  limits.add_argument(
+    '--max_loss',
+    type=float,
+    help='by how much the accuracy may lie below that of the last exit, for example 0.01, on '
+    'images like the validation images; see docs/thresholds.md',
+  )
+  parser.add_argument(
+    '--confidence',
+    type=float,
+    default=0.95,
+    help='the probability with which --max_loss is kept; default: %(default)s',
+  )
 
 
 def choices(options: argparse.Namespace) -> dict[str, Any]:
-  """Returns the parsed arguments that `open_classifier` takes; None for those not asked for."""
-  names = ('budget', 'latency', 'max_loss', 'confidence', 'phase', 'rule', 'sweep')
-  return {name: getattr(options, name, None) for name in names}
+  """Returns the parsed arguments that `open_classifier` takes besides the network."""
+  return {name: getattr(options, name) for name in _CHOICES}
 
 
 def positive(number: type) -> Callable[[str], Any]:
@@ -160,13 +147,6 @@ def positive(number: type) -> Callable[[str], Any]:
 
   parse.__name__ = f'positive {number.__name__}'  # For argparse's messages.
   return parse
-
-
-def fraction(text: str) -> float:
-  """An argparse type: numbers above 0 and below 1."""
-  if not 0 < (value := float(text)) < 1:
-    raise ValueError
-  return value
 
 
 def list_of(parse_item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -194,46 +174,31 @@ def output_file(text: str) -> str:
   return text
 
 
-def open_classifier(
-  network: str,
-  budget: float | None = None,
-  *,
-  phase: int | None = None,
-  rule: str | None = None,
-  sweep: str | None = None,
-  **limits: float | None,
-) -> AdaptiveClassifier:
+def open_classifier(network: str, **choices: Any) -> AdaptiveClassifier:
   """Opens a network for inference.
 
   Args:
     network: A workdir or an exported folder.
-    budget: Average multiply-adds per image.
-    phase: The training phase of a workdir, counted from 1; the last one by default.
-    rule: The exit rule of a workdir's network; see `AdaptiveClassifier.from_workdir`.
-    sweep: Its operating points; likewise.
-    **limits: See `AdaptiveClassifier.choose`.
+    **choices: Arguments of `AdaptiveClassifier.from_workdir`, but phases are counted from 1. None
+      stands for the default.
 
   Raises:
-    UsageError: If there is none, or no thresholds are within the budget.
+    UsageError: If there is no such network, or no thresholds are within the budget.
   """
-  of_workdir = {
-    name: value
-    for name, value in {'phase': phase, 'rule': rule, 'sweep': sweep}.items()
-    if value is not None
-  }
+  given = {name: value for name, value in choices.items() if value is not None}
   try:
     if os.path.exists(os.path.join(network, MANIFEST)):
-      if of_workdir:
+      if of_workdir := [f'--{name}' for name in _OF_WORKDIR if name in given]:
         raise UsageError(
           f'{network} is an export, which has one phase, rule and sweep: leave out '
-          + ', '.join(f'--{name}' for name in of_workdir)
+          + ', '.join(of_workdir)
         )
-      return AdaptiveClassifier.load(network, budget, **limits)
+      return AdaptiveClassifier.load(network, **given)
     if '://' in network and (epath.Path(network) / MANIFEST).exists():
       raise UsageError(f'{network} is an export in a bucket: copy it to a local folder first')
-    if phase is not None:
-      of_workdir['phase'] = phase - 1
-    return AdaptiveClassifier.from_workdir(network, budget, **limits, **of_workdir)
+    if 'phase' in given:
+      given['phase'] -= 1
+    return AdaptiveClassifier.from_workdir(network, **given)
   except ValueError as error:
     raise UsageError(str(error)) from error
 

@@ -10,19 +10,14 @@ were classified, 1 if some could not be read, and 2 if the command is wrong.
 
 import argparse
 import collections
-import contextlib
 import itertools
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.text import Text
 
 from imta_jax import command_line
 from imta_jax.adaptive.engine import AdaptiveClassifier
@@ -99,75 +94,63 @@ def classify_files(
     For each file in order its path and (probabilities [class], exit counted from 0), or the error
     that kept it from being read.
   """
-  read = partial(
-    read_image, shape=classifier.image.shape, crop=classifier.preprocessing.get('crop', 'none')
-  )
-  with contextlib.closing(_read_ahead(read, paths, 2 * batch_size)) as files:
-    while batch := list(itertools.islice(files, batch_size)):
-      images = [outcome for _, outcome in batch if not isinstance(outcome, ImageError)]
-      if images:
-        answers = classifier.predict(np.stack(images))
-        answered = zip(answers.probabilities, answers.exits, strict=True)
-      for path, outcome in batch:
-        yield path, outcome if isinstance(outcome, ImageError) else next(answered)
+  options = {
+    'shape': classifier.image.shape,
+    'crop': classifier.preprocessing.get('crop', 'none'),
+  }
 
-
-def _read_ahead(read, paths, count):
-  """(path, image or ImageError) of each path; up to `count` files are read ahead."""
-
-  def outcome(path):
+  def read(path):
     try:
-      return read(path)
+      return read_image(path, **options)
     except ImageError as error:
       return error
 
-  waiting = collections.deque()
+  for batch in _read_ahead(read, paths, batch_size):
+    images = [outcome for _, outcome in batch if not isinstance(outcome, ImageError)]
+    if images:
+      answers = classifier.predict(np.stack(images))
+      answered = zip(answers.probabilities, answers.exits, strict=True)
+    for path, outcome in batch:
+      yield path, outcome if isinstance(outcome, ImageError) else next(answered)
+
+
+def _read_ahead(read, paths, batch_size):
+  """Lists of (path, read(path)); the next one is read in threads meanwhile."""
+  paths = iter(paths)
   with ThreadPoolExecutor() as pool:
-    try:
-      for path in paths:
-        waiting.append((path, pool.submit(outcome, path)))
-        if len(waiting) > count:
-          path, future = waiting.popleft()
-          yield path, future.result()
-      while waiting:
-        path, future = waiting.popleft()
-        yield path, future.result()
-    finally:
-      pool.shutdown(cancel_futures=True)
+
+    def start():
+      batch = list(itertools.islice(paths, batch_size))
+      return batch, pool.map(read, batch)
+
+    batch, outcomes = start()
+    while batch:
+      following = start()
+      yield list(zip(batch, outcomes, strict=True))
+      batch, outcomes = following
 
 
 def _write_json(path, answer):
   print(json.dumps({'file': path, **answer}))
 
 
-class _Console(Console):
-  """A console whose broken pipe ends the program as any other does."""
-
-  def on_broken_pipe(self):
-    raise BrokenPipeError
-
-
 class _Table:
   """Writes a line per image; columns are as wide as the longest class name."""
 
   def __init__(self, class_names: Sequence[str], top: int):
-    self._console = _Console(highlight=False, soft_wrap=True)
-    self._width = max(cell_len(printable(name)) for name in class_names)
+    self._width = max(len(printable(name)) for name in class_names)
     columns = ('class', *['next'] * (min(top, len(class_names)) - 1))
-    header = '  '.join(set_cell_size(column, self._width + 8) for column in columns)
-    self._console.print(Text(f'exit  {header}  file', 'bold'))
+    cells = [column.ljust(self._width + 8) for column in columns]
+    print('  '.join(('exit', *cells, 'file')))
 
   def __call__(self, path, answer):
-    first, *others = map(self._cell, answer['top'])
-    line = Text(f'{answer["exit"]:4}  {first}')
-    line.append(''.join(f'  {other}' for other in others), 'dim')
-    line.append(f'  {printable(path)}')
-    self._console.print(line)
+    cells = map(self._cell, answer['top'])
+    print('  '.join((f'{answer["exit"]:4}', *cells, printable(path))))
 
   def _cell(self, candidate):
     probability = candidate['probability']
     percent = 'nan' if probability is None else f'{probability:.2%}'
-    return f'{set_cell_size(printable(candidate["class"]), self._width)} {percent:>7}'
+    return f'{printable(candidate["class"]):{self._width}} {percent:>7}'
 
 
 def _summarize(exits, num_unreadable, seconds):

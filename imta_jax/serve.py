@@ -11,25 +11,25 @@ GET  /health    200 once the network is compiled
 GET  /metrics   for Prometheus
 
 One thread runs the network on all images that arrived while it was busy, whatever their budgets.
-Requests are refused with status 503 while too many images are pending. A request of many or large
-images does not hold up others, and clients that keep the server waiting are disconnected. On
-SIGTERM, pending requests are answered before the server exits.
+Requests are refused with status 503 while too many images are pending, and a request of many images
+does not hold up others. On SIGTERM, pending requests are answered before the server exits. TLS, and
+protection from slow and hostile clients, are left to a reverse proxy such as nginx.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import gc
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 try:
   import prometheus_client
   import python_multipart  # noqa: F401
-  import uvicorn  # noqa: F401
+  import uvicorn
   from starlette.applications import Starlette
   from starlette.exceptions import HTTPException
   from starlette.requests import Request
@@ -52,42 +52,34 @@ from imta_jax.errors import UsageError
 from imta_jax.runtime import set_up_compilation_cache
 from imta_jax.serving.batcher import Batcher
 from imta_jax.serving.decoder import Decoder
-from imta_jax.serving.receiver import Receiver
-from imta_jax.serving.server import Server
+from imta_jax.serving.receiver import receive_files
 
 # Number of classes that an answer names, the most probable first.
 _TOP = 5
 
 _LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+# How long pending answers may take once the server is told to stop.
+_SECONDS_TO_STOP = 30
+
+
+def _limit(default, text):
+  return dataclasses.field(default=default, metadata={'help': text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of a server.
+  """Limits of a server, each of which is an option of the command line."""
 
-  Attributes:
-    max_batch: Maximum number of images per batch.
-    max_delay_ms: How long an image may wait for others, in milliseconds.
-    max_queue: Maximum number of pending images.
-    max_body_mb: Maximum size of a request, in megabytes.
-    max_megapixels: Maximum size of an image.
-    max_connections: Maximum number of open connections.
-    max_wait: How long the server waits for the header of a request, for its body, and for the
-      client to read its answer, in seconds each.
-    overload_budget: Average multiply-adds per image for requests that name no budget, while more
-      than half of max_queue is pending. None changes no budget.
-    confidence: The probability with which max_loss= of a request is kept.
-  """
-
-  max_batch: int = 64
-  max_delay_ms: float = 2.0
-  max_queue: int = 256
-  max_body_mb: float = 16.0
-  max_megapixels: float = 32.0
-  max_connections: int = 512
-  max_wait: float = 30.0
-  overload_budget: float | None = None
-  confidence: float = 0.95
+  max_batch: int = _limit(64, 'maximum number of images per batch')
+  max_delay_ms: float = _limit(2.0, 'how long an image may wait for others, in milliseconds')
+  max_queue: int = _limit(256, 'maximum number of pending images; more are refused with status 503')
+  max_body_mb: float = _limit(16.0, 'maximum size of a request, in megabytes')
+  max_megapixels: float = _limit(32.0, 'maximum size of an image')
+  overload_budget: float | None = _limit(
+    None,
+    'average multiply-adds per image for requests that name no budget, while more than half of '
+    '--max_queue is pending',
+  )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,62 +95,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--host', default='127.0.0.1', help='default: 127.0.0.1, reachable from this machine only'
   )
-  parser.add_argument('--port', type=_port, default=8000, help='from 1 to 65535; default: 8000')
-  for name, number, text in (
-    ('max_batch', int, 'maximum number of images per batch'),
-    ('max_delay_ms', float, 'how long an image may wait for others, in milliseconds'),
-    ('max_queue', int, 'maximum number of pending images; more are refused with status 503'),
-    ('max_body_mb', float, 'maximum size of a request, in megabytes'),
-    ('max_megapixels', float, 'maximum size of an image'),
-    ('max_connections', int, 'maximum number of open connections; further ones are closed'),
-    (
-      'max_wait',
-      float,
-      'how long to wait for the header of a request, for its body, and for the client to read its '
-      'answer, in seconds each',
-    ),
-  ):
-    default = getattr(Limits, name)
+  parser.add_argument('--port', type=positive(int), default=8000, help='default: %(default)s')
+  for field in dataclasses.fields(Limits):
     parser.add_argument(
-      f'--{name}', type=positive(number), default=default, help=f'{text}; default: {default:g}'
+      f'--{field.name}',
+      type=positive(int if field.type is int else float),
+      default=field.default,
+      help=f'{field.metadata["help"]}; default: %(default)s',
     )
-  parser.add_argument(
-    '--overload_budget',
-    type=positive(float),
-    help='average multiply-adds per image for requests that name no budget, while more than half '
-    'of --max_queue is pending; default: no other budget',
-  )
   options = parser.parse_args(arguments)
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
   set_up_compilation_cache()
   classifier = open_classifier(options.network, **choices(options))
   try:
-    app = create_app(classifier, limits)
+    app = create_app(classifier, limits, options.confidence)
   except ValueError as error:
     raise UsageError(f'--overload_budget: {error}') from error
-  Server(app, limits.max_connections, limits.max_wait, host=options.host, port=options.port).run()
+  uvicorn.run(
+    app,
+    host=options.host,
+    port=options.port,
+    http='h11',
+    ws='none',
+    access_log=False,
+    timeout_graceful_shutdown=_SECONDS_TO_STOP,
+  )
 
 
-def _port(text: str) -> int:
-  if not 0 < (number := int(text)) < 65536:
-    raise ValueError
-  return number
-
-
-_port.__name__ = 'port'  # For argparse's messages.
-
-
-def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Starlette:
-  """Makes the service, an ASGI application.
+def create_app(
+  classifier: AdaptiveClassifier, limits: Limits = Limits(), confidence: float = 0.95
+) -> Starlette:
+  """Compiles the network and makes the service, an ASGI application.
 
   Args:
     classifier: A classifier of uint8 images, with class names.
     limits: See `Limits`.
+    confidence: The probability with which max_loss= of a request is kept.
 
   Raises:
     ValueError: If nothing lies within the overload budget.
   """
-  service = _Service(classifier, limits)
+  service = _Service(classifier, limits, confidence)
   return Starlette(
     routes=[
       Route('/predict', service.predict, methods=['POST']),
@@ -166,20 +143,18 @@ def create_app(classifier: AdaptiveClassifier, limits: Limits = Limits()) -> Sta
       Route('/metrics', service.metrics),
     ],
     exception_handlers={HTTPException: _refusal, Exception: _failure},
-    lifespan=service.run,
+    lifespan=service.lifespan,
   )
 
 
 class _Service:
   """The routes."""
 
-  def __init__(self, classifier, limits):
-    self._classifier, self._limits = classifier, limits
-    self._unanswered = 0  # Images; only the event loop's thread counts them.
-    self._receiver = Receiver(limits.max_queue, limits.max_body_mb, limits.max_wait)
-    self._thresholds = functools.lru_cache(maxsize=256)(self._find_thresholds)
+  def __init__(self, classifier, limits, confidence):
+    self._classifier, self._limits, self._confidence = classifier, limits, confidence
+    self._num_pending = 0  # Images; only the event loop's thread counts them.
     if limits.overload_budget is not None:
-      self._thresholds('budget', limits.overload_budget)
+      self._overload_thresholds = self._find_thresholds('budget', limits.overload_budget)
 
     self._registry = registry = prometheus_client.CollectorRegistry()
     self._requests = prometheus_client.Counter(
@@ -199,40 +174,36 @@ class _Service:
     )
     prometheus_client.Gauge(
       'imta_unanswered_images', 'Pending images.', registry=registry
-    ).set_function(lambda: self._unanswered)
+    ).set_function(lambda: self._num_pending)
+
+    classifier.compile(limits.max_batch)
+    self._milliseconds = 1000 * classifier.measure_costs()
+    self._batcher = Batcher(
+      classifier, limits.max_batch, limits.max_delay_ms / 1000, self._batch_sizes.observe
+    )
+    self._decoder = Decoder(
+      partial(
+        read_image,
+        shape=classifier.image.shape,
+        crop=classifier.preprocessing.get('crop', 'none'),
+        max_pixels=min(int(1e6 * limits.max_megapixels), MAX_PIXELS),
+      )
+    )
 
   @contextlib.asynccontextmanager
-  async def run(self, app: Starlette) -> AsyncIterator[None]:
-    """Compiles the network; lasts as long as the server."""
+  async def lifespan(self, app: Starlette):
+    """Lasts as long as the server."""
     del app
-    limits = self._limits
-    await asyncio.to_thread(self._classifier.compile, limits.max_batch)
-    if (validation := self._classifier.validation) is not None:
-      _ = validation.loss_counts  # Takes long once, then max_loss= takes no time.
-    self._costs = await asyncio.to_thread(self._classifier.measure_costs)
-    self._batcher = Batcher(
-      self._classifier, limits.max_batch, limits.max_delay_ms / 1000, self._batch_sizes.observe
-    )
-    max_pixels = min(int(1e6 * limits.max_megapixels), MAX_PIXELS)
-    read = functools.partial(
-      read_image,
-      shape=self._classifier.image.shape,
-      crop=self._classifier.preprocessing.get('crop', 'none'),
-      max_pixels=max_pixels,
-    )
-    self._decoder = Decoder(read, max_pixels)
     # Garbage collection over all that tracing has left would stop the server for 0.2 s each time.
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
-    while self._unanswered:
-      await asyncio.sleep(0.01)
-    await asyncio.to_thread(self._batcher.close)
+    self._batcher.close()
     self._decoder.close()
 
   async def health(self, request: Request) -> Response:
-    """Says that the server is ready: it listens once the network is compiled."""
+    """Answers once the network is compiled: the server does not listen before."""
     del request
     return JSONResponse({'status': 'ok'})
 
@@ -257,34 +228,35 @@ class _Service:
       self._seconds.observe(time.perf_counter() - start)
 
   async def _predict(self, request):
+    limits = self._limits
     thresholds = self._requested_thresholds(request.query_params)
-    self._check_room(1)  # Before a body is read for nothing.
-    async with self._receiver.receive(request) as (is_form, files):
-      answers = await self._answer(files, thresholds)
-    if is_form:
-      return JSONResponse({'answers': answers})
-    del answers[0]['file']
-    return JSONResponse(answers[0])
-
-  async def _answer(self, files, thresholds):
-    """Describes the answers for files, pairs (name, content)."""
-    self._check_room(len(files))
+    with self._pending(1):
+      is_form, files = await receive_files(request, limits.max_body_mb, limits.max_queue)
     if thresholds is None:
       thresholds = self._default_thresholds()
-    self._unanswered += len(files)
-    try:
+    with self._pending(len(files)):
       images = await self._decode(files)
       futures = self._batcher.submit(images, thresholds)
-      answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
-    finally:
-      self._unanswered -= len(files)
-    described = [
-      {'file': name, **describe(*answer, self._classifier.class_names, _TOP)}
-      for (name, _), answer in zip(files, answers, strict=True)
-    ]
-    for answer in described:
+      results = await asyncio.gather(*map(asyncio.wrap_future, futures))
+    answers = [describe(*result, self._classifier.class_names, _TOP) for result in results]
+    for answer in answers:
       self._images.labels(answer['exit']).inc()
-    return described
+    if not is_form:
+      return JSONResponse(answers[0])
+    named = zip(files, answers, strict=True)
+    return JSONResponse({'answers': [{'file': name, **answer} for (name, _), answer in named]})
+
+  @contextlib.contextmanager
+  def _pending(self, count):
+    """Counts images as pending; refuses them if there are too many."""
+    if self._num_pending + count > self._limits.max_queue:
+      message = f'{self._num_pending} images are pending: try again later'
+      raise HTTPException(503, message, {'Retry-After': '1'})
+    self._num_pending += count
+    try:
+      yield
+    finally:
+      self._num_pending -= count
 
   async def _decode(self, files):
     images = await self._decoder.decode([content for _, content in files])
@@ -308,30 +280,21 @@ class _Service:
     except ValueError:
       raise HTTPException(422, f'{name}={text!r} is no number') from None
     try:
-      return self._thresholds(name, limit)
+      return self._find_thresholds(name, limit)
     except ValueError as error:
       raise HTTPException(422, f'{name}={text}: {error}') from error
 
   def _find_thresholds(self, name, limit):
     if name == 'max_loss':
-      return self._classifier.thresholds_losing(limit, self._limits.confidence)
-    costs = self._classifier.madds if name == 'budget' else 1000 * self._costs
+      return self._classifier.thresholds_losing(limit, self._confidence)
+    costs = self._classifier.madds if name == 'budget' else self._milliseconds
     return self._classifier.thresholds_within(limit, costs)
 
   def _default_thresholds(self):
-    overload_budget = self._limits.overload_budget
-    if overload_budget is not None and self._unanswered > self._limits.max_queue / 2:
-      return self._thresholds('budget', overload_budget)
+    is_overloaded = self._num_pending > self._limits.max_queue / 2
+    if is_overloaded and self._limits.overload_budget is not None:
+      return self._overload_thresholds
     return self._classifier.thresholds
-
-  def _check_room(self, count):
-    max_queue = self._limits.max_queue
-    if count > max_queue:
-      raise HTTPException(413, f'{count} images in a request: at most {max_queue} are accepted')
-    if self._unanswered + count > max_queue:
-      raise HTTPException(
-        503, f'{self._unanswered} images are pending: try again later', {'Retry-After': '1'}
-      )
 
 
 async def _refusal(request, error):

@@ -89,6 +89,7 @@ def test_photographs_are_learned_and_classified_by_name(photos, environment, tmp
   assert np.mean(right) > 0.9
 
 
+@pytest.mark.slow
 def test_a_corrupt_photograph_is_named(photos, environment, tmp_path):
   corrupt = photos / 'sky/corrupt.jpg'
   content = (photos / 'sky/0.jpg').read_bytes()

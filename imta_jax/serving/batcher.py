@@ -46,14 +46,9 @@ class Batcher:
 
     Returns:
       [image], futures of (probabilities [class], exit counted from 0).
-
-    Raises:
-      RuntimeError: After `close`.
     """
     futures, now = [Future() for _ in images], time.monotonic()
     with self._changed:
-      if self._closed:
-        raise RuntimeError('closed')
       for image, future in zip(images, futures, strict=True):
         self._waiting.append((image, thresholds, future, now))
       self._changed.notify()
@@ -68,7 +63,7 @@ class Batcher:
 
   def _work(self):
     while batch := self._take():
-      # Nobody waits for cancelled requests.
+      # Cancelled futures take no result.
       batch = [entry for entry in batch if entry[2].set_running_or_notify_cancel()]
       if not batch:
         continue
