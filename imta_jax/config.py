@@ -293,13 +293,15 @@ def check_path(config: ConfigDict, path: str) -> None:
   """
   node, walked = to_dict(config), 'config'
   for name in re.findall(r'[^.\[\]]+', path):
-    walked += f'[{name}]' if isinstance(node, list) else f'.{name}'
     if isinstance(node, list):
-      node = {str(index): item for index, item in enumerate(node)}
-    if not isinstance(node, dict) or name not in node:
-      choices = node if isinstance(node, dict) else ()
-      raise UsageError(f'{walked} does not exist: {suggest(name, choices)}')
-    node = node[name]
+      children = {str(index): item for index, item in enumerate(node)}
+      walked, hint = f'{walked}[{name}]', f'the indices are 0 to {len(node) - 1}'
+    else:
+      children = node if isinstance(node, dict) else {}
+      walked, hint = f'{walked}.{name}', suggest(name, children)
+    if name not in children:
+      raise UsageError(f'{walked} does not exist: {hint}')
+    node = children[name]
 
 
 def suggest(name: str, choices) -> str:

@@ -247,9 +247,9 @@ def test_wrong_arguments_are_refused(argument, words):
     ('sed', "config.sed does not exist: did you mean 'seed'?"),
     ('dataset.nme', "config.dataset.nme does not exist: did you mean 'name'?"),
     ('phases[0].epoch', "config.phases[0].epoch does not exist: did you mean 'epochs'?"),
-    ('phases[2].epochs', 'config.phases[2] does not exist: choose one of 0, 1'),
-    ('phases.epochs', 'config.phases[epochs] does not exist: choose one of 0, 1'),
-    (f'phases[{"9" * 5000}].epochs', 'does not exist: choose one of 0, 1'),
+    ('phases[2].epochs', 'config.phases[2] does not exist: the indices are 0 to 1'),
+    ('phases.epochs', 'config.phases[epochs] does not exist: the indices are 0 to 1'),
+    (f'phases[{"9" * 5000}].epochs', 'does not exist: the indices are 0 to 1'),
     ('seed.x', 'config.seed.x does not exist'),
   ],
 )
