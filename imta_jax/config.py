@@ -1,12 +1,13 @@
 """The fields of a config, their defaults and their checks."""
 
 import difflib
-import importlib.util
 import itertools
 import json
 import os
 import re
-from typing import Any
+import runpy
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -14,97 +15,141 @@ from imta_jax import models
 from imta_jax.errors import UsageError
 
 
+class _Field(NamedTuple):
+  """A field whose values are checked beyond the type of its default."""
+
+  default: Any
+  is_valid: Callable[[Any], bool]
+  expected: str
+
+
+def _positive(default):
+  return _Field(default, lambda value: value > 0, 'above 0')
+
+
+def _not_negative(default):
+  return _Field(default, lambda value: value >= 0, '0 or more')
+
+
+def _fraction(default):
+  return _Field(default, lambda value: 0 <= value <= 1, 'from 0 to 1')
+
+
+def _one_of(default, *others):
+  choices = (default, *others)
+  return _Field(default, lambda value: value in choices, f'one of {", ".join(choices)}')
+
+
+# The default of each field; a type stands for None, which a value of that type may replace.
+_FIELDS = {
+  'seed': _not_negative(0),
+  'batch_size': _positive(64),  # Images per training step, over all devices and hosts.
+  'evaluation_batch_size': _positive(512),
+  'dataset': {
+    # A TFDS builder with features `image` and `label`, or 'image_folder'.
+    'name': 'cifar100',
+    # TFDS folder (default: TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of images.
+    'data_dir': str,
+    # Folder written by imta_jax.data.prepare, to be used instead of TFDS.
+    'arrays_dir': str,
+    'train_split': 'train',
+    'test_split': 'test',
+    # Training images held out to choose thresholds and states.
+    'validation_size': _positive(5_000),
+    'image_size': _positive(32),
+    'mean': (0.5071, 0.4865, 0.4409),  # Per channel, for pixels between 0 and 1.
+    'std': (0.2673, 0.2564, 0.2762),
+    'in_memory': True,  # On the devices; False streams images, as for ImageNet.
+    # Of image files in memory, 'none' stretches the whole image to a square, 'center' takes the
+    # central square. Streamed images are cropped at random in training.
+    'crop': _one_of('none', 'center'),
+    'padding': _not_negative(4),  # Zero padding before the random crop of images in memory.
+    'flip': True,  # Whether to mirror half of the training images.
+    'augment_validation': False,  # The published code augments validation images too.
+  },
+  # Whether batch statistics are over the images of all devices, which takes an exchange between
+  # devices per batch norm. Needed with few images per device.
+  'global_batch_norm': True,
+  # Workdir or export of a trained network, from which phase I takes the variables whose names and
+  # shapes agree. Read at every start of the run.
+  'init_from': str,
+  # Training steps per device-side loop. Default: up to the next event for sets in memory on
+  # accelerators; otherwise 1.
+  'steps_per_dispatch': _positive(int),
+  'checkpoint_every_epochs': _positive(1),  # Epochs between validations and checkpoints.
+  # For epochs that take hours: if set, also saves checkpoints, without a validation, after so many
+  # minutes, at the next of log_every_steps.
+  'checkpoint_every_minutes': _positive(float),
+  'log_every_steps': _positive(50),
+  'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
+  'profile_steps': _not_negative(0),  # Steps of each phase to profile, for TensorBoard's profiler.
+}
+_PHASE_FIELDS = {
+  'loss': _one_of('cross_entropy', 'one_for_all'),  # Cross-entropy is summed over exits (Eq. 1).
+  'alpha': _fraction(0.1),  # OFA: weight of the labels; 1 - alpha weights the teacher (Eq. 7).
+  'temperature': _positive(3.0),  # OFA: temperature T (Eq. 7).
+  # OFA: 'mean', as in the published code, averages over classes.
+  'class_reduction': _one_of('sum', 'mean'),
+  # OFA: the network's last exit; 'frozen': the previous phase's.
+  'teacher': _one_of('online', 'frozen'),
+  'trained': _one_of('everything', 'last_layers'),  # The last layers are the classifiers.
+  # Mode of batch norm in layers that are not trained; the published code uses 'training'.
+  'frozen_batch_norm': _one_of('evaluation', 'training'),
+  'gradient_equilibrium': _one_of('all', 'coarsest', 'off'),
+  # Feature partitioning: share of each coarsest map's channels that later exits train. 1 turns it
+  # off; its publication has 0.5.
+  'shared_channels': _fraction(1.0),
+  'collaboration': _one_of('off', 'identity', 'network'),
+  'stop_collaboration_gradient': True,
+  # State for the next phase and for evaluation: 'best' has the highest validation accuracy,
+  # averaged over exits.
+  'chosen_state': _one_of('best', 'last'),
+  'epochs': _positive(300.0),
+  'steps': _positive(int),  # If set, used instead of epochs.
+  'learning_rate': _positive(0.1),
+  # If set, the learning rate is multiplied by batch_size / reference_batch_size.
+  'reference_batch_size': _positive(int),
+  # 'multistep' divides the rate by 10 at each milestone.
+  'schedule': _one_of('multistep', 'cosine'),
+  'milestones': _Field(  # As fractions of the phase.
+    (0.5, 0.75),
+    lambda value: all(a < b for a, b in itertools.pairwise((0, *value, 1))),
+    'numbers that increase from above 0 to below 1',
+  ),
+  'warmup_epochs': _not_negative(0.0),
+  'momentum': _Field(0.9, lambda value: 0 <= value < 1, '0 or more and below 1'),
+  'nesterov': True,
+  'weight_decay': _not_negative(1e-4),
+  'decayed': _one_of('everything', 'kernels'),  # Parameters with weight decay.
+}
+
+
 def default() -> ConfigDict:
   """Returns a config with all fields, set as in the paper for CIFAR-100 (Table 1).
 
-  A file in configs/ starts from this config, changes fields and returns it from
-  `get_config(argument)`.
+  A file in configs/ changes fields of this config and returns it from `get_config(argument)`.
   """
-  return ConfigDict(
-    {
-      'seed': 0,
-      'batch_size': 64,  # Images per training step, over all devices and hosts.
-      'evaluation_batch_size': 512,
-      'dataset': {
-        # A TFDS builder with features `image` and `label`, or 'image_folder'.
-        'name': 'cifar100',
-        # TFDS folder (default: TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of images.
-        'data_dir': config_dict.placeholder(str),
-        # Folder written by imta_jax.data.prepare, to be used instead of TFDS.
-        'arrays_dir': config_dict.placeholder(str),
-        'train_split': 'train',
-        'test_split': 'test',
-        'validation_size': 5_000,  # Training images held out to choose thresholds and states.
-        'image_size': 32,
-        'mean': (0.5071, 0.4865, 0.4409),  # Per channel, for pixels between 0 and 1.
-        'std': (0.2673, 0.2564, 0.2762),
-        'in_memory': True,  # On the devices; False streams images, as for ImageNet.
-        # How image files that are kept in memory become squares: 'none' stretches the whole image,
-        # 'center' takes the central square. Streamed images are cropped at random in training.
-        'crop': 'none',
-        'padding': 4,  # Zero padding before the random crop of images in memory.
-        'flip': True,  # Whether to mirror half of the training images.
-        'augment_validation': False,  # The published code augments validation images too.
-      },
-      # Fields of models.create and of the architecture that it names; for another one than MSDNet,
-      # `config.model = ConfigDict(models.defaults('resnet'))`.
-      'model': models.defaults('msdnet'),
-      # Whether batch statistics are over the images of all devices, not of each device, which takes
-      # an exchange between devices per batch norm. Needed with few images per device.
-      'global_batch_norm': True,
-      # Workdir or export of a trained network, from which phase I takes the variables whose names
-      # and shapes agree. Needed at every start of the run.
-      'init_from': config_dict.placeholder(str),
-      'phases': [phase_one(), phase_two()],
-      # Training steps that the devices take before they need the host again. Default: chosen by the
-      # time of a step for sets in memory; 1 for streamed sets, whose batches the host sends.
-      'steps_per_dispatch': config_dict.placeholder(int),
-      'checkpoint_every_epochs': 1,  # Epochs between validations and checkpoints.
-      # If set, checkpoints without a validation are also saved after so many minutes, at the next
-      # of log_every_steps; for epochs that take hours.
-      'checkpoint_every_minutes': config_dict.placeholder(float),
-      'log_every_steps': 50,
-      'tensorboard': True,  # Whether metrics are also written for TensorBoard; needs TensorFlow.
-      'profile_steps': 0,  # Steps of each phase to profile, for TensorBoard's profiler.
-    }
-  )
+  config = _defaults(_FIELDS)
+  # Fields of models.create; for another network, `ConfigDict(models.defaults('resnet'))`.
+  config.model = models.defaults('msdnet')
+  config.phases = [phase_one(), phase_two()]
+  return config
+
+
+def _defaults(fields):
+  return ConfigDict({name: _default(field) for name, field in fields.items()})
+
+
+def _default(field):
+  if isinstance(field, dict):
+    return _defaults(field)
+  value = field.default if isinstance(field, _Field) else field
+  return config_dict.placeholder(value) if isinstance(value, type) else value
 
 
 def phase_one() -> ConfigDict:
   """Phase I of the paper: all layers are trained from scratch, with Gradient Equilibrium."""
-  return ConfigDict(
-    {
-      'loss': 'cross_entropy',  # Summed over exits (Eq. 1); or 'one_for_all'.
-      'alpha': 0.1,  # OFA: weight of the labels; 1 - alpha weights the teacher (Eq. 7).
-      'temperature': 3.0,  # OFA: temperature T (Eq. 7).
-      'class_reduction': 'sum',  # OFA: 'mean', as in the published code, averages over classes.
-      'teacher': 'online',  # OFA: the network's last exit; 'frozen': the previous phase's.
-      'trained': 'everything',  # Or 'last_layers': only the classifiers.
-      # Mode of batch norm in layers that are not trained; the published code uses 'training'.
-      'frozen_batch_norm': 'evaluation',
-      'gradient_equilibrium': 'all',
-      # Share of each coarsest map's channels that later exits train; 1 turns feature partitioning
-      # off, its publication has 0.5.
-      'shared_channels': 1.0,
-      'collaboration': 'off',
-      'stop_collaboration_gradient': True,
-      # State for the next phase and for evaluation: 'best' has the highest validation accuracy,
-      # averaged over exits; or 'last'.
-      'chosen_state': 'best',
-      'epochs': 300.0,
-      'steps': config_dict.placeholder(int),  # If set, used instead of epochs.
-      'learning_rate': 0.1,
-      # If set, the learning rate is multiplied by batch_size / reference_batch_size.
-      'reference_batch_size': config_dict.placeholder(int),
-      'schedule': 'multistep',  # Divides the rate by 10 at each milestone; or 'cosine'.
-      'milestones': (0.5, 0.75),  # As fractions of the phase.
-      'warmup_epochs': 0.0,
-      'momentum': 0.9,
-      'nesterov': True,
-      'weight_decay': 1e-4,
-      'decayed': 'everything',  # Parameters with weight decay; or 'kernels'.
-    }
-  )
+  return _defaults(_PHASE_FIELDS)
 
 
 def phase_two() -> ConfigDict:
@@ -129,12 +174,6 @@ def follow_published_code(config: ConfigDict) -> None:
 
   Args:
     config: A complete config, which is changed.
-
-  Example:
-    >>> config = default()
-    >>> follow_published_code(config)
-    >>> config.phases[1].class_reduction
-    'mean'
   """
   config.dataset.augment_validation = True
   for phase in config.phases:
@@ -189,9 +228,9 @@ def validate(config: ConfigDict) -> None:
     raise UsageError(f'config.model must have a name: choose one of {choices}')
   if not phases or not isinstance(phases, list) or not all(isinstance(p, dict) for p in phases):
     raise UsageError('config.phases is empty or no list of phases: add at least one phase')
-  _check_fields(fields, default(), 'config')
+  _check_fields(fields, _FIELDS, 'config')
   for index, phase in enumerate(phases):
-    _check_fields(phase, phase_one(), f'config.phases[{index}]')
+    _check_fields(phase, _PHASE_FIELDS, f'config.phases[{index}]')
   if phases[0]['loss'] == 'one_for_all' and phases[0]['teacher'] == 'frozen':
     raise UsageError(
       "config.phases[0].teacher is 'frozen', but there is no previous phase: use 'online'"
@@ -209,7 +248,6 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-# What a field may hold whose default has a type.
 _TYPES = {
   bool: (lambda value: isinstance(value, bool), 'True or False'),
   int: (lambda value: _is_number(value) and isinstance(value, int), 'an integer below 2^31'),
@@ -223,81 +261,28 @@ _TYPES = {
 }
 
 
-def _above(bound):
-  return lambda value: value > bound, f'above {bound}'
-
-
-def _at_least(bound):
-  return lambda value: value >= bound, f'{bound} or more'
-
-
-def _one_of(*choices):
-  return lambda value: value in choices, f'one of {", ".join(choices)}'
-
-
-_FRACTION = (lambda value: 0 <= value <= 1, 'from 0 to 1')
-_INCREASES = (
-  lambda value: all(a < b for a, b in itertools.pairwise((0, *value, 1))),
-  'numbers that increase from above 0 to below 1',
-)
-# What a field of the right type may hold, in whichever group it stands.
-_VALUES = {
-  'seed': _at_least(0),
-  'batch_size': _above(0),
-  'evaluation_batch_size': _above(0),
-  'steps_per_dispatch': _above(0),
-  'checkpoint_every_epochs': _above(0),
-  'checkpoint_every_minutes': _above(0),
-  'log_every_steps': _above(0),
-  'profile_steps': _at_least(0),
-  'validation_size': _above(0),
-  'image_size': _above(0),
-  'padding': _at_least(0),
-  'crop': _one_of('none', 'center'),
-  'loss': _one_of('cross_entropy', 'one_for_all'),
-  'alpha': _FRACTION,
-  'temperature': _above(0),
-  'class_reduction': _one_of('sum', 'mean'),
-  'teacher': _one_of('online', 'frozen'),
-  'trained': _one_of('everything', 'last_layers'),
-  'frozen_batch_norm': _one_of('evaluation', 'training'),
-  'gradient_equilibrium': _one_of('all', 'coarsest', 'off'),
-  'shared_channels': _FRACTION,
-  'collaboration': _one_of('off', 'identity', 'network'),
-  'chosen_state': _one_of('best', 'last'),
-  'epochs': _above(0),
-  'steps': _above(0),
-  'learning_rate': _above(0),
-  'reference_batch_size': _above(0),
-  'schedule': _one_of('multistep', 'cosine'),
-  'milestones': _INCREASES,
-  'warmup_epochs': _at_least(0),
-  'momentum': (lambda value: 0 <= value < 1, '0 or more and below 1'),
-  'weight_decay': _at_least(0),
-  'decayed': _one_of('everything', 'kernels'),
-}
-
-
 def _is_number(value):
   """Whether a value is a number of less than 2^31, in which devices count."""
   return isinstance(value, int | float) and not isinstance(value, bool) and -(2**31) < value < 2**31
 
 
-def _check_fields(fields, reference, path):
+def _check_fields(fields, table, path):
   for name in fields:
-    if name not in reference:
-      raise UsageError(f'{path}.{name} is not a field: {suggest(name, reference)}')
-  for name in sorted({*reference} - {'model', 'phases'}):  # Those are checked apart.
+    if name not in table:
+      raise UsageError(f'{path}.{name} does not exist: {suggest(name, table)}')
+  reference = _defaults(table)
+  for name, field in table.items():
     if name not in fields:
       raise UsageError(f'{path}.{name} is missing: start the config from imta_jax.config.default()')
     value, kind = fields[name], reference.get_type(name)
     if value is None and reference[name] is None:
       continue
-    for is_valid, expected in (_TYPES[kind], *([_VALUES[name]] if name in _VALUES else [])):
+    checks = [_TYPES[kind], field[1:]] if isinstance(field, _Field) else [_TYPES[kind]]
+    for is_valid, expected in checks:
       if not is_valid(value):
         raise UsageError(f'{path}.{name} is {value!r}: it must be {expected}')
-    if kind is ConfigDict:
-      _check_fields(value, reference[name], f'{path}.{name}')
+    if isinstance(field, dict):
+      _check_fields(value, field, f'{path}.{name}')
 
 
 def check_path(config: ConfigDict, path: str) -> None:
@@ -309,14 +294,14 @@ def check_path(config: ConfigDict, path: str) -> None:
   node, walked = to_dict(config), 'config'
   for name in re.findall(r'[^.\[\]]+', path):
     if isinstance(node, list):
-      if name not in map(str, range(len(node))):
-        raise UsageError(f'{walked}[{name}] does not exist: the indices are 0 to {len(node) - 1}')
-      node, walked = node[int(name)], f'{walked}[{name}]'
-    elif not isinstance(node, dict) or name not in node:
-      fields = node if isinstance(node, dict) else ()
-      raise UsageError(f'{walked}.{name} is not a field: {suggest(name, fields)}')
+      children = {str(index): item for index, item in enumerate(node)}
+      walked, hint = f'{walked}[{name}]', f'the indices are 0 to {len(node) - 1}'
     else:
-      node, walked = node[name], f'{walked}.{name}'
+      children = node if isinstance(node, dict) else {}
+      walked, hint = f'{walked}.{name}', suggest(name, children)
+    if name not in children:
+      raise UsageError(f'{walked} does not exist: {hint}')
+    node = children[name]
 
 
 def suggest(name: str, choices) -> str:
@@ -369,9 +354,6 @@ def load_file(argument: str) -> ConfigDict:
   path, _, config_argument = argument.partition(':')
   if not os.path.isfile(path):
     raise UsageError(f'--config={argument}: file {path!r} does not exist')
-  spec = importlib.util.spec_from_file_location('config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(config_argument)
+  config = runpy.run_path(path)['get_config'](config_argument)
   validate(config)
   return config

@@ -48,8 +48,8 @@ def random_variables():
 
 
 @pytest.fixture(scope='session')
-def tiny_export(tmp_path_factory):
-  """An export, without engine, of a network of two dense layers, which is quick to load."""
+def tiny_classifier():
+  """A network of two dense layers, which is quick to compile."""
 
   def first(weights, images):
     features = images.reshape(images.shape[0], 4) / 255
@@ -61,7 +61,7 @@ def tiny_export(tmp_path_factory):
 
   random = np.random.default_rng(0)
   kernels = random.standard_normal((2, 4, 3)).astype(np.float32)
-  classifier = AdaptiveClassifier(
+  return AdaptiveClassifier(
     [first, second],
     [{'kernel': kernels[0]}, {'bias': np.ones(3, np.float32), 'kernel': kernels[1]}],
     (0.5, -np.inf),
@@ -72,10 +72,15 @@ def tiny_export(tmp_path_factory):
     class_names='abc',
     preprocessing={'crop': 'none'},
   )
+
+
+@pytest.fixture(scope='session')
+def tiny_export(tiny_classifier, tmp_path_factory):
+  """An export, without engine, of the tiny classifier."""
   path = Path(__file__).parents[1] / 'experiments' / 'export.py'
   spec = importlib.util.spec_from_file_location('export', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   folder = tmp_path_factory.mktemp('tiny') / 'exported'
-  module.write_export(classifier, epath.Path(folder), without_engine=True)
+  module.write_export(tiny_classifier, epath.Path(folder), without_engine=True)
   return folder

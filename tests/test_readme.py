@@ -56,12 +56,12 @@ def test_example_trains_a_model_of_ones_own():
       return names['loss']
 
   images, labels = jnp.ones((5, 6)), jnp.arange(5) % 4
-  variables = Network().init(jax.random.key(0), images, labels)
+  variables = jax.jit(Network().init)(jax.random.key(0), images, labels)
 
   def loss_of(params):
     return Network().apply({**variables, 'params': params}, images, labels, mutable=True)[0]
 
-  gradient = jax.grad(loss_of)(variables['params'])
+  gradient = jax.jit(jax.grad(loss_of))(variables['params'])
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
   assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient['Dense_0']))
 

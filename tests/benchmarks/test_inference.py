@@ -151,8 +151,8 @@ def network(random_variables):
 DATASET = ConfigDict({'mean': (0.5,), 'std': (0.25,)})
 
 
-@pytest.fixture(scope='module')
-def timings(network):
+@pytest.mark.slow
+def test_a_measurement(network):
   model, variables, classifier, images = network
   middle = float(np.median(classifier.predict(images, (-INF, -INF)).confidences))
   points = [OperatingPoint((middle, -INF), (0.5, 0.5), 0.9)]
@@ -160,7 +160,7 @@ def timings(network):
   program = inference.xla_program(model, variables, DATASET)
   labels = program(images)[-1].argmax(axis=-1)
   labels[0] = (labels[0] + 1) % 5
-  return inference.measure(
+  timings = inference.measure(
     methods,
     partial(inference.run, {'all exits': program}, classifier),
     images,
@@ -168,10 +168,6 @@ def timings(network):
     MADDS,
     argparse.Namespace(batch_sizes=(1, 4), calls=5, repeats=2),
   )
-
-
-@pytest.mark.slow
-def test_a_measurement(timings):
   assert {(t['mode'], t['batch_size'], t['images']) for t in timings} == {
     ('predict', 1, 5),
     ('predict', 4, 8),
@@ -192,7 +188,23 @@ def test_a_measurement(timings):
       assert 10 < timing['madds'] < 30
 
 
-def test_files(timings, tmp_path, capsys):
+def test_files(tmp_path, capsys):
+  timings = [
+    {
+      **timing(method, madds, ratio, is_adaptive, mode, batch_size),
+      'images': 8,
+      'accuracy': 0.9,
+      'milliseconds': 2.0,
+      'images_per_second': 500.0,
+      'p50': None,
+    }
+    for mode, batch_size in (('predict', 1), ('predict', 4), ('stream', 4))
+    for method, madds, ratio, is_adaptive in (
+      ('all exits', 30.0, 1.0, False),
+      ('exit 2', 30.0, 0.9, False),
+      ('as accurate', 15.0, 0.5, True),
+    )
+  ]
   description = {'title': 't', 'command': 'c', 'machine': 'm', 'load_average': 0.5}
   inference.report(timings, description, epath.Path(tmp_path))
   content = json.loads((tmp_path / 'latency.json').read_text())

@@ -247,7 +247,7 @@ def refusal(dataset):
   with pytest.raises(UsageError) as caught:
     arrays.load(dataset)
   message = str(caught.value)
-  assert '\n' not in message and 'write it again with python -m imta_jax.prepare' in message
+  assert '\n' not in message and 'write it again with python -m imta_jax.data.prepare' in message
   return message
 
 

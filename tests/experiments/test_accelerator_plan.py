@@ -2,20 +2,17 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plan
 import pytest
+from planning import counts, targets
 
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
-import plan
-from planning import counts, targets
 
 ROOT = Path(__file__).parents[2]
 # As compilers print it: a TPU's layouts, a loop of 5 rounds, an all-reduce, a prefetch.
@@ -99,7 +96,7 @@ def test_of_what_is_sliced_the_slices_count():
   assert counted['bytes'] == 4 * ((10 + 10 + 10) + (5 + 5))
 
 
-def test_a_real_program_is_counted():
+def test_a_loop_of_known_length_is_counted_whole():
   def function(x):
     x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ x), x)
     return x.sum()
@@ -146,19 +143,19 @@ def test_every_gpu_has_a_configuration():
     assert text.count('{') == text.count('}')
 
 
-@pytest.mark.parametrize(
-  ('name', 'words'),
-  [
-    ('v3:2x2', ['v3:2x2', 'v5e', 'h100', 'cpu']),
-    ('cpu:2', ['cpu:2']),
-    ('tpu', ["'tpu'", 'v5e']),
-  ],
-)
-def test_unknown_targets_are_refused(name, words):
-  with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize('name', ['v3:2x2', 'cpu:2'])
+def test_unknown_targets_are_refused(name):
+  with pytest.raises(UsageError, match=f'{name} is unknown: choose one of v4, .*, h100, .* cpu'):
     targets.open_target(name)
-  for word in words:
-    assert word.strip("'") in str(caught.value)
+
+
+SMALL = f"""
+from imta_jax import config
+def get_config(argument):
+  small = config.load_file('{ROOT}/configs/mnist5k.py:exits=2')
+  small.model.update(scale_factors=(1,), bottleneck_factors=(1,))
+  return small
+"""
 
 
 def has(module):
@@ -183,9 +180,10 @@ NO_GPU = pytest.mark.skipif(
   ],
 )
 def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
+  (tmp_path / 'small.py').write_text(SMALL)
   plan.main(
     [
-      f'--config={ROOT}/configs/mnist5k.py:exits=2',
+      f'--config={tmp_path}/small.py',
       f'--target={name}',
       '--batch_sizes=16',
       f'--output={tmp_path}/plan.json',
@@ -198,9 +196,9 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
   ]
   for record in records:
     assert record['devices'] == num_devices
-    assert record['fits'] and record['launches'] > 50
+    assert record['fits'] and record['launches'] > 20
     assert record['operations'] > 0 and record['bytes'] > 0
-    assert record['peak_bytes'] >= record['argument_bytes'] > 1e6
+    assert record['peak_bytes'] >= record['argument_bytes'] > 1e5
     assert (record['collectives'] > 0) == (num_devices > 1)
     assert (record['launches_in_graphs'] is None) == (name[0] not in 'ah')
   first, second = records
@@ -240,7 +238,7 @@ def test_a_step_that_the_compiler_cannot_fit_does_not_fit(reason, monkeypatch):
     assert not record['fits'] and record['peak_bytes'] is None and record['operations'] > 0
 
 
-@pytest.mark.parametrize(('most', 'first'), [(300, 64), (300, 512), (64, 64), (5000, 8)])
+@pytest.mark.parametrize(('most', 'first'), [(300, 64), (300, 512), (64, 64)])
 def test_the_largest_batch_is_found_to_an_eighth(most, first):
   planned = []
 

@@ -1,19 +1,15 @@
 """The program for budgeted batch classification: arguments and corrupt workdirs."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import budget_sweep
 import numpy as np
 import pytest
 from etils import epath
 
 from imta_jax import config as config_lib
 from imta_jax.adaptive.cost import ExitCost
+from imta_jax.errors import UsageError
 from imta_jax.evaluate import SPLITS, Predictions, assess, save_predictions, write_tables
 from imta_jax.training import workdir as layout
-
-PATH = Path(__file__).parents[2] / 'experiments' / 'budget_sweep.py'
 
 
 @pytest.fixture
@@ -36,33 +32,30 @@ def workdir(tmp_path):
   return folder
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, PATH, *map(str, arguments)], capture_output=True, text=True, check=False
-  )
-
-
-def test_a_sweep_of_a_finished_run(workdir, tmp_path):
-  done = run(workdir, '--parameters', '0.5', '2', f'--output={tmp_path}/sweep')
-  assert done.returncode == 0, done.stderr
+def test_a_sweep_of_a_finished_run(workdir, tmp_path, capsys):
+  budget_sweep.main([str(workdir), '--parameters', '0.5', '2', f'--output={tmp_path}/sweep'])
   assert len((tmp_path / 'sweep' / 'budget.csv').read_text().splitlines()) == 3
+  assert (tmp_path / 'sweep' / 'budget.png').exists()
+  assert '1 network(s) swept' in capsys.readouterr().out
 
 
-def test_wrong_arguments_and_corrupt_workdirs_end_in_one_line(workdir, tmp_path):
+@pytest.mark.parametrize('number', ['0', '-1', 'inf', 'nan'])
+def test_wrong_parameters_are_refused(number, workdir, capsys):
+  with pytest.raises(SystemExit):
+    budget_sweep.main([str(workdir), '--parameters', '0.5', number])
+  message = f"argument --parameters: invalid positive float value: '{number}'"
+  assert message in capsys.readouterr().err
+
+
+def test_corrupt_workdirs_and_an_output_that_is_a_file_are_refused(workdir, tmp_path, capsys):
   (tmp_path / 'file').write_text('')
-  for number in ('0', '-1', 'inf', 'nan'):
-    done = run(workdir, '--parameters', '0.5', number)
-    assert done.returncode == 2
-    assert f"argument --parameters: invalid positive float value: '{number}'" in done.stderr
-  done = run(workdir, f'--output={tmp_path}/file')
-  assert done.returncode == 2 and 'name a folder' in done.stderr
+  with pytest.raises(SystemExit):
+    budget_sweep.main([str(workdir), f'--output={tmp_path}/file'])
+  assert 'name a folder' in capsys.readouterr().err
   path = layout.predictions_path(workdir, 'phase_1', 'test')
   path.write_bytes(path.read_bytes()[:-40])
-  done = run(workdir)
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
-  assert 'phase_1_test.npz is corrupt' in done.stderr
+  with pytest.raises(UsageError, match='phase_1_test.npz is corrupt'):
+    budget_sweep.main([str(workdir)])
   save_predictions(Predictions(np.zeros((3, 4, 3), np.float32), np.zeros(4, np.int32)), path)
-  done = run(workdir)
-  assert done.returncode == 2 and done.stderr.count('\n') == 1
-  assert 'for the 2 exits of madds' in done.stderr
+  with pytest.raises(UsageError, match='for the 2 exits of madds'):
+    budget_sweep.main([str(workdir)])

@@ -140,8 +140,11 @@ def test_lengths_and_fields_reach_the_command(tmp_path):
   }
 
 
-def test_a_training_that_fails_is_named(tmp_path):
-  chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {'batch_size': '-1'})
+def test_a_training_that_fails_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    runs.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 1)
+  )
+  chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {})
   with pytest.raises(UsageError, match=r'cifar100_exits=5/none/seed_0 ended with status 1$'):
     runs.train(chosen, table_2.RUNS[0], 0)
 

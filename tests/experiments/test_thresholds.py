@@ -2,18 +2,15 @@
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import thresholds
 
 from imta_jax.adaptive import policy
 from imta_jax.adaptive.engine import RULES
 from imta_jax.evaluate import Predictions
-
-sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
-import thresholds
 
 RESULTS = Path(__file__).parents[2] / 'experiments/results'
 MADDS = np.array([1e6, 2e6, 4e6])
@@ -58,7 +55,7 @@ def test_the_margin_is_that_of_differences_image_by_image(splits):
   assert 0 < record['margin'] < independent
 
 
-def test_each_rule_and_promise_has_a_row(splits):
+def test_each_rule_and_guarantee_has_a_row(splits):
   rules = thresholds.compare_rules(splits, MADDS)
   assert [record['rule'] for record in rules] == list(RULES)
   guarantees = thresholds.compare_guarantees(splits, MADDS)

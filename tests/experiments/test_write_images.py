@@ -1,49 +1,62 @@
 """Images of a data set as files: which, where, and what is in them."""
 
-import importlib.util
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import write_images
+from etils import epath
 from PIL import Image
 
 from imta_jax import config as config_lib
-from imta_jax.data import image_folder
-from imta_jax.data.pipeline import open_dataset
+from imta_jax.data import arrays, image_folder
 from imta_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / 'configs/mnist5k.py')
 
 
-@pytest.fixture(scope='module')
-def program():
-  spec = importlib.util.spec_from_file_location('program', ROOT / 'experiments/write_images.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.fixture
+def content(tmp_path):
+  """A data set of 30 images per split, in the folder arrays/ with config.py."""
+  random, sizes = np.random.default_rng(0), dict.fromkeys(arrays.SPLITS, 30)
+  content = arrays.Arrays(
+    ['a', 'b', 'c'],
+    {split: random.integers(0, 256, (n, 8, 8, 1), np.uint8) for split, n in sizes.items()},
+    {split: np.arange(n, dtype=np.int32) % 3 for split, n in sizes.items()},
+  )
+  config = config_lib.load_file(str(ROOT / 'configs/mnist5k.py'))
+  config.batch_size = config.evaluation_batch_size = 24
+  config.dataset.update(
+    arrays_dir=str(tmp_path / 'arrays'), image_size=8, validation_size=30, padding=1
+  )
+  arrays.write(config.dataset, content, epath.Path(tmp_path / 'arrays'))
+  (tmp_path / 'config.json').write_text(config_lib.to_json(config))
+  (tmp_path / 'config.py').write_text(
+    'from pathlib import Path\n'
+    'from imta_jax.config import from_json\n'
+    "def get_config(argument): return from_json(Path(__file__).with_suffix('.json').read_text())\n"
+  )
+  return content
 
 
-def test_files_hold_the_first_images_of_each_class(program, tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
-  folder = tmp_path / 'digits'
-  program.main([f'--config={CONFIG}', str(folder), '--per_class=3'])
-  assert capsys.readouterr().out.endswith(f'30 images of 10 classes in {folder}\n')
-  arrays = open_dataset(config_lib.load_file(CONFIG)).arrays
-  for label in range(10):
-    expected = np.flatnonzero(arrays.labels['test'] == label)[:3]
-    assert sorted(os.listdir(folder / str(label))) == ['0.png', '1.png', '2.png']
+def test_files_hold_the_first_images_of_each_class(content, tmp_path, capsys):
+  arguments = [f'--config={tmp_path}/config.py', str(tmp_path / 'images')]
+  write_images.main([*arguments, '--per_class=4'])
+  folder = tmp_path / 'images'
+  assert capsys.readouterr().out.endswith(f'12 images of 3 classes in {folder}\n')
+  for label, name in enumerate('abc'):
+    expected = np.flatnonzero(content.labels['test'] == label)[:4]
+    assert sorted(os.listdir(folder / name)) == ['0.png', '1.png', '2.png', '3.png']
     for number, index in enumerate(expected):
-      with Image.open(folder / str(label) / f'{number}.png') as image:
-        np.testing.assert_array_equal(np.asarray(image), arrays.images['test'][index][..., 0])
+      with Image.open(folder / name / f'{number}.png') as image:
+        np.testing.assert_array_equal(np.asarray(image), content.images['test'][index][..., 0])
   # The folder is one to train on.
-  found = image_folder.scan(str(folder))
-  assert found.class_names == [str(label) for label in range(10)]
+  assert image_folder.scan(str(folder)).class_names == ['a', 'b', 'c']
   with pytest.raises(UsageError, match='is not empty: choose another folder'):
-    program.main([f'--config={CONFIG}', str(folder)])
+    write_images.main(arguments)
 
 
-def test_a_set_that_is_streamed_is_refused(program, tmp_path):
+def test_a_set_that_is_streamed_is_refused(tmp_path):
   with pytest.raises(UsageError, match='its data set is streamed'):
-    program.main([f'--config={ROOT / "configs/imagenet.py"}', str(tmp_path / 'images')])
+    write_images.main([f'--config={ROOT / "configs/imagenet.py"}', str(tmp_path / 'images')])
