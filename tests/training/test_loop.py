@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -41,17 +43,18 @@ OVERRIDES = (
   '--config.phases[1].epochs=1',
 )
 LAST_STEPS = {'phase_1': 12, 'phase_2': 4}
+NUM_KILLS = 4
 
 
 @pytest.fixture(scope='module')
 def command(tmp_path_factory):
   """The command line, but for the workdir, with noise in place of the digits."""
-  folder, random = tmp_path_factory.mktemp('arrays'), np.random.default_rng(0)
+  folder, draw = tmp_path_factory.mktemp('arrays'), np.random.default_rng(0).integers
   sizes = {'train': 32, 'validation': 48, 'test': 64}
   noise = arrays.Arrays(
     [str(digit) for digit in range(10)],
-    {split: random.integers(0, 256, (n, 12, 12, 1), np.uint8) for split, n in sizes.items()},
-    {split: random.integers(0, 10, n, np.int32) for split, n in sizes.items()},
+    {split: draw(0, 256, (n, 12, 12, 1), np.uint8) for split, n in sizes.items()},
+    {split: draw(0, 10, n, np.int32) for split, n in sizes.items()},
   )
   arrays.write(config_lib.load_file(CONFIG).dataset, noise, epath.Path(folder))
   program = (sys.executable, '-m', 'imta_jax.main', f'--config={CONFIG}')
@@ -87,22 +90,35 @@ def interrupt(process, line_start, number):
   return process.returncode
 
 
-def final_states(workdir):
-  return {
-    phase: ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / phase / str(step) / 'state')
-    for phase, step in LAST_STEPS.items()
-  }
+def records(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def contents(workdir):
+  """All that a run leaves and that does not depend on time, by name."""
+  found = {}
+  for path in sorted(workdir.glob('checkpoints/phase_?/*')):
+    if path.name.isdigit():
+      state = ocp.StandardCheckpointer().restore(path / 'state')
+      for name, leaf in jax.tree_util.tree_leaves_with_path(state):
+        found[f'{path.relative_to(workdir)}{jax.tree_util.keystr(name)}'] = np.asarray(leaf)
+  for record in records(workdir):
+    for name, value in record.items():
+      if name.startswith(('train/', 'validation/')):
+        found[f'{record["phase"]} step {record["step"]} {name}'] = np.asarray(value)
+  for path in sorted(workdir.glob('evaluation/*.npz')):
+    with np.load(path) as saved:
+      found |= {f'{path.name}/{name}': saved[name] for name in saved}
+  for name in ('evaluation.json', 'exits.csv', 'budget.csv'):
+    found[name] = np.frombuffer((workdir / 'evaluation' / name).read_bytes(), np.uint8)
+  return found
 
 
 def assert_identical(workdir, other):
-  jax.tree.map(np.testing.assert_array_equal, final_states(workdir), final_states(other))
-  assert losses(workdir) == losses(other)
-
-
-def losses(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  records = [json.loads(line) for line in lines]
-  return [(r['phase'], r['step'], r['train/loss']) for r in records if 'train/loss' in r]
+  found, expected = contents(workdir), contents(other)
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.fixture(scope='module')
@@ -129,12 +145,11 @@ def test_main_job_leaves_tables_figure_metrics_and_checkpoints(finished):
   assert (workdir / 'evaluation/budget.png').read_bytes().startswith(b'\x89PNG')
   assert len(re.findall(r'^phase_1 epoch \d/3 ', output, re.MULTILINE)) == 3
   assert str(workdir / 'evaluation/budget.png') in output
-  assert [(phase, step) for phase, step, _ in losses(workdir)] == [
-    (phase, step) for phase, last in LAST_STEPS.items() for step in range(2, last + 1, 2)
-  ]
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  for phase in LAST_STEPS:
-    tags = {tag for record in records if record['phase'] == phase for tag in record}
+  for phase, last in LAST_STEPS.items():
+    of_phase = [record for record in records(workdir) if record['phase'] == phase]
+    logged = [record['step'] for record in of_phase if 'train/loss' in record]
+    assert logged == list(range(2, last + 1, 2))
+    tags = {tag for record in of_phase for tag in record}
     assert tags == {
       *('step', 'phase', 'train/loss', 'train/learning_rate', 'train/gradient_norm'),
       *(f'train/accuracy_exit_{number}' for number in (1, 2)),
@@ -209,6 +224,45 @@ def test_interrupted_run_ends_with_identical_parameters(finished, command, tmp_p
   assert interrupt(process, 'phase_1 epoch 2/', signal.SIGKILL) == -signal.SIGKILL
   loop.train_and_evaluate(layout.load_config(workdir), workdir)
   assert_identical(workdir, finished[0])
+
+
+def is_saving(workdir):
+  return any(workdir.glob('checkpoints/*/*-tmp*'))
+
+
+def kill(process, workdir, seconds, *, while_saving):
+  """Kills a run with SIGKILL after some seconds, or as soon as it writes a checkpoint.
+
+  Returns whether the run was still going, and whether there was an unfinished checkpoint.
+  """
+  deadline = time.monotonic() + seconds
+  while process.poll() is None and time.monotonic() < deadline:
+    if while_saving and is_saving(workdir):
+      break
+    time.sleep(0.002)
+  process.kill()
+  process.communicate()
+  return process.returncode != 0, is_saving(workdir)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_states_metrics_and_evaluation(finished, command, tmp_path):
+  begin = time.monotonic()  # Timed with the compilation cache filled.
+  start(command, tmp_path / 'again').communicate()
+  duration = time.monotonic() - begin
+  moments, num_kills, num_saving, number = random.Random(0), 0, 0, 0
+  while num_kills < NUM_KILLS:
+    number += 1
+    workdir, was_running = epath.Path(tmp_path / f'killed_{number}'), True
+    while was_running and num_kills < NUM_KILLS:
+      process, seconds = start(command, workdir), moments.uniform(0, duration)
+      was_running, saving = kill(process, workdir, seconds, while_saving=num_kills % 2 == 0)
+      num_kills += was_running
+      num_saving += was_running and saving
+    if was_running:
+      assert start(command, workdir).communicate()[1] == ''
+    assert_identical(workdir, finished[0])
+  assert num_saving > 0
 
 
 @pytest.mark.slow
