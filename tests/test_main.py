@@ -14,7 +14,7 @@ from etils import epath
 from imta_jax import config as config_lib
 from imta_jax import main
 from imta_jax.errors import UsageError
-from imta_jax.training import checkpoint, loop
+from imta_jax.training import loop
 from imta_jax.training import workdir as layout
 
 ROOT = Path(__file__).parents[1]
@@ -27,36 +27,21 @@ BAD_INPUT = [
   ([], ['--config is missing', '--config=configs/']),
   ([MNIST, 'extra'], ["'extra'", '--help']),
   (['--confg=x.py'], ["'confg'", 'config']),
-  ([MNIST, '--workdr=x'], ["'workdr'", 'workdir']),
   ([MNIST, '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
-  ([MNIST, '--config.zzz=3'], ['config.zzz', 'batch_size', 'seed']),
-  ([MNIST, '--config.dataset.nme=x'], ['config.dataset.nme', "'name'"]),
+  (['--config', MNIST[9:], '--config.batch_sise', '3'], ['config.batch_sise', "'batch_size'"]),
   ([MNIST, '--config.phases[0].epoch=3'], ['config.phases[0].epoch ', "'epochs'"]),
-  ([MNIST, '--config.phases[2].epochs=3'], ['config.phases[2]', '0 to 1']),
-  ([MNIST, '--config.phases.epochs=3'], ['config.phases', '0 to 1']),
   ([MNIST, '--config.model.exits=3'], ['config.model.exits', "'num_exits'"]),
-  ([MNIST, '--config.seed.x=3'], ['config.seed.x']),
-  (['--config', MNIST[9:], '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
-  ([MNIST, '--config.batch_sise', '3'], ['config.batch_sise', "'batch_size'"]),
   ([MNIST, '--config.batch_size=many'], ['config.batch_size', 'many']),
-  ([MNIST, '--config.batch_size=1.5'], ['config.batch_size', '1.5']),
   ([MNIST, '--config.batch_size='], ['config.batch_size']),
-  ([MNIST, '--config.phases[0].epochs=x'], ['config.phases[0].epochs', 'x']),
   ([MNIST, '--config.dataset=3'], ['config.dataset', '3']),
   ([MNIST, '--config.seed'], ['config.seed']),
   ([MNIST, '--config.batch_size=-8'], ['config.batch_size is -8']),
-  ([MNIST, '--config.phases[0].loss=hinge'], ['phases[0].loss', "'hinge'", 'cross_entropy']),
   ([MNIST, '--config.model.name=vgg'], ["'vgg'", 'msdnet', 'resnet']),
-  ([MNIST, '--config.model.prune=all'], ["'all'", 'max', 'min']),
-  ([MNIST, '--config.model.num_exits=0'], ['num_exits 0']),
-  ([MNIST, '--config.model.dtype=float17'], ['config.model', 'float17']),
+  ([MNIST, '--config.model.num_exits=0'], ['config.model', 'num_exits 0']),
   (['--config=nope.py'], ['nope.py', 'configs/']),
   ([f'--config={ROOT}/configs'], ['configs']),
   ([f'{MNIST}:exits=many'], ["'many'", 'int']),
-  ([f'{MNIST}:exit=5'], ["'exit'", "'exits'"]),
   ([MNIST, '--num_processes=2'], ['--coordinator_address', '--process_id']),
-  ([MNIST, '--coordinator_address=a:1', '--num_processes=2'], ['--process_id']),
-  ([MNIST, '--coordinator_address=a:1', '--process_id=0'], ['--num_processes']),
   ([MNIST, '--process_id=0'], ['--num_processes']),
   ([MNIST, '--num_processes=two'], ['num_processes', 'two']),
 ]
@@ -127,12 +112,10 @@ def test_bad_input_is_refused_in_one_line(arguments, words, refusal):
     ('1 / 0', ['division by zero']),
     ('def get_config(argument=""):\n  raise KeyError("lost")', ['lost']),
     ('def get_config(argument="")\n  return 1', ['SyntaxError']),
-    ('import no_such_module', ['no_such_module']),
     ('', ['get_config']),
     ('def get_config(argument=""):\n  return 3', ['config file']),
-    ('def get_config(argument=""):\n  pass', ['config']),
   ],
-  ids=['raises', 'raises in get_config', 'syntax', 'import', 'empty', 'number', 'nothing'],
+  ids=['raises', 'raises in get_config', 'syntax', 'empty', 'number'],
 )
 def test_a_config_file_that_gives_no_config_is_refused(content, words, refusal, tmp_path):
   path = tmp_path / 'mine.py'
@@ -145,16 +128,6 @@ def test_a_config_file_that_gives_no_config_is_refused(content, words, refusal, 
 def test_a_file_that_is_no_config_is_refused(refusal, tmp_path):
   (tmp_path / 'mine.txt').write_text('batch_size: 3')
   assert 'mine.txt' in refusal(f'--config={tmp_path}/mine.txt')
-
-
-def test_a_config_that_lacks_fields_is_refused(refusal, tmp_path):
-  path = tmp_path / 'mine.py'
-  path.write_text(
-    'from ml_collections import ConfigDict\n'
-    'def get_config(argument=""):\n'
-    '  return ConfigDict({"seed": 3})\n'
-  )
-  assert 'config.model' in refusal(f'--config={path}')
 
 
 def test_the_workdir_of_another_config_is_refused_and_stays(refusal, tmp_path):
@@ -206,11 +179,9 @@ def test_fields_may_stand_apart_from_their_values(trained):
 
 
 @pytest.mark.parametrize('flags', [[], ['--workdir=here']], ids=['default', 'relative'])
-def test_a_relative_workdir_takes_checkpoints(flags, trained):
+def test_workdirs_are_absolute_as_checkpoints_need_them(flags, trained, tmp_path):
   _, workdir = trained(MNIST, *flags)
-  checkpoints = checkpoint.Checkpoints(layout.checkpoint_folder(workdir, 'phase_1'))
-  checkpoints.save(1, {'step': 1}, 0.5)
-  checkpoints.close()
+  assert os.fspath(workdir).startswith(f'{tmp_path}/')
 
 
 @pytest.mark.parametrize(
@@ -218,7 +189,7 @@ def test_a_relative_workdir_takes_checkpoints(flags, trained):
   [
     (['--config=configs/mnist5k.py'], 'runs/mnist5k'),
     (['-config=configs/mnist5k.py'], 'runs/mnist5k'),
-    (['--config', 'configs/mnist5k.py'], 'runs/mnist5k'),
+    (['--config', 'configs/mnist5k.py', '--config.seed', '1'], 'runs/mnist5k-seed=1'),
     (['--config=configs/cifar100.py:exits=5'], 'runs/cifar100-exits=5'),
     (['--config=/else/where/mine.py'], 'runs/mine'),
     (
@@ -229,27 +200,13 @@ def test_a_relative_workdir_takes_checkpoints(flags, trained):
       ['--config.seed=1', '--config=configs/cifar100.py', '--num_processes=1'],
       'runs/cifar100-seed=1',
     ),
-    (['--config=configs/cifar100.py', '--config.seed', '1'], 'runs/cifar100-seed=1'),
   ],
 )
 def test_the_default_workdir_names_config_and_overrides(arguments, workdir):
   assert main.default_workdir(arguments) == workdir
 
 
-def test_default_workdirs_are_folders_right_below_runs():
-  workdir = main.default_workdir(
-    [
-      '--config=configs/mnist5k.py',
-      '--config.phases[0].epochs=1',
-      '--config.dataset.data_dir=/data/../x y',
-    ]
-  )
-  assert workdir.startswith('runs/mnist5k-')
-  assert workdir.count('/') == 1
-  assert not set(' []\'"$*?;&|<>') & set(workdir)
-
-
-def test_default_workdirs_of_different_overrides_differ():
+def test_default_workdirs_are_folders_right_below_runs_and_differ():
   lines = [
     [],
     ['--config.seed=1'],
@@ -257,9 +214,13 @@ def test_default_workdirs_of_different_overrides_differ():
     ['--config.phases[0].epochs=1'],
     ['--config.phases[1].epochs=1'],
     ['--config.phases[0].steps=1'],
+    ['--config.dataset.data_dir=/data/../x y'],
   ]
   workdirs = [main.default_workdir(['--config=configs/mnist5k.py', *line]) for line in lines]
   assert len(set(workdirs)) == len(lines)
+  for workdir in workdirs:
+    assert workdir.startswith('runs/mnist5k') and workdir.count('/') == 1
+    assert not set(' []\'"$*?;&|<>') & set(workdir)
 
 
 def test_long_default_workdirs_are_cut_and_differ():
@@ -294,55 +255,19 @@ def test_who_waits_for_other_processes_says_so_and_gives_up(monkeypatch, capsys)
   ]
 
 
-def in_a_process(tmp_path, *arguments, **variables):
-  """Runs the program; returns its status and the lines on stderr."""
-  result = subprocess.run(
-    [sys.executable, '-m', 'imta_jax.main', *arguments, f'--workdir={tmp_path}/run'],
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
-      'XLA_FLAGS': '',
-      'TFDS_DATA_DIR': str(tmp_path / 'tfds'),
-      **variables,
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert 'Traceback' not in result.stdout + result.stderr
+def in_a_process(*arguments):
+  command = [sys.executable, '-m', 'imta_jax.main', *arguments]
+  return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_program_ends_with_one_line_and_a_status(tmp_path):
+  result = in_a_process(MNIST, '--config.batch_sise=3', f'--workdir={tmp_path}/run')
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('error: ') and 'config.batch_sise' in line
   assert not (tmp_path / 'run').exists()
-  return result.returncode, result.stderr.splitlines()
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'variables', 'words'),
-  [
-    ([MNIST, '--config.batch_sise=3'], {}, ['config.batch_sise', "'batch_size'"]),
-    ([MNIST, '--config.dataset.name=nope'], {}, ["config.dataset.name is 'nope'"]),
-    (
-      [f'--config={ROOT}/configs/imagenet.py'],
-      {},
-      ["'imagenet2012' is not prepared", 'tfds build imagenet2012', 'TFDS_DATA_DIR'],
-    ),
-    (
-      [MNIST],
-      {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'},
-      ['config.batch_size is 64', '3 devices', 'multiple of 3'],
-    ),
-  ],
-  ids=['field', 'data set', 'not prepared', 'devices'],
-)
-def test_the_program_ends_with_one_line_and_a_status(arguments, variables, words, tmp_path):
-  status, lines = in_a_process(tmp_path, *arguments, **variables)
-  assert status != 0
-  (line,) = lines
-  assert line.startswith('error: ')
-  for word in words:
-    assert word in line
 
 
 def test_help_is_no_failure():
-  command = [sys.executable, '-m', 'imta_jax.main', '--help']
-  result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+  result = in_a_process('--help')
   assert result.returncode == 0 and '--workdir' in result.stdout

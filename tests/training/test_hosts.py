@@ -1,4 +1,4 @@
-"""Several hosts train as one does: processes over the loopback, both phases, kept and streamed."""
+"""Several hosts and devices train as one does: processes over the loopback, in both phases."""
 
 import json
 import os
@@ -13,20 +13,26 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from PIL import Image
 
+from imta_jax.training import loop
+from imta_jax.training.workdir import load_config
+
 ROOT = Path(__file__).parents[2]
-# 64 training images in batches of 16, on four devices in all; 2 + 1 epochs.
+# 16 training images in batches of 8; 2 + 1 epochs.
 OVERRIDES = (
-  '--config.batch_size=16',
+  '--config.batch_size=8',
   '--config.evaluation_batch_size=16',
   '--config.log_every_steps=1',
   '--config.tensorboard=False',
   '--config.model.num_exits=2',
   '--config.model.channels=4',
   '--config.model.growth_rate=2',
-  '--config.model.scale_factors=1,2',
-  '--config.model.bottleneck_factors=1,2',
+  '--config.model.base=1',
+  '--config.model.step=1',
+  '--config.model.scale_factors=1,',
+  '--config.model.bottleneck_factors=1,',
   '--config.phases[0].epochs=2',
   '--config.phases[1].epochs=1',
   '--config.phases[0].learning_rate=0.01',
@@ -35,48 +41,45 @@ OVERRIDES = (
 # Sums have another order on other devices; training amplifies the difference. The loss of a step
 # agrees to this factor, and parameters to this part of the largest one in an array.
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-3, 0.02
-LAST_STEPS = {'phase_1': 8, 'phase_2': 4}
+LAST_STEPS = {'phase_1': 4, 'phase_2': 2}
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
   """A folder of images: brighter ones belong to the second class."""
   folder, random = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
-  for split, count in (('train', 64), ('val', 10), ('test', 11)):
+  for split, count in (('train', 16), ('val', 10), ('test', 11)):
     for number in range(count):
       path = folder / split / ('dark', 'bright')[number % 2] / f'{number}.png'
       path.parent.mkdir(parents=True, exist_ok=True)
-      pixels = random.integers(0, 128, (32, 32, 3)) + 127 * (number % 2)
+      pixels = random.integers(0, 128, (20, 20, 3)) + 127 * (number % 2)
       Image.fromarray(pixels.astype(np.uint8)).save(path)
   return folder
 
 
 @pytest.fixture(scope='module')
-def start(images, tmp_path_factory):
+def start(images):
   """A function that starts to train on (processes, devices per process), and returns the hosts."""
-  cache = tmp_path_factory.mktemp('cache')
 
-  def run(num_processes, num_devices, in_memory, workdir, *flags, program=('-m', 'imta_jax.main')):
+  def run(num_processes, num_devices, workdir, *flags, program=('-m', 'imta_jax.main')):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
+    cluster = (f'--coordinator_address=localhost:{port}', f'--num_processes={num_processes}')
     command = [
       *(sys.executable, *program, f'--config=configs/image_folder.py:{images}'),
-      *(f'--workdir={workdir}', f'--config.dataset.in_memory={in_memory}', *OVERRIDES, *flags),
+      *(f'--workdir={workdir}', *OVERRIDES, *flags, *cluster),
     ]
-    if num_processes > 1:
-      command += [f'--coordinator_address=localhost:{port}', f'--num_processes={num_processes}']
     environment = {
       **os.environ,
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={num_devices}',
-      'XDG_CACHE_HOME': str(cache),
       'JAX_PLATFORMS': 'cpu',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
       'PYTHONUNBUFFERED': '1',
     }
     return [
       subprocess.Popen(
-        [*command, *([f'--process_id={number}'] if num_processes > 1 else [])],
+        [*command, f'--process_id={number}'],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -89,18 +92,11 @@ def start(images, tmp_path_factory):
   return run
 
 
-@pytest.fixture(scope='module')
-def train(start, tmp_path_factory):
-  """A function that trains on (processes, devices per process) and returns the workdir."""
-
-  def run(num_processes, num_devices, in_memory, workdir=None):
-    workdir = workdir or tmp_path_factory.mktemp('run')
-    hosts = start(num_processes, num_devices, in_memory, workdir)
-    outputs = [host.communicate(timeout=400)[0] for host in hosts]
-    assert [host.returncode for host in hosts] == [0] * num_processes, outputs
-    return workdir, outputs
-
-  return run
+def outputs_of(hosts, status):
+  """Waits for hosts that end with a status, and returns their outputs."""
+  outputs = [host.communicate(timeout=400)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [status] * len(hosts), outputs
+  return outputs
 
 
 def read_until(host, line_start):
@@ -108,50 +104,42 @@ def read_until(host, line_start):
   assert any(line.startswith(line_start) for line in host.stdout), f'no line {line_start!r}'
 
 
-@pytest.fixture(
-  scope='module',
-  params=[True, pytest.param(False, marks=pytest.mark.slow)],
-  ids=['in memory', 'streamed'],
-)
-def alone(request, train):
-  """Whether images are kept in memory, and the workdir of a single host with four devices."""
-  return request.param, train(1, 4, request.param)[0]
-
-
-def records(workdir):
-  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
-  'shape', [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)], ids=['2 hosts', '4 hosts']
+  ('shape', 'in_memory'),
+  [
+    ((2, 2), True),
+    pytest.param((2, 2), False, marks=pytest.mark.slow),
+    pytest.param((4, 1), True, marks=pytest.mark.slow),
+    pytest.param((1, 8), True, marks=pytest.mark.slow),
+  ],
+  ids=['2 hosts', '2 hosts, streamed', '4 hosts', '8 devices'],
 )
-def test_hosts_train_as_one_does(alone, train, shape):
-  in_memory, workdir = alone
-  other, outputs = train(*shape, in_memory)
-  assert f'{shape[0]} host(s)' in outputs[0] and '4 × cpu' in outputs[0]
+def test_hosts_and_devices_train_as_one_does(shape, in_memory, start, tmp_path):
+  together, alone = (epath.Path(tmp_path / name) for name in ('together', 'alone'))
+  outputs = outputs_of(start(*shape, together, f'--config.dataset.in_memory={in_memory}'), 0)
+  assert f'{shape[0] * shape[1]} × cpu, {shape[0]} host(s)' in outputs[0]
   # The first host alone writes and prints.
   assert not any('phase_1' in output for output in outputs[1:])
-  assert_trained_alike(workdir, other)
+  loop.train_and_evaluate(load_config(together), alone)
+  assert_trained_alike(alone, together)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('alone', [True], indirect=True)
-def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(
-  alone, start, train, tmp_path
-):
-  in_memory, workdir = alone
-  hosts = start(2, 2, in_memory, tmp_path)
+def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(start, tmp_path, capfd):
+  workdir, alone = (epath.Path(tmp_path / name) for name in ('stopped', 'alone'))
+  hosts = start(2, 2, workdir)
   read_until(hosts[0], 'phase_1: cross_entropy')
   hosts[1].send_signal(signal.SIGTERM)
-  outputs = [host.communicate(timeout=200)[0] for host in hosts]
-  assert [host.returncode for host in hosts] == [128 + signal.SIGTERM] * 2, outputs
-  (saved,) = (int(path.name) for path in tmp_path.glob('checkpoints/*/*'))
+  outputs = outputs_of(hosts, 128 + signal.SIGTERM)
+  (saved,) = (int(path.name) for path in workdir.glob('checkpoints/*/*'))
   assert f'phase_1 was saved at step {saved};' in outputs[0]
-  output = train(1, 4, in_memory, tmp_path)[1][0]
-  assert f'phase_1 resumes from step {saved}.' in output
-  assert_trained_alike(workdir, tmp_path)
+  for folder in (workdir, alone):
+    loop.train_and_evaluate(load_config(workdir), folder)
+  assert f'phase_1 resumes from step {saved}.' in capfd.readouterr().out
+  assert_trained_alike(alone, workdir)
 
 
+@pytest.mark.slow
 def test_hosts_that_profile_and_take_several_steps_at_once_stop_at_one_step(start, tmp_path):
   flags = (
     'steps_per_dispatch=4',
@@ -159,13 +147,13 @@ def test_hosts_that_profile_and_take_several_steps_at_once_stop_at_one_step(star
     'log_every_steps=100',
     'phases[0].epochs=5000',
   )
-  hosts = start(2, 1, True, tmp_path, *(f'--config.{flag}' for flag in flags))
-  read_until(hosts[0], 'phase_1 epoch 5/')  # The profile ends at step 13, in the fourth epoch.
+  hosts = start(2, 1, tmp_path, *(f'--config.{flag}' for flag in flags))
+  read_until(hosts[0], 'phase_1 epoch 10/')  # The profile ends at step 13, in the seventh epoch.
   hosts[1].send_signal(signal.SIGTERM)
-  outputs = [host.communicate(timeout=100)[0] for host in hosts]
-  assert [host.returncode for host in hosts] == [128 + signal.SIGTERM] * 2, outputs
+  outputs = outputs_of(hosts, 128 + signal.SIGTERM)
   saved = re.search(r'phase_1 was saved at step (\d+);', outputs[0])[1]
   assert (tmp_path / 'checkpoints/phase_1' / saved).exists()
+  assert list(tmp_path.glob('tensorboard/phase_1/plugins/profile/*/*.xplane.pb'))
 
 
 # The reader of one host hangs when it is opened, or before a batch.
@@ -193,10 +181,11 @@ main.run()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize(
+  ('victim', 'number'), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
 def test_a_host_that_dies_or_stops_ends_the_other_with_a_reason(victim, number, start, tmp_path):
-  hosts = start(2, 1, True, tmp_path, '--config.phases[0].epochs=5000')
+  hosts = start(2, 1, tmp_path, '--config.phases[0].epochs=5000')
   read_until(hosts[0], 'phase_1: first step')
   hosts[victim].send_signal(number)
   try:
@@ -208,12 +197,12 @@ def test_a_host_that_dies_or_stops_ends_the_other_with_a_reason(victim, number, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('place', ['opening', 'batch 0', 'batch 5'])
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize(('victim', 'place'), [(0, 'opening'), (1, 'batch 0'), (1, 'batch 3')])
 def test_a_host_that_hangs_ends_all_and_shows_where(victim, place, start, tmp_path):
   path = tmp_path / 'hanging.py'
   path.write_text(HANGING)
-  hosts = start(2, 1, False, tmp_path / 'run', program=(path, str(victim), place))
+  program, flag = (path, str(victim), place), '--config.dataset.in_memory=False'
+  hosts = start(2, 1, tmp_path / 'run', flag, program=program)
   outputs = [host.communicate(timeout=200)[0] for host in hosts]
   assert all(host.returncode not in (0, None) for host in hosts)
   assert 'Timeout (0:00:20)!' in ''.join(outputs) and 'in hanging' in outputs[victim]
@@ -236,31 +225,31 @@ main.run()
 """
 
 
-@pytest.mark.parametrize('in_memory', [True, False])
-def test_hosts_with_other_images_are_refused(in_memory, start, tmp_path):
+@pytest.mark.slow
+def test_hosts_with_other_images_are_refused(start, tmp_path):
   path = tmp_path / 'different.py'
   path.write_text(DIFFERENT)
-  hosts = start(2, 1, in_memory, tmp_path / 'run', program=(path,))
-  for host in hosts:
-    output, _ = host.communicate(timeout=200)
-    assert host.returncode == 1
-    assert 'error: image_folder is not the same on all hosts: process 1 has other' in output
+  refusal = 'error: image_folder is not the same on all hosts: process 1 has other'
+  hosts = start(2, 1, tmp_path / 'run', program=(path,))
+  assert all(refusal in output for output in outputs_of(hosts, 1))
+
+
+def losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  records = [record for record in map(json.loads, lines) if 'train/loss' in record]
+  return {(record['phase'], record['step']): record['train/loss'] for record in records}
 
 
 def assert_trained_alike(workdir, other):
-  ours, theirs = (
-    [(r['phase'], r['step'], r['train/loss']) for r in records(folder) if 'train/loss' in r]
-    for folder in (workdir, other)
-  )
-  assert [r[:2] for r in theirs] == [
-    (phase, step + 1) for phase, last in LAST_STEPS.items() for step in range(last)
-  ]
-  np.testing.assert_allclose([r[2] for r in theirs], [r[2] for r in ours], rtol=LOSS_TOLERANCE)
-  evaluation, of_other = (
+  ours, theirs = losses(workdir), losses(other)
+  steps = [(phase, step + 1) for phase, last in LAST_STEPS.items() for step in range(last)]
+  assert list(ours) == list(theirs) == steps
+  np.testing.assert_allclose(list(theirs.values()), list(ours.values()), rtol=LOSS_TOLERANCE)
+  exits, exits_of_other = (
     json.loads((folder / 'evaluation/evaluation.json').read_text())['exits']
     for folder in (workdir, other)
   )
-  for row, other_row in zip(evaluation, of_other, strict=True):
+  for row, other_row in zip(exits, exits_of_other, strict=True):
     # All images were counted: 11 test images have accuracies in elevenths.
     assert abs(11 * other_row['test_top1'] - round(11 * other_row['test_top1'])) < 1e-4
     assert abs(row['test_top1'] - other_row['test_top1']) < 1.5 / 11

@@ -63,7 +63,7 @@ def test_lines_of_other_phases_stay(path):
   assert [(record['phase'], record['step']) for record in read(path)] == expected
 
 
-@pytest.mark.parametrize('line', ['3', '[]', '{}', '{"phase": "phase_1", "step": null}', '{'])
+@pytest.mark.parametrize('line', ['[]', '{"phase": "phase_1", "step": null}', '{'])
 def test_lines_that_are_no_metrics_are_removed(line, path):
   path.write_text(line + '\n')
   write(path, 'phase_1', 0, [2])

@@ -11,6 +11,7 @@ import shutil
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -19,7 +20,12 @@ from etils import epath
 from imta_jax import config as config_lib
 from imta_jax import evaluate
 from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.adaptive.policy import BUDGET_PARAMETERS, budget_sweep, optimal_sweep
+from imta_jax.adaptive.policy import (
+  BUDGET_PARAMETERS,
+  budget_sweep,
+  exit_scores,
+  optimal_sweep,
+)
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
 from imta_jax.training import loop, phases, signals
@@ -75,7 +81,7 @@ class RecordingDataset(Dataset):
 def make_config():
   config = config_lib.default()
   config.batch_size = NUM_IMAGES
-  config.log_every_steps = 1
+  config.log_every_steps, config.tensorboard = 1, False
   config.dataset.update(image_size=8, mean=(0.5,), std=(0.25,))
   config.model.update(
     num_exits=2,
@@ -125,7 +131,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(run):
-  return run(make_config())
+  config = make_config()
+  config.tensorboard = True
+  return run(config)
 
 
 def state_of(workdir, phase, step):
@@ -164,14 +172,6 @@ def test_phase_two_starts_from_and_keeps_the_best_backbone_of_phase_one(finished
     assert are_equal(backbone_of(state_of(workdir, 'phase_2', step)), best)
 
 
-def test_phase_two_starts_from_the_last_state_where_the_config_says_so(run):
-  config = make_config()
-  config.phases[0].chosen_state = 'last'
-  workdir, _, _ = run(config)
-  last = backbone_of(state_of(workdir, 'phase_1', LAST))
-  assert are_equal(backbone_of(state_of(workdir, 'phase_2', LAST)), last)
-
-
 def test_the_best_state_of_each_phase_is_evaluated(finished):
   workdir, _, evaluations = finished
   config = make_config()
@@ -188,6 +188,13 @@ def test_the_best_state_of_each_phase_is_evaluated(finished):
     expected = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(predictions.logits, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(evaluation.accuracies['test', 1], predictions.accuracy())
+
+
+def test_metrics_of_each_phase_go_to_tensorboard(finished):
+  for phase in ('phase_1', 'phase_2'):
+    (events,) = (finished[0] / 'tensorboard' / phase).glob('events.*')
+    for tag in (b'train/loss', b'validation/accuracy_exit_2', b'speed/images_per_second'):
+      assert tag in events.read_bytes()
 
 
 @pytest.mark.parametrize(('in_memory', 'crop'), [(True, 'none'), (False, 'center')])
@@ -278,22 +285,30 @@ def test_a_stop_at_the_last_step_of_a_phase_ends_the_run_before_the_next(train_u
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['phase_1']
 
 
-def test_a_stop_before_the_next_log_saves_no_state_that_is_not_finite(
-  train_until, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  ('first', 'log_every_steps', 'message'),
+  [
+    (1, 100, 'phase_1: the loss is not finite at step 1: .* there is no checkpoint yet'),
+    (3, 1, 'phase_1: the loss is not finite at step 3: .* the checkpoint of step 2 is kept'),
+  ],
+  ids=['at a stop', 'at a log'],
+)
+def test_no_state_that_is_not_finite_is_saved(
+  first, log_every_steps, message, train_until, tmp_path, monkeypatch
 ):
+  def draw(dataset, source, step):
+    factor = jnp.where(step + 1 < first, 1, jnp.nan)
+    return {**source, 'image': factor * source['image']}
+
   config = make_config()
-  config.log_every_steps = 100
-  monkeypatch.setattr(
-    RecordingDataset,
-    'draw',
-    lambda self, source, step: {**source, 'image': np.nan * source['image']},
-  )
-  with pytest.raises(UsageError, match='phase_1: the loss is not finite at step 1'):
-    train_until(epath.Path(tmp_path), config, 1)
-  assert not steps_kept(tmp_path, 'phase_1')
+  config.log_every_steps = log_every_steps
+  monkeypatch.setattr(RecordingDataset, 'draw', draw)
+  with pytest.raises(UsageError, match=message):
+    train_until(epath.Path(tmp_path), config, first)
+  assert steps_kept(tmp_path, 'phase_1') == set(range(2, first))
 
 
-def test_each_phase_starts_from_the_one_before(run):
+def test_each_phase_starts_from_the_last_state_of_the_one_before_where_the_config_says_so(run):
   config = make_config()
   third = config.phases[1].copy_and_resolve_references()
   third.learning_rate, third.weight_decay = 1e-30, 0.0  # It stays where it starts.
@@ -301,17 +316,33 @@ def test_each_phase_starts_from_the_one_before(run):
   for phase in config.phases:
     phase.chosen_state = 'last'
   workdir, _, _ = run(config)
-  second, third = (state_of(workdir, f'phase_{number}', LAST)['trained'] for number in (2, 3))
-  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-20), third, second)
+  first, second, third = (state_of(workdir, f'phase_{number}', LAST) for number in (1, 2, 3))
+  assert are_equal(backbone_of(second), backbone_of(first))
+  assert_close = partial(np.testing.assert_allclose, rtol=0, atol=1e-20)
+  jax.tree.map(assert_close, third['trained'], second['trained'])
 
 
-def test_the_first_host_decides_when_a_checkpoint_is_due(run, monkeypatch):
-  config = make_config()
+def test_checkpoints_by_time_where_the_first_host_says_so_save_an_unfinished_epoch(
+  finished, tmp_path, monkeypatch
+):
+  config, workdir, calls = make_config(), epath.Path(tmp_path), itertools.count(1)
   config.phases = config.phases[:1]
-  config.checkpoint_every_minutes = 1e6
+  config.checkpoint_every_minutes, config.checkpoint_every_epochs = 1e6, NUM_EPOCHS
+
+  def crash_after_three_steps(stop):
+    if next(calls) == 3:
+      raise RuntimeError
+    return False
+
+  monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
   monkeypatch.setattr(loop.multihost_utils, 'broadcast_one_to_all', lambda is_due: np.True_)
-  workdir, _, _ = run(config)
-  assert steps_kept(workdir, 'phase_1') == {BEST, LAST - 1, LAST}
+  monkeypatch.setattr(signals.StopRequest, 'requested', crash_after_three_steps)
+  with pytest.raises(RuntimeError):
+    loop.train_and_evaluate(config, workdir)
+  assert steps_kept(workdir, 'phase_1') == {2, 3}
+  loop.train_and_evaluate(config, workdir)
+  ended, expected = (state_of(folder, 'phase_1', LAST) for folder in (workdir, finished[0]))
+  assert are_equal(ended, expected)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +358,10 @@ def test_streams_are_dispatched_step_by_step_unless_the_config_says_otherwise(
   assert loop._steps_per_dispatch(config) == expected
 
 
-@pytest.mark.parametrize('sweep', ['geometric', 'optimal'])
-@pytest.mark.parametrize('rule', ['top_probability', 'calibrated', 'margin'])
+@pytest.mark.parametrize(
+  ('rule', 'sweep'),
+  [('top_probability', 'geometric'), ('calibrated', 'optimal'), ('margin', 'optimal')],
+)
 def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finished, tmp_path):
   workdir, random = epath.Path(tmp_path / 'copy'), np.random.default_rng(0)
   shutil.copytree(finished[0], workdir)
@@ -347,6 +380,8 @@ def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finis
     points = optimal_sweep(*splits, madds, budgets, **how)
   assert [p.thresholds for p in classifier.operating_points] == [p.thresholds for p in points]
   assert (classifier.temperatures != (1.0, 1.0)) == (rule == 'calibrated')
+  scores = exit_scores(validation.probabilities(), **how)
+  np.testing.assert_array_equal(classifier.validation.scores, scores)
 
 
 def test_a_workdir_is_opened_with_the_confidence_that_is_asked_for(finished):

@@ -25,15 +25,6 @@ def assert_same(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_multistep_divides_the_rate_by_ten_after_each_drop():
-  phase = make_phase(learning_rate=0.1, milestones=(0.5, 0.75))
-  schedule = train_state.create_schedule(phase, num_steps=200, steps_per_epoch=10, batch_size=64)
-  at = [0, 1, 99, 100, 149, 150, 199]
-  np.testing.assert_allclose(
-    rates(schedule, at), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5
-  )
-
-
 def test_milestones_that_round_to_the_same_step_all_count():
   phase = make_phase(learning_rate=0.1, milestones=(0.5, 0.75))  # 1.5 and 2.25 of 3 steps.
   schedule = train_state.create_schedule(phase, num_steps=3, steps_per_epoch=3, batch_size=64)
@@ -70,9 +61,8 @@ def test_warm_up_rises_in_a_line_and_hands_over_to_the_schedule(kind):
   np.testing.assert_allclose(rates(schedule, after), expected, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize('kind', ['multistep', 'cosine'])
-def test_the_rate_scales_with_the_batch(kind):
-  phase = make_phase(learning_rate=0.1, schedule=kind, warmup_epochs=1.0)
+def test_the_rate_scales_with_the_batch():
+  phase = make_phase(learning_rate=0.1, warmup_epochs=1.0)
   at = range(0, 100, 7)
   plain = rates(train_state.create_schedule(phase, 100, 10, 256), at)
   phase.reference_batch_size = 64
@@ -149,13 +139,11 @@ def test_everything_is_trained_or_the_classifiers_alone():
 
 def test_a_step_takes_and_returns_few_arrays():
   config = config_lib.default()
-  config.model.num_exits = 7
-  for index, phase in enumerate(config.phases):
-    model = phases.create_model(config, phase, num_classes=100)
-    variables = phases.initial_variables(model, 0, (32, 32, 3))
+  config.model.num_exits = 2
+  for phase in config.phases:
+    model = networks.create_model(config, phase, num_classes=3)
+    variables = networks.initial_variables(model, 0, (8, 8, 3))
     optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
     state = train_state.create_state(variables, phase.trained, optimizer)
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
-    assert num_parameters > 3_900_000, index
     teacher, source = pack(variables), 6
     assert 2 * len(jax.tree.leaves(state)) + len(jax.tree.leaves(teacher)) + source <= 50
