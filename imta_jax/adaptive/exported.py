@@ -1,9 +1,9 @@
 """Reads exports of experiments/export.py.
 
-Checksums find damage, but prove nothing about an export from a stranger. Its manifest and arrays
-are therefore checked in form and size, and no file outside of it is read. Its programs are as
-trustworthy as their author: XLA, which reads and runs them, is not made to withstand attacks, and
-may crash on bytes that were chosen for it, or never return.
+Checksums find corrupt files, but prove nothing about an untrusted export. Its manifest is therefore
+checked against a schema, its arrays are never unpickled, no file outside of it is read, and its
+programs call no function of this process. Beyond that they are as trustworthy as their author: XLA,
+which reads and runs them, is not made to withstand attacks, and they may take any time and memory.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from jax import export
 
-from . import untrusted
 from .guarantee import CalibrationSet
 
 MANIFEST = 'manifest.json'
@@ -32,7 +31,6 @@ SOURCES = (
   'adaptive/exported.py',
   'adaptive/guarantee.py',
   'adaptive/rules.py',
-  'adaptive/untrusted.py',
   'adaptive/engine/__init__.py',
   'adaptive/engine/batches.py',
   'adaptive/engine/classifier.py',
@@ -42,36 +40,51 @@ SOURCES = (
   'adaptive/engine/runner.py',
 )
 
-# Bytes of a manifest, and of all other files together.
-_LARGEST_MANIFEST = 2**24
-_LARGEST = 2**32
+# A test of a value, [the schema of each item] or {field: its schema}.
+Schema = Callable[[Any], bool] | list | dict
 
 
-def _are_checksums(value):
-  return isinstance(value, dict) and all(len(name) < 256 and name.isprintable() for name in value)
+def _is_text(value):
+  return isinstance(value, str)
 
 
-_THRESHOLDS = [untrusted.is_threshold]
-_SCHEMAS = {
-  'stages': [untrusted.is_text],
-  'weights': untrusted.is_text,
-  'weights_per_stage': [lambda value: type(value) is int],
-  'image_shape': [untrusted.is_count],
-  'image_dtype': untrusted.is_text,
+def _is_number(value):
+  # Integers of any length are valid JSON, but do not fit a float.
+  return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_count(value):
+  return type(value) is int and 0 < value < 2**31
+
+
+def _is_positive(value):
+  return _is_number(value) and value > 0
+
+
+def _is_fraction(value):
+  return _is_number(value) and 0 <= value <= 1
+
+
+def _is_threshold(value):
+  return value is None or _is_number(value)  # Null stands for infinity, which JSON does not have.
+
+
+_SCHEMA = {
+  'stages': [_is_text],
+  'weights': _is_text,
+  'weights_per_stage': [_is_count],
+  'image_shape': [_is_count],
+  'image_dtype': _is_text,
   'preprocessing': {},
-  'class_names': [untrusted.is_text],
-  'madds': [untrusted.is_positive],
-  'rule': untrusted.is_text,
-  'temperatures': [untrusted.is_positive],
-  'thresholds': _THRESHOLDS,
+  'class_names': [_is_text],
+  'madds': [_is_positive],
+  'rule': _is_text,
+  'temperatures': [_is_positive],
+  'thresholds': [_is_threshold],
   'operating_points': [
-    {
-      'thresholds': _THRESHOLDS,
-      'exit_fractions': [untrusted.is_fraction],
-      'accuracy': untrusted.is_fraction,
-    }
+    {'thresholds': [_is_threshold], 'exit_fractions': [_is_fraction], 'accuracy': _is_fraction}
   ],
-  'sha256': _are_checksums,
+  'sha256': lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
 }
 
 # Programs could call any function that this process has registered, with any arguments. Ours call
@@ -94,12 +107,11 @@ def read_export(
     ValueError: If the folder is not an export, a file has changed, or the files do not match.
   """
   manifest = _read_manifest(folder)
-  contents, room = {}, _LARGEST
+  contents = {}
   for name, checksum in manifest['sha256'].items():
-    contents[name] = _read(folder, name, room)
+    contents[name] = _read(folder, name)
     if hashlib.sha256(contents[name]).hexdigest() != checksum:
       raise _corrupt(folder, name, 'has changed since it was written')
-    room -= len(contents[name])
   if not {*manifest['stages'], manifest['weights']} <= contents.keys():
     raise _corrupt(folder, MANIFEST, 'lacks the checksums of stages or weights')
   programs = [_program(folder, name, contents[name]) for name in manifest['stages']]
@@ -122,6 +134,17 @@ def thresholds_from_json(thresholds: list[float | None]) -> tuple[float, ...]:
   return tuple(np.inf if threshold is None else threshold for threshold in thresholds)
 
 
+def matches_schema(value: Any, schema: Schema) -> bool:
+  """Whether parsed JSON matches: lists of any length, groups with at least these fields."""
+  if isinstance(schema, list):
+    return isinstance(value, list) and all(matches_schema(item, schema[0]) for item in value)
+  if isinstance(schema, dict):
+    return isinstance(value, dict) and all(
+      name in value and matches_schema(value[name], inner) for name, inner in schema.items()
+    )
+  return schema(value)
+
+
 def _corrupt(folder, name, reason):
   return ValueError(f'{os.path.join(folder, name)} {reason}: export again')
 
@@ -129,12 +152,12 @@ def _corrupt(folder, name, reason):
 def _read_manifest(folder):
   if not os.path.exists(os.path.join(folder, MANIFEST)):
     raise ValueError(f'{folder} is not an export: it has no {MANIFEST}')
-  content = _read(folder, MANIFEST, _LARGEST_MANIFEST)
+  content = _read(folder, MANIFEST)
   try:
-    manifest = untrusted.read_json(content)
+    manifest = json.loads(content)
     checksum = manifest.pop('manifest_sha256')
     is_as_written = checksum == manifest_checksum(manifest)
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
+  except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
     raise _corrupt(folder, MANIFEST, 'is corrupt') from error
   if not is_as_written:
     raise _corrupt(folder, MANIFEST, 'has changed since it was written')
@@ -142,8 +165,8 @@ def _read_manifest(folder):
     raise ValueError(
       f'{folder} has format {str(manifest.get("format"))[:20]}, expected {FORMAT}: export again'
     )
-  for field, schema in _SCHEMAS.items():
-    if not untrusted.matches_schema(manifest.get(field), schema):
+  for field, schema in _SCHEMA.items():
+    if not matches_schema(manifest.get(field), schema):
       raise _corrupt(folder, MANIFEST, f'has no valid {field}')
   num_exits, per_exit = len(manifest['stages']), ['madds', 'temperatures', 'thresholds']
   lengths = [len(manifest[field]) for field in (*per_exit, 'weights_per_stage')]
@@ -154,18 +177,13 @@ def _read_manifest(folder):
   return manifest
 
 
-def _read(folder, name, largest):
+def _read(folder, name):
   """Reads a file of the folder; links, too, must not lead out of it."""
   root = os.path.realpath(folder)
   try:
     path = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
       raise ValueError(f'{folder} names a file outside of it, {name!r}: do not use this export')
-    # Reading a pipe would wait, and reading a device might never end.
-    if os.path.exists(path) and not os.path.isfile(path):
-      raise _corrupt(folder, name, 'is not a regular file')
-    if (size := os.path.getsize(path)) > largest:
-      raise _corrupt(folder, name, f'is too large, {size:,} of {largest:,} bytes that are left')
     with open(path, 'rb') as file:
       return file.read()
   except OSError as error:
@@ -174,9 +192,11 @@ def _read(folder, name, largest):
 
 def _arrays(folder, name, content):
   try:
-    return untrusted.read_arrays(io.BytesIO(content))
-  except ValueError as error:
-    raise _corrupt(folder, name, f'is not a file of arrays ({error})') from error
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+      return dict(arrays)
+  except Exception as error:  # Corrupt bytes make the reader raise all kinds of exceptions.
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise _corrupt(folder, name, f'is not a file of arrays ({reason})') from error
 
 
 def _program(folder, name, content):
@@ -198,16 +218,16 @@ def _weights(folder, name, arrays, programs, manifest):
   for index, (program, count) in enumerate(
     zip(programs, manifest['weights_per_stage'], strict=True)
   ):
-    names = [f'{index}/{leaf}' for leaf in range(min(count, len(arrays)))]
     expected = program.in_avals[:count]
-    shapes = [np.shape(arrays.get(leaf, np.nan)) for leaf in names]
-    are_numbers = all(jax.numpy.issubdtype(aval.dtype, np.number) for aval in expected)
-    if len(names) != count or shapes != [aval.shape for aval in expected] or not are_numbers:
-      raise _corrupt(folder, name, f'does not have the weights of stage {index + 1}')
-    # Weights may be stored in a smaller type than the program takes.
-    weights.append(
-      [arrays[leaf].astype(aval.dtype) for leaf, aval in zip(names, expected, strict=True)]
-    )
+    try:
+      leaves = [arrays[f'{index}/{leaf}'] for leaf in range(len(expected))]
+      if len(leaves) != count or [x.shape for x in leaves] != [aval.shape for aval in expected]:
+        raise ValueError('shapes differ')
+      # Weights may be stored in a smaller type than the program takes.
+      weights.append([x.astype(aval.dtype) for x, aval in zip(leaves, expected, strict=True)])
+    except (KeyError, ValueError) as error:
+      reason = f'does not have the weights of stage {index + 1}'
+      raise _corrupt(folder, name, reason) from error
   return weights
 
 

