@@ -206,7 +206,7 @@ def test_a_large_folder_of_images_is_trained_like_imagenet(
   tmp_path, monkeypatch, image_folder_config
 ):
   write_images(tmp_path, 10, (8, 8))
-  monkeypatch.setattr(image_folder_config, 'MOST_IN_MEMORY', 29)
+  monkeypatch.setattr(image_folder_config, 'MAX_IN_MEMORY', 29)
   config, imagenet = image_folder_config.get_config(str(tmp_path)), load('imagenet')
   config_lib.validate(config)
   assert not config.dataset.in_memory

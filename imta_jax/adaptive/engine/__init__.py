@@ -7,7 +7,7 @@ copy of them and so runs where imta_jax is not installed.
     classifier = AdaptiveClassifier.load('exported', budget=20e6)
     answers = classifier.predict(images)
 
-`classifier` is the interface for users. `rules` say which images leave, and `guarantee` chooses
+`classifier` is the interface for users. `rules` define which images leave, and `guarantee` chooses
 thresholds that lose little accuracy. `runner` runs stages, compiled as `programs`, on `batches`
 of images, in the sizes that `plan` chooses. `exported` reads an export, whose
 files are `untrusted`.

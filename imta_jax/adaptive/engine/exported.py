@@ -1,7 +1,7 @@
 """Reads exports of experiments/export.py.
 
-Checksums find damage, but prove nothing about an export from a stranger. Its manifest and arrays
-are therefore checked in form and size, and no file outside of it is read. Its programs are as
+Checksums detect corruption, but an export may be untrusted. Therefore its manifest and arrays
+are checked in form and size, and no file outside of it is read. Its programs are as
 trustworthy as their author: XLA, which reads and runs them, is not made to withstand attacks, and
 may crash on bytes that were chosen for it, or never return.
 """
