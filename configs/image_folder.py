@@ -3,9 +3,9 @@
     python -m imta_jax.main --config=configs/image_folder.py:flowers/
 
 The folder has a folder per class, or train/ and test/ (or val/) with a folder per class each;
-without them, a hash of their paths splits the images: see docs/image-folders.md. Number of classes,
-image size, network, batch size and lengths are chosen from the images; override any of them, as in
---config.dataset.image_size=96.
+without them, a hash of their paths splits the images: see docs/image-folders.md. The number of
+classes, image size, network, batch size and number of epochs are inferred from the images; override
+any of them, as in --config.dataset.image_size=96.
 """
 
 import os
@@ -16,8 +16,8 @@ from imta_jax.data import image_folder
 from imta_jax.errors import UsageError
 
 # Sets of more images are streamed and trained like ImageNet.
-MOST_IN_MEMORY = 100_000
-# Bounds of the size of images in memory: that of photographs, and the least that the networks take.
+MAX_IN_MEMORY = 100_000
+# Bounds of the size of images in memory: for photographs, and the minimum of the networks.
 LARGEST_IN_MEMORY, SMALLEST = 64, 20
 # Divisible by many numbers of devices.
 BATCH_SIZES, EVALUATION_BATCH_SIZES = (2, 6, 12, 24, 48), (24, 48, 96, 192, 384)
@@ -32,7 +32,7 @@ def get_config(argument=''):
   folder = image_folder.scan(root)
   survey = image_folder.survey(folder)
   num_images = {split: len(paths) for split, paths in folder.paths.items()}
-  in_memory = sum(num_images.values()) <= MOST_IN_MEMORY
+  in_memory = sum(num_images.values()) <= MAX_IN_MEMORY
   config = config_lib.default() if in_memory else load('imagenet.py')
   config.dataset.update(
     name=image_folder.NAME,
@@ -64,7 +64,7 @@ def choose_small(config, survey):
   config.dataset.update(
     image_size=side,
     padding=side // 8,
-    # Digits and the like stay whole, and as they are.
+    # Digits are neither cropped nor mirrored.
     crop='none' if survey.is_uniform else 'center',
     flip=not is_grey,
   )
@@ -81,8 +81,8 @@ def load(name):
 
 def choose_lengths(config, num_train):
   """Chooses the epochs of both phases for images that are kept in memory."""
-  fewest, most = EPOCHS
-  epochs = float(min(most, max(fewest, IMAGES_SEEN // num_train)))
+  min_epochs, max_epochs = EPOCHS
+  epochs = float(min(max_epochs, max(min_epochs, IMAGES_SEEN // num_train)))
   for phase, share in zip(config.phases, (1, 0.6), strict=True):
     phase.update(epochs=share * epochs, schedule='cosine')
   # Validating takes longer than an epoch of a small set.
@@ -91,8 +91,8 @@ def choose_lengths(config, num_train):
 
 def choose_batch_sizes(config, num_images):
   """Chooses batch sizes for images that are kept in memory: at least two batches per epoch."""
-  most = max(2, num_images['train'] // 2)
-  config.batch_size = max(size for size in BATCH_SIZES if size <= most)
+  largest = max(2, num_images['train'] // 2)
+  config.batch_size = max(size for size in BATCH_SIZES if size <= largest)
   held_out = max(num_images['validation'], num_images['test'])
   config.evaluation_batch_size = min(
     (size for size in EVALUATION_BATCH_SIZES if size >= held_out),

@@ -36,7 +36,7 @@ accuracies in %, gains and losses in points, with 95 % intervals from difference
 ![Accuracy against budget](sweeps.png)
 
 At the same budgets, searched thresholds are {mean:.2f} points better on validation images on
-average ({least:.2f} at least, {most:.2f} at most), and {test_gain:+.2f} points on test images: the
+average ({low:.2f} at least, {high:.2f} at most), and {test_gain:+.2f} points on test images: the
 rest is overfitting. On test images the gain is above zero with 95 % confidence at {better} of
 {budgets} budgets, and below zero at {worse}. Every fifth budget; all are in
 [sweeps.csv](sweeps.csv):
@@ -229,19 +229,19 @@ def page(
   counts = {split: len(splits[split].labels) for split in evaluate.SPLITS}
   gains = [record['optimal_validation'] - record['geometric_validation'] for record in records]
   test_gain = np.mean([record['gain_on_test'] for record in records])
-  told = [record for record in records if abs(record['gain_on_test']) > record['margin']]
-  better = sum(record['gain_on_test'] > 0 for record in told)
+  significant = [record for record in records if abs(record['gain_on_test']) > record['margin']]
+  better = sum(record['gain_on_test'] > 0 for record in significant)
   return _PAGE.format(
     name=name,
     command=f'python experiments/thresholds.py {options.workdir} --output={options.output}',
     validation=counts['validation'],
     test=counts['test'],
     mean=np.mean(gains),
-    least=min(gains),
-    most=max(gains),
+    low=min(gains),
+    high=max(gains),
     test_gain=test_gain,
     better=better,
-    worse=len(told) - better,
+    worse=len(significant) - better,
     budgets=len(records),
     sweeps=common.table(
       ('budget, million', 'validation, geometric', 'optimal', 'test, geometric', 'optimal', 'gain'),

@@ -9,6 +9,6 @@ class UsageError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-  """Returns the first line of what an error says, or its type if it says nothing."""
+  """Returns the first line of an error message, or the type of an error without a message."""
   lines = str(error).strip().splitlines()
   return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that may come from elsewhere, local or in buckets, read and written whole."""
+"""Reads and writes whole files, local or in buckets; those read may be untrusted."""
 
 import contextlib
 import csv
@@ -27,7 +27,7 @@ def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_whole(path: epath.Path, hint: str) -> bytes:
-  """Reads a file that may come from elsewhere.
+  """Reads an untrusted file.
 
   Args:
     path: The file.
@@ -57,7 +57,7 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def accessing(path: epath.Path, hint: str = _MAKE_ROOM) -> Iterator[None]:
-  """Says in one line what could not be read or written inside, as on a full disk.
+  """Turns errors of the file system, as on a full disk, into errors of one line.
 
   Args:
     path: What is read or written.
@@ -73,13 +73,13 @@ def accessing(path: epath.Path, hint: str = _MAKE_ROOM) -> Iterator[None]:
 
 
 def file_errors() -> tuple[type[Exception], ...]:
-  """Returns what file systems raise; buckets raise TensorFlow's errors, once it is imported."""
+  """Returns the exceptions of file systems; buckets raise TensorFlow's, once it is imported."""
   tensorflow = sys.modules.get('tensorflow')
   return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
 
 
 def reason_of(error: Exception) -> str:
-  """Returns what an error of a file system says, on one line."""
+  """Returns the message of a file system error, on one line."""
   return getattr(error, 'strerror', None) or first_line(error)
 
 

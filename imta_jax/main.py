@@ -44,7 +44,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this host, counted from 0.')
 
-# After which a process that waits for others says so, and after which it gives up.
+# Seconds after which a process reports that it waits for others, and after which it exits.
 _QUIET_SECONDS, _JOIN_SECONDS = 5, 300
 
 
@@ -110,11 +110,11 @@ def _watch_join(joined: threading.Event) -> None:
     return
   variables = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_COORDINATOR_ADDRESS')
   found = [f'{name}={os.environ[name]}' for name in variables if name in os.environ]
-  cluster = ', '.join(found) or 'as the flags or the cluster say'
+  cluster = ', '.join(found) or 'as set by the flags or the cluster'
   hint = f'start all processes of this run ({cluster}), or run alone with --num_processes=1'
   print(f'waiting for other processes: {hint}', file=sys.stderr, flush=True)
   if not joined.wait(_JOIN_SECONDS):
-    late = f'error: other processes did not come within {_JOIN_SECONDS} seconds: {hint}'
+    late = f'error: other processes did not join within {_JOIN_SECONDS} seconds: {hint}'
     print(late, file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -201,7 +201,7 @@ def _first_line(error: Exception) -> str:
 def run() -> None:
   """Runs the program; invalid input exits with a one-line message and status 1."""
   logging.set_verbosity(logging.WARNING)
-  # Reports what became of operations that Orbax abandons after an error.
+  # Logs the outcome of operations that Orbax abandons after an error.
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:
     command_line.run(partial(app.run, main, flags_parser=parse_flags), usage_status=1)
@@ -214,7 +214,7 @@ def run() -> None:
       file=sys.stderr,
       flush=True,
     )
-    os._exit(1)  # Leaving the cluster in order would wait for the other host.
+    os._exit(1)  # An orderly shutdown of the cluster would wait for the other host.
 
 
 if __name__ == '__main__':

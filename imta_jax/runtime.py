@@ -84,7 +84,7 @@ def import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def watchdog() -> Iterator[None]:
-  """Ends the process and shows where it is, if `progressed` is not called for half an hour."""
+  """Watchdog: aborts a multi-host run with stack traces after half an hour without progress."""
   progressed()
   try:
     yield
@@ -93,14 +93,14 @@ def watchdog() -> Iterator[None]:
 
 
 def progressed() -> None:
-  """Tells the watch that this host goes on."""
+  """Resets the watchdog."""
   if jax.process_count() > 1:
     faulthandler.dump_traceback_later(_SECONDS_TO_HANG, exit=True)
 
 
 @contextlib.contextmanager
 def watchdog_paused() -> Iterator[None]:
-  """Stops the watch for work that may take hours on one host while the others wait."""
+  """Pauses the watchdog for work that may take hours on one host while the others wait."""
   faulthandler.cancel_dump_traceback_later()
   yield
   progressed()

@@ -138,26 +138,19 @@ def test_every_field_of_the_network_can_be_overridden(name, argument):
   assert phases.create_model(config, config.phases[0], 100).remat
 
 
+# The OFA weights of the published scripts, and the usual statistics of the data sets.
 @pytest.mark.parametrize(
-  ('name', 'alpha', 'temperature'),
-  [('cifar10', 0.1, 3.0), ('cifar100', 0.1, 3.0), ('imagenet', 0.9, 1.0)],
-)
-def test_distillation_has_the_weights_of_the_published_scripts(name, alpha, temperature):
-  phase = load(name).phases[1]
-  assert (phase.loss, phase.alpha, phase.temperature) == ('one_for_all', alpha, temperature)
-
-
-# Per-channel statistics that the field uses for these data sets.
-@pytest.mark.parametrize(
-  ('name', 'mean', 'std'),
+  ('name', 'alpha', 'temperature', 'mean', 'std'),
   [
-    ('cifar10', (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
-    ('cifar100', (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    ('imagenet', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ('cifar10', 0.1, 3.0, (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+    ('cifar100', 0.1, 3.0, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ('imagenet', 0.9, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   ],
 )
-def test_images_are_normalised_by_the_statistics_of_their_data_set(name, mean, std):
-  dataset = load(name).dataset
+def test_distillation_and_normalization_are_the_published_ones(name, alpha, temperature, mean, std):
+  config = load(name)
+  phase, dataset = config.phases[1], config.dataset
+  assert (phase.loss, phase.alpha, phase.temperature) == ('one_for_all', alpha, temperature)
   assert (tuple(dataset.mean), tuple(dataset.std)) == (mean, std)
 
 
@@ -206,7 +199,7 @@ def test_a_large_folder_of_images_is_trained_like_imagenet(
   tmp_path, monkeypatch, image_folder_config
 ):
   write_images(tmp_path, 10, (8, 8))
-  monkeypatch.setattr(image_folder_config, 'MOST_IN_MEMORY', 29)
+  monkeypatch.setattr(image_folder_config, 'MAX_IN_MEMORY', 29)
   config, imagenet = image_folder_config.get_config(str(tmp_path)), load('imagenet')
   config_lib.validate(config)
   assert not config.dataset.in_memory

@@ -251,7 +251,7 @@ def test_who_waits_for_other_processes_says_so_and_gives_up(monkeypatch, capsys)
   hint = 'start all processes of this run (SLURM_NTASKS=4), or run alone with --num_processes=1'
   assert capsys.readouterr().err.splitlines() == [
     f'waiting for other processes: {hint}',
-    f'error: other processes did not come within 0.01 seconds: {hint}',
+    f'error: other processes did not join within 0.01 seconds: {hint}',
   ]
 
 

@@ -18,7 +18,7 @@ from imta_jax import config as config_lib
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
 RESULTS = ROOT / 'experiments/results'
-SECTIONS = ('Try it', 'Two commands', 'Your own images', 'Run it for real')
+SECTIONS = ('Try it', 'Two commands', 'Your own images', 'Inference')
 # Run elsewhere, need further packages, or take long.
 LEFT_OUT = ('pytest', 'export_onnx', 'inference.py')
 

@@ -218,7 +218,7 @@ def _dataset(config):
     return DATASETS[config.dataset.name]
   except KeyError:
     raise UsageError(
-      f'config.dataset.name is {config.dataset.name!r}, but the benchmarks only know the sizes of '
+      f'config.dataset.name is {config.dataset.name!r}, but the benchmarks only have the sizes of '
       f'{", ".join(DATASETS)}'
     ) from None
 

@@ -48,7 +48,7 @@ from imta_jax.training.restore import restore_network
 _POINTS_LOST = 0.005  # Of NEARLY_AS_ACCURATE.
 # Default budgets, as fractions of the last exit's multiply-adds.
 _BUDGETS = (0.25, 0.5, 0.75)
-# Calls of a method follow each other, as in use, for so many images.
+# Consecutive calls of a method classify this many images.
 _IMAGES_PER_TURN = 16
 
 # Images [image, height, width, channels], uint8 → logits [exit, image, class].

@@ -3,7 +3,7 @@
     python experiments/paper/figure_7.py --train
 
 The closer the ranks, the better the exits agree on which images are easy. Spearman's rank
-correlation says it in a number. The runs are two of Table 2, equally long: without ISC in phase II,
+correlation summarizes it. The runs are two of Table 2, equally long: without ISC in phase II,
 and with it.
 """
 

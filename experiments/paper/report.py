@@ -42,7 +42,7 @@ class Difference:
   """What a row gains over another, with the same seeds in both.
 
   Attributes:
-    name: 'GE - none' or the like.
+    name: For example 'GE - none'.
     mean: Percentage points, averaged over seeds: per exit, and last the average over exits.
     margin: Half the width of the 95 % interval of each mean; NaN for a single seed.
     paper: The paper's difference in the same places, or None.
@@ -54,18 +54,18 @@ class Difference:
   paper: np.ndarray | None
 
   def verdicts(self) -> list[str]:
-    """Says whether the sign of each of the paper's differences is found again.
+    """Returns whether the sign of each of the paper's differences is reproduced.
 
     Returns:
       'reproduces' or 'opposite' if the interval lies on one side of zero, otherwise 'too small'.
     """
     if self.paper is None:
       return [''] * len(self.mean)
-    told = np.abs(self.mean) > self.margin
+    significant = np.abs(self.mean) > self.margin
     same = np.sign(self.mean) == np.sign(self.paper)
     return [
-      ('reproduces' if same else 'opposite') if told else 'too small'
-      for told, same in zip(told, same, strict=True)
+      ('reproduces' if same else 'opposite') if clear else 'too small'
+      for clear, same in zip(significant, same, strict=True)
     ]
 
 

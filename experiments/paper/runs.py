@@ -32,7 +32,7 @@ class Run:
     name: Its folder.
     config: Config file with its argument, from the top of the repository.
     overrides: Values of config fields, by path: {'phases[0].epochs': 9.0}.
-    first_phase_of: Name of the run whose phase I this one goes on from; None to train its own.
+    first_phase_of: Name of the run whose phase I this one continues; None to train its own.
   """
 
   name: str
@@ -99,7 +99,7 @@ def main(
   Args:
     description: What the program shows, for --help.
     name: Name of the table or figure.
-    runs: What it needs; runs that others go on from come first.
+    runs: The runs it needs; runs that others continue come first.
     write: Writes the table or figure to a folder, and returns what to print.
 
   Raises:
@@ -187,11 +187,11 @@ def is_finished(workdir: epath.Path) -> bool:
 
 
 def train_all(chosen: Runs, wanted: Sequence[tuple[Run, int]], jobs: int) -> None:
-  """Trains runs, several at a time; a run that goes on from another one waits for it.
+  """Trains runs, several at a time; a run that continues another one waits for it.
 
   Args:
     chosen: Where they lie, and their options.
-    wanted: Runs and seeds; runs that others go on from come first.
+    wanted: Runs and seeds; runs that others continue come first.
     jobs: Number of trainings at the same time.
 
   Raises:

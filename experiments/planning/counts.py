@@ -1,4 +1,4 @@
-"""Counts what a compiled program launches, moves and sends from what its compiler writes."""
+"""Counts launches, memory traffic and collectives of a compiled program."""
 
 import collections
 import dataclasses

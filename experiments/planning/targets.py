@@ -20,7 +20,7 @@ TPUS = {'v4': 32 * 2**30, 'v5e': 16 * 2**30, 'v5p': 95 * 2**30, 'v6e': 32 * 2**3
 
 
 class Gpu(NamedTuple):
-  """What XLA's compiler must know of a GPU: NVIDIA's data sheets, SXM form."""
+  """Properties of a GPU that XLA's compiler needs: NVIDIA's data sheets, SXM form."""
 
   name: str
   capability: tuple[int, int]
@@ -108,7 +108,7 @@ def _find_compiler(target, extra, *packages):
 def _tpu_devices(name, kind, extent):
   if not extent:
     raise UsageError(f'--target={name} lacks a topology, as in v5e:2x4 or v5p:2x2x1')
-  # The compiler assumes a whole host unless told that the slice is a single chip.
+  # The compiler assumes a whole host unless the slice is declared to be a single chip.
   options = {'chips_per_host_bounds': (1, 1, 1)} if set(extent) <= set('1x') else {}
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices

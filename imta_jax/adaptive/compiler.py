@@ -11,7 +11,7 @@ _COMPILER_OPTIONS = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-  """Options that pay on the platform in use; none where its version of XLA does not know them."""
+  """Options that pay on the platform in use; none where its version of XLA lacks them."""
   options = _COMPILER_OPTIONS.get(jax.default_backend(), {})
   try:
     jax.jit(lambda: 0, compiler_options=options)()

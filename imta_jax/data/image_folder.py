@@ -71,7 +71,7 @@ class ImageFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-  """What the headers of the images say.
+  """Summary of the headers of the images.
 
   Attributes:
     channels: 3 if any image has colours, otherwise 1.

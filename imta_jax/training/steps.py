@@ -187,7 +187,7 @@ def make_train_loop(
   Returns:
     A function (state, variables of the teacher, source of the batches, number of steps) → (state,
     its step), for `on_devices`. The number of steps is an array, so that any number is the same
-    program. The step is there to be waited for when the state has been donated.
+    program. The step is returned so that callers can block on it.
   """
 
   def run(state, teacher, source, num_steps):

@@ -199,17 +199,23 @@ def test_an_argument_that_does_not_exist_is_named(monkeypatch):
     table_2.main()
 
 
+def write_metrics(folder, lines):
+  """Writes the metrics of the first repetition of 'run', and returns the runs in the folder."""
+  chosen = runs.Runs(epath.Path(folder), 1.0, 1, {})
+  path = layout.metrics_path(chosen.workdir('run', 0))
+  path.parent.mkdir(parents=True)
+  path.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+  return chosen
+
+
 def test_the_time_of_a_run_is_that_of_its_steps(tmp_path):
-  chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {})
-  workdir = chosen.workdir('run', 0)
-  workdir.mkdir(parents=True)
   lines = [
     {'step': 50, 'phase': 'phase_1', 'speed/steps_per_second': 10.0},
     {'step': 50, 'phase': 'phase_1', 'train/loss': 1.0},
     {'step': 70, 'phase': 'phase_1', 'speed/steps_per_second': 4.0},
     {'step': 30, 'phase': 'phase_2', 'speed/steps_per_second': 3.0},
   ]
-  layout.metrics_path(workdir).write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+  chosen = write_metrics(tmp_path, lines)
   assert chosen.training_seconds('run', 0) == 5 + 5 + 10
 
 
@@ -275,9 +281,6 @@ def test_confidence_ranks_start_with_the_most_confident_image():
 
 
 def test_validation_curves_are_averages_over_exits_of_phase_one(tmp_path):
-  chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {})
-  workdir = chosen.workdir('run', 0)
-  workdir.mkdir(parents=True)
   lines = [
     {'step': 5, 'phase': 'phase_1', 'train/accuracy_exit_1': 0.9},
     {
@@ -288,7 +291,6 @@ def test_validation_curves_are_averages_over_exits_of_phase_one(tmp_path):
     },
     {'step': 5, 'phase': 'phase_2', 'validation/accuracy_exit_1': 0.8},
   ]
-  layout.metrics_path(workdir).write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
-  steps, accuracies = figure_6.validation_curve(chosen, 'run')
+  steps, accuracies = figure_6.validation_curve(write_metrics(tmp_path, lines), 'run')
   np.testing.assert_array_equal(steps, [5])
   np.testing.assert_allclose(accuracies, [30.0])
