@@ -46,9 +46,15 @@ class FolderReader:
     return self._decode(images, split, batch_size, augments)
 
   def files(self, split: str) -> list[tuple[str, int]]:
-    paths, root = self._folder.paths[split], self._config.dataset.data_dir
-    sizes = self._pool.map(_size, paths)
-    return [(relative_name(path, root), size) for path, size in zip(paths, sizes, strict=True)]
+    root = self._config.dataset.data_dir
+
+    def name_and_size(path):
+      try:
+        return relative_name(path, root), os.path.getsize(path)
+      except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
+
+    return list(self._pool.map(name_and_size, self._folder.paths[split]))
 
   def _train_images(self, phase, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
@@ -97,13 +103,6 @@ class FolderReader:
         yield finish(*pending.popleft())
     for batch in pending:
       yield finish(*batch)
-
-
-def _size(path):
-  try:
-    return os.path.getsize(path)
-  except OSError as error:
-    raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
 
 
 def _batched(items, size):

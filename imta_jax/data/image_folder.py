@@ -227,7 +227,11 @@ def survey(folder: ImageFolder) -> Survey:
   Raises:
     UsageError: If none can be read; the message names files.
   """
-  headers, errors = _read_headers(folder)
+  paths = [path for split in SPLITS for path in folder.paths[split]]
+  if len(paths) > _SURVEYED:
+    chosen = np.random.default_rng(0).choice(len(paths), _SURVEYED, replace=False)
+    paths = [paths[index] for index in sorted(chosen)]
+  headers, errors = _read_all(paths, image_size_and_channels)
   found = [header for header in headers if header is not None]
   if not found:
     _refuse(errors)
@@ -237,17 +241,6 @@ def survey(folder: ImageFolder) -> Survey:
     int(np.median([min(size) for size, _ in found])),
     len(sizes) == 1 and len(set(*sizes)) == 1,
   )
-
-
-def check_headers(folder: ImageFolder) -> None:
-  """Checks the headers that `survey` reads.
-
-  Raises:
-    UsageError: If some files have none; the message names them.
-  """
-  _, errors = _read_headers(folder)
-  if errors:
-    _refuse(errors)
 
 
 def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
@@ -272,14 +265,6 @@ def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
       _refuse(errors)
     images[split] = np.stack(found)
   return Arrays(folder.class_names, images, folder.labels)
-
-
-def _read_headers(folder):
-  paths = [path for split in SPLITS for path in folder.paths[split]]
-  if len(paths) > _SURVEYED:
-    chosen = np.random.default_rng(0).choice(len(paths), _SURVEYED, replace=False)
-    paths = [paths[index] for index in sorted(chosen)]
-  return _read_all(paths, image_size_and_channels)
 
 
 def _read_all(paths, read_one):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from imta_jax.models.class_groups import class_groups
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate
 from imta_jax.errors import UsageError
-from imta_jax.models.class_groups import class_groups
 from imta_jax.training import workdir as layout
 
 RANDOM = np.random.default_rng(0)
