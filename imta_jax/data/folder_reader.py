@@ -1,6 +1,5 @@
 """Reads image files with Pillow in threads, for folders of images that are streamed."""
 
-import collections
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -13,11 +12,8 @@ from ml_collections import ConfigDict
 from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
 from imta_jax.data.image_folder import FIX_HINT, ImageFolder, relative_name
-from imta_jax.data.streamed import steps_per_epoch
+from imta_jax.data.streamed import in_groups, started_ahead, steps_per_epoch
 from imta_jax.errors import UsageError
-
-# Number of batches whose images are decoded ahead of time.
-_BATCHES_AHEAD = 2
 
 
 class FolderReader:
@@ -96,17 +92,5 @@ class FolderReader:
       }
       return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
 
-    pending = collections.deque()
-    for batch in _batched(images, batch_size):
-      pending.append(start(batch))
-      if len(pending) > _BATCHES_AHEAD:
-        yield finish(*pending.popleft())
-    for batch in pending:
+    for batch in started_ahead(map(start, in_groups(images, batch_size))):
       yield finish(*batch)
-
-
-def _batched(items, size):
-  """Yields lists of `size` items (itertools.batched needs Python 3.12)."""
-  items = iter(items)
-  while batch := list(itertools.islice(items, size)):
-    yield batch

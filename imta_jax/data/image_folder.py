@@ -244,15 +244,7 @@ def survey(folder: ImageFolder) -> Survey:
 
 
 def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
-  """Reads all images into memory.
-
-  Args:
-    folder: The files.
-    image_shape: (height, width, channels) to which they are brought.
-    crop: See `image_files.read_image`.
-
-  Returns:
-    The arrays.
+  """Reads all images into memory, as `image_files.read_image` does.
 
   Raises:
     UsageError: If images cannot be read; the message names files.

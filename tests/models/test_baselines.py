@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from imta_jax import baselines, runtime
 from imta_jax import config as config_lib
+from imta_jax import runtime
 from imta_jax.errors import UsageError
+from imta_jax.models import baselines
 from imta_jax.training import networks, steps
 from imta_jax.training.packing import unpack
 from imta_jax.training.phases import set_up_phase
