@@ -82,13 +82,8 @@ def shuffle_number(phase: int, epoch: int) -> int:
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
   """Checks that labels are classes.
 
-  Args:
-    labels: Integers of any shape.
-    num_classes: Number of classes.
-    name: What the labels belong to, for the message.
-
   Raises:
-    UsageError: On the first label that is no class.
+    UsageError: On the first label that is no class; `name` is what the labels belong to.
   """
   wrong = labels[(labels < 0) | (labels >= num_classes)]
   if wrong.size:

@@ -1,6 +1,5 @@
 """Reads image files with Pillow in threads, for folders of images that are streamed."""
 
-import collections
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -13,11 +12,8 @@ from ml_collections import ConfigDict
 from imta_jax.data.dataset import shuffle_number
 from imta_jax.data.image_files import ImageError, read_image, read_random_crop
 from imta_jax.data.image_folder import FIX_HINT, ImageFolder, relative_name
-from imta_jax.data.streamed import steps_per_epoch
+from imta_jax.data.streamed import in_groups, started_ahead, steps_per_epoch
 from imta_jax.errors import UsageError
-
-# Number of batches whose images are decoded ahead of time.
-_BATCHES_AHEAD = 2
 
 
 class FolderReader:
@@ -46,9 +42,15 @@ class FolderReader:
     return self._decode(images, split, batch_size, augments)
 
   def files(self, split: str) -> list[tuple[str, int]]:
-    paths, root = self._folder.paths[split], self._config.dataset.data_dir
-    sizes = self._pool.map(_size, paths)
-    return [(relative_name(path, root), size) for path, size in zip(paths, sizes, strict=True)]
+    root = self._config.dataset.data_dir
+
+    def name_and_size(path):
+      try:
+        return relative_name(path, root), os.path.getsize(path)
+      except OSError as error:
+        raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
+
+    return list(self._pool.map(name_and_size, self._folder.paths[split]))
 
   def _train_images(self, phase, first_step, batch_size):
     """Yields this host's training images from a step on: (index, seed of the crop)."""
@@ -90,24 +92,5 @@ class FolderReader:
       }
       return {name: array.reshape(*per_device, *array.shape[1:]) for name, array in batch.items()}
 
-    pending = collections.deque()
-    for batch in _batched(images, batch_size):
-      pending.append(start(batch))
-      if len(pending) > _BATCHES_AHEAD:
-        yield finish(*pending.popleft())
-    for batch in pending:
+    for batch in started_ahead(map(start, in_groups(images, batch_size))):
       yield finish(*batch)
-
-
-def _size(path):
-  try:
-    return os.path.getsize(path)
-  except OSError as error:
-    raise UsageError(f'{path}: {error.strerror}: {FIX_HINT}') from error
-
-
-def _batched(items, size):
-  """Yields lists of `size` items (itertools.batched needs Python 3.12)."""
-  items = iter(items)
-  while batch := list(itertools.islice(items, size)):
-    yield batch

@@ -227,7 +227,11 @@ def survey(folder: ImageFolder) -> Survey:
   Raises:
     UsageError: If none can be read; the message names files.
   """
-  headers, errors = _read_headers(folder)
+  paths = [path for split in SPLITS for path in folder.paths[split]]
+  if len(paths) > _SURVEYED:
+    chosen = np.random.default_rng(0).choice(len(paths), _SURVEYED, replace=False)
+    paths = [paths[index] for index in sorted(chosen)]
+  headers, errors = _read_all(paths, image_size_and_channels)
   found = [header for header in headers if header is not None]
   if not found:
     _refuse(errors)
@@ -239,27 +243,8 @@ def survey(folder: ImageFolder) -> Survey:
   )
 
 
-def check_headers(folder: ImageFolder) -> None:
-  """Checks the headers that `survey` reads.
-
-  Raises:
-    UsageError: If some files have none; the message names them.
-  """
-  _, errors = _read_headers(folder)
-  if errors:
-    _refuse(errors)
-
-
 def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
-  """Reads all images into memory.
-
-  Args:
-    folder: The files.
-    image_shape: (height, width, channels) to which they are brought.
-    crop: See `image_files.read_image`.
-
-  Returns:
-    The arrays.
+  """Reads all images into memory, as `image_files.read_image` does.
 
   Raises:
     UsageError: If images cannot be read; the message names files.
@@ -272,14 +257,6 @@ def read(folder: ImageFolder, image_shape: Sequence[int], crop: str) -> Arrays:
       _refuse(errors)
     images[split] = np.stack(found)
   return Arrays(folder.class_names, images, folder.labels)
-
-
-def _read_headers(folder):
-  paths = [path for split in SPLITS for path in folder.paths[split]]
-  if len(paths) > _SURVEYED:
-    chosen = np.random.default_rng(0).choice(len(paths), _SURVEYED, replace=False)
-    paths = [paths[index] for index in sorted(chosen)]
-  return _read_all(paths, image_size_and_channels)
 
 
 def _read_all(paths, read_one):

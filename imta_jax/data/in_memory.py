@@ -107,16 +107,13 @@ class InMemoryDataset(Dataset):
 
 
 def draw_batch(config: ConfigDict, source: tuple[jax.Array, ...], step: jax.Array) -> Batch:
-  """Draws this device's part of a training batch, as a pure function of (seed, step).
+  """Draws this device's part of a training batch; see `Dataset.draw`.
 
   Args:
     config: A complete config.
     source: Training images, their labels, the plan of the epoch of the step, and the index of this
       device.
     step: The number of the step, counted from 0.
-
-  Returns:
-    The batch of this device.
   """
   images, labels, plan, device = source
   per_device = config.batch_size // jax.lax.axis_size(runtime.AXIS)

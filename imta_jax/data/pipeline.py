@@ -89,7 +89,6 @@ def _open_folder(config: ConfigDict) -> Dataset:
   if dataset.in_memory:
     shape = (side, side, len(dataset.mean))
     return InMemoryDataset(image_folder.read(folder, shape, dataset.crop), config)
-  image_folder.check_headers(folder)  # Better found now than in the middle of an epoch.
   num_images = {split: len(paths) for split, paths in folder.paths.items()}
   return StreamedDataset(FolderReader(folder, config), folder.class_names, num_images, config)
 

@@ -15,8 +15,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
   Args:
     images: [..., channels], uint8.
-    mean: [channels], for pixels between 0 and 1.
-    std: [channels], for pixels between 0 and 1.
+    mean, std: [channels], for pixels between 0 and 1.
 
   Returns:
     An array of the same shape, float32.

@@ -4,8 +4,8 @@ import collections
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Protocol
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from imta_jax.data import preprocess
 from imta_jax.data.dataset import Batch, Dataset, check_labels
 from imta_jax.errors import UsageError
 
-# Number of batches that are sent to the devices before they are needed.
+# Number of batches that are decoded, or sent to the devices, before they are needed.
 _BATCHES_AHEAD = 2
 # The axes over devices of what `draw_batch` reads.
 SOURCE_AXES = {'image': 0, 'label': 0}
@@ -62,23 +62,16 @@ class StreamedDataset(Dataset):
     self._prepare = jax.pmap(self._normalize, axis_name=runtime.AXIS)
 
   def train_reader(self, phase: int, first_step: int) -> Callable[[int], dict[str, jax.Array]]:
-    stacks = self._send_ahead(self._train_stacks(phase, first_step))
-    number, stack = None, None
-
-    def read(step):
-      nonlocal number, stack
-      if number != step // self._steps_per_stack:
-        number, stack = step // self._steps_per_stack, next(stacks)
-      return stack
-
-    return read
+    stacks = started_ahead(map(self._send, self._train_stacks(phase, first_step)))
+    next_stack = lru_cache(maxsize=1)(lambda number: next(stacks))
+    return lambda step: next_stack(step // self._steps_per_stack)
 
   def draw(self, source: dict[str, jax.Array], step: jax.Array) -> Batch:
     return draw_batch(self._config, source, step)
 
   def evaluation_batches(self, split: str) -> Iterator[Batch]:
     batches = map(partial(self._checked, split), self._reader.evaluation_batches(split))
-    return map(self._prepare, self._send_ahead(batches))
+    return map(self._prepare, started_ahead(map(self._send, batches)))
 
   def fingerprint(self) -> int:
     files = {split: self._reader.files(split) for split in sorted(self.num_images)}
@@ -93,8 +86,7 @@ class StreamedDataset(Dataset):
     batches = ({'image': batch['image'], 'label': batch['label']} for batch in batches)
     first = next(batches)
     missing = itertools.repeat(first, first_step % self._steps_per_stack)
-    batches = itertools.chain(missing, [first], batches)
-    while stack := list(itertools.islice(batches, self._steps_per_stack)):
+    for stack in in_groups(itertools.chain(missing, [first], batches), self._steps_per_stack):
       yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
 
   def _checked(self, split, batch):
@@ -102,18 +94,25 @@ class StreamedDataset(Dataset):
     check_labels(batch['label'], len(self.class_names), name)
     return batch
 
-  def _send_ahead(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-    """Yields batches on the devices, and sends the next ones ahead of time."""
-    ahead = collections.deque()
-    for batch in batches:
-      ahead.append(self._send(batch))
-      if len(ahead) > _BATCHES_AHEAD:
-        yield ahead.popleft()
-    yield from ahead
-
   def _normalize(self, batch):
     dataset = self._config.dataset
     return {**batch, 'image': preprocess.normalize(batch['image'], dataset.mean, dataset.std)}
+
+
+def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+  """Yields lists of `size` items (itertools.batched needs Python 3.12)."""
+  items = iter(items)
+  return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+def started_ahead(items: Iterable[Any]) -> Iterator[Any]:
+  """Yields items, whose work starts when they are taken, after the next ones have been taken."""
+  pending = collections.deque()
+  for item in items:
+    pending.append(item)
+    if len(pending) > _BATCHES_AHEAD:
+      yield pending.popleft()
+  yield from pending
 
 
 def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
@@ -122,15 +121,12 @@ def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
 
 
 def draw_batch(config: ConfigDict, source: dict[str, jax.Array], step: jax.Array) -> Batch:
-  """Takes a batch of a device from a stack of batches, and normalises it.
+  """Takes this device's batch from a stack of them, and normalises it; see `Dataset.draw`.
 
   Args:
     config: A complete config.
     source: 'image' and 'label', each [step, image, …].
     step: The number of the step, counted from 0.
-
-  Returns:
-    The batch of this device.
   """
   image, label = (
     jax.lax.dynamic_index_in_dim(source[name], step % len(source[name]), keepdims=False)

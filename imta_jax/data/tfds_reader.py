@@ -19,14 +19,7 @@ _SHUFFLE_BUFFER = 16_384
 class TfdsReader:
   """Reads this host's part of a prepared data set; see `streamed.Reader`."""
 
-  def __init__(self, builder: Any, splits: dict[str, tuple[str, int]], config: ConfigDict):
-    """Opens the data set.
-
-    Args:
-      builder: Its TFDS builder.
-      splits: {split: (TFDS instruction, number of images)}.
-      config: A complete config.
-    """
+  def __init__(self, builder: Any, splits: tfds_sets.Splits, config: ConfigDict):
     self._builder, self._splits, self._config = builder, splits, config
     self._steps_per_epoch = steps_per_epoch(splits['train'][1], config)
 

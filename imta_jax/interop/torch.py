@@ -91,8 +91,8 @@ def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict
   (`net.classifier.….linear`).
 
   Args:
-    variables: {'params': …, 'batch_stats': …}; gradients may take the place of the parameters.
-      Entries that are missing here are left out of the result.
+    variables: {'params': …, 'batch_stats': …}, or a part of them; gradients may take the place of
+      the parameters.
     model: The network.
 
   Returns:

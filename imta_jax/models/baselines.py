@@ -54,16 +54,8 @@ _NETWORKS = {
 def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
   """Reads a config file's argument that can name a network: 'network=resnet-110,exits=5'.
 
-  Args:
-    argument: 'name=value,name=value', or empty.
-    **defaults: The default value of each name but `network`, for MSDNet. The other networks have
-      `exits` alone, 1 by default.
-
-  Returns:
-    The value of `network`, 'msdnet' by default, and of each other name.
-
-  Raises:
-    UsageError: See config.parse_argument.
+  Args and errors are those of config.parse_argument. The defaults are MSDNet's, which is the
+  default of `network`; the other networks have `exits` alone, 1 by default.
   """
   given = dict(part.partition('=')[::2] for part in (argument or '').split(','))
   if given.get('network', 'msdnet') != 'msdnet':

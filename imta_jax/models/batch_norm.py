@@ -27,10 +27,7 @@ def normalize(
 
   Args:
     maps: Arrays [..., channels], whose shapes may differ.
-    mean: [channels of all maps], like all statistics and parameters.
-    var: Variances.
-    scale: Factors after normalisation.
-    bias: Summands after normalisation.
+    mean, var, scale, bias: [channels of all maps].
     relu: Whether ReLU follows.
 
   Returns:
@@ -50,8 +47,7 @@ def batch_norm(
 
   Args:
     maps: Arrays [batch, ..., channels], whose shapes may differ.
-    scale: [channels of all maps].
-    bias: [channels of all maps].
+    scale, bias: [channels of all maps].
     relu: Whether ReLU follows.
     axis_name: Name of the mapped axis over which statistics are averaged, or None.
 

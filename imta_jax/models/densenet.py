@@ -40,11 +40,8 @@ class Stem(nn.Module):
 class DenseLayer(nn.Module):
   """Batch norm, ReLU and a 3×3 convolution, whose output is concatenated to the input.
 
-  Attributes:
-    growth_rate: Number of channels that the layer adds.
-    bottleneck: Whether batch norm, ReLU and a 1×1 convolution precede, which leaves the 3×3
-      convolution four times the growth rate to read.
-    dtype, batch_norm_axis: See `models.create`.
+  A bottleneck precedes them with batch norm, ReLU and a 1×1 convolution, which leaves the 3×3
+  convolution four times the growth rate to read.
   """
 
   growth_rate: int

@@ -48,10 +48,6 @@ def transplant(donor: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, 
   the previous logits, which follow those of the embedding. New ones are zero, so that the network
   initially computes the same function as the donor; those of the donor are dropped.
 
-  Args:
-    donor: Variables of the trained network.
-    fresh: Initial variables of the other network.
-
   Returns:
     Variables with the structure of `fresh`.
   """

@@ -79,42 +79,40 @@ class DenseLayer(nn.Module):
     scales_read = range(first_read, self.scales[-1] + 1)
     maps = dict(zip(scales_read, features[-len(scales_read) :], strict=True))
 
-    def branch(source, growth, stride, name):
-      width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
-      return source, Branch(growth, stride, width, self.conv_norm, name=name)
-
-    gains = {}  # For each written scale: pairs of the scale that is read, and the branch.
+    branches = []  # (scale that is written, scale that is read, branch)
     for scale, growth in zip(self.scales, self.growth, strict=True):
       if scale == first_read:
-        gains[scale] = [branch(scale, growth, 1, f'normal_{scale}')]
+        branches.append((scale, scale, self._branch(scale, growth, 1, f'normal_{scale}')))
       else:
-        gains[scale] = [
-          branch(scale - 1, growth // 2, 2, f'down_{scale}'),
-          branch(scale, growth // 2, 1, f'normal_{scale}'),
+        branches += [
+          (scale, scale - 1, self._branch(scale - 1, growth // 2, 2, f'down_{scale}')),
+          (scale, scale, self._branch(scale, growth // 2, 1, f'normal_{scale}')),
         ]
-    branches = [pair for of_scale in gains.values() for pair in of_scale]
-    narrowed = self._narrow(maps, branches, train)
-    gained = run_together(
-      [[narrowed[b.name] for _, b in of_scale] for of_scale in gains.values()], train
-    )
+    groups = {scale: [] for scale in self.scales}
+    for (scale, _, _), pair in zip(branches, self._narrow(maps, branches, train), strict=True):
+      groups[scale].append(pair)
+    gained = run_together(list(groups.values()), train)
     return tuple(
       jnp.concatenate([maps[scale], gain], axis=-1)
-      for scale, gain in zip(gains, gained, strict=True)
+      for scale, gain in zip(groups, gained, strict=True)
     )
 
+  def _branch(self, source, growth, stride, name):
+    width = None if self.bottleneck_factors is None else self.bottleneck_factors[source] * growth
+    return Branch(growth, stride, width, self.conv_norm, name=name)
+
   def _narrow(self, maps, branches, train):
-    """Returns for each branch, by name, its 3×3 convolution and the input of that."""
-    readers = {source: [b for reads, b in branches if reads == source] for source in maps}
-    parts = {b.name: b.parts(maps[source].shape[-1]) for source in maps for b in readers[source]}
-    inputs = {b.name: maps[source] for source, b in branches}
+    """Returns for each branch its 3×3 convolution, and what that reads: a map or its bottleneck."""
+    parts = [branch.parts(maps[source].shape[-1]) for _, source, branch in branches]
+    inputs = [maps[source] for _, source, _ in branches]
     if self.bottleneck_factors is not None:
-      groups = {s: [(parts[b.name][0], maps[s]) for b in readers[s]] for s in maps}
-      for group, of_source, x in zip(
-        groups.values(), readers.values(), run_together(groups.values(), train), strict=True
-      ):
-        split = split_features([bottleneck for bottleneck, _ in group], x)
-        inputs |= zip((b.name for b in of_source), split, strict=True)
-    return {name: (convolution, inputs[name]) for name, (_, convolution) in parts.items()}
+      readers = [[i for i, (_, s, _) in enumerate(branches) if s == source] for source in maps]
+      groups = [[(parts[i][0], inputs[i]) for i in of_map] for of_map in readers]
+      for of_map, x in zip(readers, run_together(groups, train), strict=True):
+        split = split_features([parts[i][0] for i in of_map], x)
+        for i, narrowed in zip(of_map, split, strict=True):
+          inputs[i] = narrowed
+    return [(convolution, x) for (_, convolution), x in zip(parts, inputs, strict=True)]
 
 
 class Transition(nn.Module):

@@ -57,23 +57,18 @@ def test_small_images_are_kept_in_memory(mnist5k_config):
   assert list(dataset.class_names) == list('0123456789')
 
 
-def test_batches_depend_on_seed_and_step_alone(mnist5k_config, take):
+def test_batches_depend_on_seed_phase_and_step_alone(mnist5k_config, take):
   mnist5k_config.dataset.update(padding=2, flip=True)
-  run = take(open_dataset(mnist5k_config), 0, 2 * STEPS_PER_EPOCH + 1)
   dataset = open_dataset(mnist5k_config)
-  for first_step in (0, 3, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH):
+  run = take(dataset, 0, STEPS_PER_EPOCH + 1)
+  for first_step in (3, STEPS_PER_EPOCH):
     (batch,) = take(dataset, first_step, 1)
     assert_same(batch, run[first_step])
+  (phase_two,) = take(dataset, 0, 1, phase=1)
   mnist5k_config.seed = 1
-  (other,) = take(open_dataset(mnist5k_config), 0, 1)
-  assert np.any(other['image'] != run[0]['image'])
-
-
-def test_each_phase_shuffles_and_crops_anew(mnist5k_config, take):
-  mnist5k_config.dataset.padding = 2
-  dataset = open_dataset(mnist5k_config)
-  ((first,), (second,)) = (take(dataset, 0, 1, phase) for phase in (0, 1))
-  assert first['label'].tolist() != second['label'].tolist()
+  (other_seed,) = take(open_dataset(mnist5k_config), 0, 1)
+  orders = {tuple(batch['label'].tolist()) for batch in (run[0], phase_two, other_seed)}
+  assert len(orders) == 3
 
 
 def test_images_are_drawn_by_the_keys_of_epoch_step_and_place(mnist5k_config, mnist5k_splits, take):
@@ -115,33 +110,7 @@ def test_an_epoch_visits_an_image_once_and_the_next_in_another_order(
   assert one != sorted(one)
 
 
-def test_batches_are_floats_and_integers_a_device(mnist5k_config, train_batches):
-  batch = next(train_batches(open_dataset(mnist5k_config), 0))
-  devices = jax.local_device_count()
-  assert batch['image'].shape == (devices, 16 // devices, 28, 28, 1)
-  assert batch['label'].shape == (devices, 16 // devices)
-  assert (batch['image'].dtype, batch['label'].dtype) == (np.float32, np.int32)
-
-
-def test_augmented_images_are_shifts_of_training_images(mnist5k_config, mnist5k_splits, take):
-  dataset = mnist5k_config.dataset
-  dataset.padding = 2
-  (batch,) = take(open_dataset(mnist5k_config), 0, 1)
-  pixels = (255 * (batch['image'] * dataset.std[0] + dataset.mean[0])).round().astype(np.uint8)
-  padded = np.pad(mnist5k_splits['train'][0][:100], ((0, 0), (2, 2), (2, 2), (0, 0)))
-  sources = {
-    padded[number, top : top + 28, left : left + 28].tobytes(): (label, top, left)
-    for number, label in enumerate(mnist5k_splits['train'][1][:100])
-    for top in range(5)
-    for left in range(5)
-  }
-  labels, tops, lefts = zip(*(sources[image.tobytes()] for image in pixels), strict=True)
-  assert list(labels) == batch['label'].tolist()
-  # 16 images, 5 shifts each way: hardly ever fewer than 3 of them.
-  assert len(set(tops)) >= 3 and len(set(lefts)) >= 3
-
-
-@pytest.mark.parametrize('batch_size', [8, 304, 1_000, 1_504])
+@pytest.mark.parametrize('batch_size', [304, 1_504])
 def test_evaluation_visits_every_image_once(
   batch_size, mnist5k_config, mnist5k_splits, numbers_of, collect
 ):
@@ -158,22 +127,17 @@ def test_evaluation_visits_every_image_once(
     np.testing.assert_array_equal(labels, mnist5k_splits[stored][1][numbers])
 
 
-def test_evaluation_batches_have_one_shape(mnist5k_config):
-  import jax
-
+def test_batches_have_one_shape_and_type(mnist5k_config, train_batches):
   mnist5k_config.evaluation_batch_size = 304
-  batches = list(open_dataset(mnist5k_config).evaluation_batches('test'))
-  devices = jax.local_device_count()
+  dataset, devices = open_dataset(mnist5k_config), jax.local_device_count()
+  train = next(train_batches(dataset, 0))
+  assert train['image'].shape == (devices, 16 // devices, 28, 28, 1)
+  assert (train['image'].dtype, train['label'].dtype) == (np.float32, np.int32)
+  batches = list(dataset.evaluation_batches('test'))
   assert [int(batch['mask'].sum()) for batch in batches] == [304, 304, 304, 88]
   for batch in batches:
     assert batch['image'].shape == (devices, 304 // devices, 28, 28, 1)
     assert batch['label'].shape == batch['mask'].shape == (devices, 304 // devices)
-
-
-def test_images_are_normalised(mnist5k_config, mnist5k_splits, collect):
-  images, _ = collect(open_dataset(mnist5k_config).evaluation_batches('test'))
-  expected = (mnist5k_splits['test'][0] / 255 - 0.131) / 0.308
-  np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_is_augmented_where_asked_and_test_never(mnist5k_config, collect):

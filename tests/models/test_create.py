@@ -1,5 +1,6 @@
 """Creating networks by name: defaults, and errors."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -61,26 +62,13 @@ def test_fields_reach_the_network():
       {},
       "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet, hydranet",
     ),
-    ('msdnet', {'num_classes': 0}, 'num_classes 0 must be an integer above 0'),
-    ('msdnet', {'num_classes': 2.0}, 'num_classes 2.0 must be an integer above 0'),
     *(
       ('msdnet', {'dtype': dtype}, f"dtype '{dtype}' is unknown: choose one of float32, bfloat16")
-      for dtype in ('float16', 'int32', 'complex64', 'float17')
+      for dtype in ('float16', 'float17')
     ),
-    ('msdnet', {'shared_channels': 1.5}, 'shared_channels 1.5 must be from 0 to 1'),
     ('msdnet', {'growth_rat': 6}, "model 'msdnet' has no field 'growth_rat': .*'growth_rate'.*"),
     ('msdnet', {'num_class': 6}, "model 'msdnet' has no field 'num_class': .*'num_classes'.*"),
     ('resnet', {'exit_after': 3}, "model 'resnet' has no field 'exit_after': .*'exits_after'.*"),
-    (
-      'msdnet',
-      {'gradient_equilibrium': 'on'},
-      "gradient_equilibrium 'on' is unknown: choose one of all, coarsest, off",
-    ),
-    (
-      'resnet',
-      {'collaboration': 'sum'},
-      "collaboration 'sum' is unknown: choose one of off, identity, network",
-    ),
   ],
 )
 def test_a_mistake_is_named_with_what_to_write_instead(name, fields, message):
@@ -88,16 +76,28 @@ def test_a_mistake_is_named_with_what_to_write_instead(name, fields, message):
     models.create(name, **fields)
 
 
-def test_a_close_field_is_suggested():
-  with pytest.raises(ValueError, match=r"did you mean 'growth_rate'\?$"):
-    models.create('msdnet', growth_rat=6)
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    (
+      'gradient_equilibrium',
+      'on',
+      "gradient_equilibrium 'on' is unknown: choose one of all, coars",
+    ),
+    (
+      'collaboration',
+      'sum',
+      "collaboration 'sum' is unknown: choose one of off, identity, network",
+    ),
+    ('shared_channels', 1.5, 'shared_channels 1.5 is out of range: it must be from 0 to 1'),
+  ],
+)
+def test_a_value_of_a_technique_is_refused_where_it_is_used(field, value, message):
+  model = models.create('resnet', depth=8, exits_after=(1,), **{field: value})
+  with pytest.raises(ValueError, match=f'^{message}'):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_a_field_like_no_other_gets_the_list_of_fields():
   with pytest.raises(ValueError, match='has no field .*: it has .*batch_norm_axis, .*exits_after'):
     models.create('resnet', qqq=1)
-
-
-def test_another_architectures_field_is_refused():
-  with pytest.raises(ValueError, match="^model 'msdnet' has no field 'depth'"):
-    models.create('msdnet', depth=20)

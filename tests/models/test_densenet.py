@@ -6,13 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.models.densenet import DenseLayer, Transition
-from imta_jax.models.initial_values import initialize
+from imta_jax.models.layers import ConvNorm, NormRelu
 
 IMAGENET = {'growth_rate': 32, 'stem': 'imagenet'}
 # The smallest networks of three layers.
@@ -35,7 +34,11 @@ def count(params):
 # Parameters and billions of multiply-adds of torchvision, which counts neither ReLU nor pooling.
 @pytest.mark.parametrize(
   ('depth', 'num_params', 'billions'),
-  [(121, 7_978_856, 2.834), (169, 14_149_480, 3.36), (201, 20_013_928, 4.291)],
+  [
+    (121, 7_978_856, 2.834),
+    pytest.param(169, 14_149_480, 3.36, marks=pytest.mark.slow),
+    pytest.param(201, 20_013_928, 4.291, marks=pytest.mark.slow),
+  ],
 )
 def test_imagenet_networks_have_the_known_size(depth, num_params, billions):
   model = models.create('densenet', depth=depth, num_classes=1000, **IMAGENET)
@@ -49,7 +52,7 @@ def test_imagenet_networks_have_the_known_size(depth, num_params, billions):
   ('depth', 'growth_rate', 'bc', 'millions'),
   [
     (40, 12, False, 1.0),
-    (100, 12, False, 7.0),
+    pytest.param(100, 12, False, 7.0, marks=pytest.mark.slow),
     (100, 12, True, 0.8),
   ],
 )
@@ -171,46 +174,35 @@ def test_the_order_of_exits_and_naming_the_last_layer_change_nothing():
   assert trace(**TINY_BC, exits_after=(2, 1)) == trace(**TINY_BC, exits_after=(1, 2, 3))
 
 
-@pytest.mark.parametrize(
-  ('image_shape', 'fields'),
-  [
-    ((32, 32, 3), {'depth': 40, 'exits_after': (1, 6, 7)}),
-    ((64, 64, 3), {'depth': 121, 'exits_after': (18,), **IMAGENET}),
-  ],
-)
-def test_behind_the_last_exit_lies_the_plain_network(image_shape, fields):
-  _, params = trace(image_shape, **fields)
-  _, plain = trace(image_shape, **{**fields, 'exits_after': ()})
-  last = len(fields['exits_after'])
+def test_behind_the_last_exit_lies_the_plain_network():
+  _, params = trace(depth=22, exits_after=(1, 6, 7))
+  _, plain = trace(depth=22)
   kept = {
     name: tree
     for name, tree in params.items()
-    if name.startswith('stages_') or name in (f'exits_{last}', f'classifiers_{last}')
+    if name.startswith('stages_') or name in ('exits_3', 'classifiers_3')
   }
   assert count(kept) == count(plain)
-  assert f'classifiers_{last + 1}' not in params
+  assert 'classifiers_4' not in params
 
 
-def test_statistics_are_those_of_all_devices():
-  fields = {'exits_after': (1,), **TINY_BC}
-  images = np.random.default_rng(0).standard_normal((2, 3, 8, 8, 3), np.float32)
-  variables = initialize(models.create('densenet', **fields), 0, images.shape[2:])
+def test_every_batch_norm_averages_over_devices():
+  axes = {}
 
-  def statistics(images, axis):
-    model = models.create('densenet', batch_norm_axis=axis, **fields)
-    return model.apply(variables, images, train=True, mutable=['batch_stats'])[1]
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, ConvNorm | NormRelu):
+      axes[context.module.path] = context.module.batch_norm_axis
+    return call(*args, **kwargs)
 
-  together = jax.jit(partial(statistics, axis=None))(images.reshape(6, 8, 8, 3))
-  devices = jax.jit(jax.vmap(partial(statistics, axis='devices'), axis_name='devices'))(images)
-  jax.tree.map(
-    lambda whole, parts: np.testing.assert_allclose(parts, [whole, whole], rtol=1e-3, atol=1e-5),
-    together,
-    devices,
-  )
+  model = models.create('densenet', exits_after=(1,), batch_norm_axis='devices', **TINY_BC)
+  with nn.intercept_methods(note):
+    jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
+  # Two in each of three layers, one in each of two transitions, three and one in the exits.
+  assert list(axes.values()) == ['devices'] * 12
 
 
 def test_the_type_of_the_computation_reaches_every_layer():
-  for fields in (TINY, TINY_BC, {'depth': 121, **IMAGENET}):
+  for fields in (TINY, {**TINY_BC, 'stem': 'cifar'}):
     model = models.create('densenet', dtype='bfloat16', exits_after=(1,), **fields)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -219,52 +211,17 @@ def test_the_type_of_the_computation_reaches_every_layer():
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
 
 
-def test_a_small_network_learns_a_small_set():
-  model = models.create('densenet', exits_after=(1,), **TINY_BC)
-  random = np.random.default_rng(0)
-  labels = np.arange(12) % 3
-  images = random.standard_normal((3, 8, 8, 3), np.float32)[labels]
-  images += 0.5 * random.standard_normal(images.shape, np.float32)
-  optimizer = optax.sgd(0.05, 0.9)
-
-  @jax.jit
-  def step(variables, momentum):
-    def loss_of(params):
-      logits, state = model.apply(
-        {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
-      )
-      losses = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, (0, None))(logits, labels)
-      return losses.mean(), state
-
-    gradient, state = jax.grad(loss_of, has_aux=True)(variables['params'])
-    updates, momentum = optimizer.update(gradient, momentum)
-    return {'params': optax.apply_updates(variables['params'], updates), **state}, momentum
-
-  before = variables = initialize(model, 0, images.shape[1:])
-  momentum = optimizer.init(variables['params'])
-  for _ in range(30):
-    variables, momentum = step(variables, momentum)
-  logits = jax.jit(model.apply)(variables, images)
-  assert logits.shape == (2, 12, 3)
-  np.testing.assert_array_equal(logits.argmax(-1), np.stack([labels, labels]))
-  for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(variables), strict=True):
-    assert np.any(old != new)
-
-
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
     ({'depth': 41}, r'depth 41 is not one of the CIFAR DenseNet-BCs: use 6n \+ 4'),
-    ({'depth': 43}, 'depth 43 is not one of the CIFAR DenseNet-BCs'),
     ({'depth': 4}, 'depth 4 is not one of the CIFAR DenseNet-BCs'),
     ({'depth': 41, 'bc': False}, r'depth 41 is not one of the CIFAR DenseNets: use 3n \+ 4'),
     ({'depth': 100, 'stem': 'imagenet'}, 'depth 100 with bc True .* one of 121, 169, 201$'),
     ({'depth': 121, 'bc': False, 'stem': 'imagenet'}, 'depth 121 with bc False .* use bc True'),
     ({'stem': 'mnist'}, "stem 'mnist' is unknown: use 'cifar' or 'imagenet'"),
     ({'growth_rate': 0}, 'growth_rate 0 is out of range: it must be 1 or more'),
-    ({'exits_after': (0,)}, r'exits_after \(0,\) must be different layers from 1 to 48$'),
-    ({'exits_after': (3, 49)}, r'exits_after \(3, 49\) must be .* from 1 to 48$'),
-    ({'exits_after': (3, 3)}, r'exits_after \(3, 3\) must be different layers'),
+    ({'exits_after': (3, 49)}, r'exits_after \(3, 49\) must be different layers from 1 to 48$'),
   ],
 )
 def test_a_bad_field_is_refused(fields, message):

@@ -77,12 +77,6 @@ def test_every_variable_follows_its_rule(variables):
   }
 
 
-def test_convolutions_are_normal_rather_than_uniform(variables):
-  kernel = variables['params']['exits_0']['convolutions_1']['conv']['kernel']
-  outside = (np.abs(kernel) > 2 * kernel.std()).mean()
-  np.testing.assert_allclose(outside, 0.0455, atol=0.003)
-
-
 def test_the_modules_own_initializers_draw_alike():
   key = jax.random.key(0)
   convolution = jax.jit(ConvNorm(64, 3).init)(key, np.zeros((1, 4, 4, 32), np.float32))
@@ -99,10 +93,10 @@ def test_the_modules_own_initializers_draw_alike():
 def test_the_seed_alone_decides(variables):
   again = initialize(create(collaboration='network'), 0, IMAGE_SHAPE)
   jax.tree.map(np.testing.assert_array_equal, variables, again)
-  other = flatten_dict(initialize(create(collaboration='network'), 1, IMAGE_SHAPE))
-  for name, values in flatten_dict(variables).items():
-    if name[-1] == 'kernel':
-      assert np.abs(values - other[name]).max() > 0
+  other = flatten_dict(initialize(create(collaboration='network'), 1, IMAGE_SHAPE), sep='/')
+  kernels = {name: x for name, x in flatten_dict(variables, sep='/').items() if 'kernel' in name}
+  assert all(np.abs(values - other[name]).max() > 0 for name, values in kernels.items())
+  assert len({values.tobytes() for values in kernels.values()}) == len(kernels)
 
 
 def test_values_of_a_layer_do_not_depend_on_other_layers(variables):
@@ -116,14 +110,6 @@ def test_values_of_a_layer_do_not_depend_on_other_layers(variables):
   assert len(shared) > 10 and len(shared) < len(others)
   for name in shared:
     np.testing.assert_array_equal(ours[name], others[name])
-
-
-def test_layers_of_one_shape_have_values_of_their_own(variables):
-  exits = [variables['params'][f'exits_{index}'] for index in range(3)]
-  kernels = [layers['convolutions_1']['conv']['kernel'] for layers in exits]
-  for i, j in ((0, 1), (0, 2), (1, 2)):
-    assert kernels[i].shape == kernels[j].shape
-    assert abs(np.corrcoef(kernels[i].ravel(), kernels[j].ravel())[0, 1]) < 0.05
 
 
 class Odd(nn.Module):
@@ -158,14 +144,6 @@ def test_transplant_copies_what_agrees_and_keeps_what_is_new(random_variables, v
       np.testing.assert_array_equal(values[:rows], donor_leaves[name])
       np.testing.assert_array_equal(values[rows:], 0)
   assert kinds == {'new', 'same', 'grown'}
-
-
-def test_transplant_leaves_both_networks_values_alone(random_variables, variables):
-  donor = random_variables(create(), IMAGE_SHAPE, seed=5)
-  donor_before, fresh_before = (jax.tree.map(np.copy, tree) for tree in (donor, variables))
-  transplant(donor, variables)
-  jax.tree.map(np.testing.assert_array_equal, donor, donor_before)
-  jax.tree.map(np.testing.assert_array_equal, variables, fresh_before)
 
 
 def test_a_layer_of_another_width_starts_afresh(random_variables):
