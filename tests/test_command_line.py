@@ -116,12 +116,13 @@ def test_output_to_a_full_disk_ends_with_one_line(num_lines, monkeypatch, capsys
   assert capsys.readouterr().err == expected
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly(monkeypatch, capsys):
+@pytest.mark.parametrize('num_lines', [1, 10_000], ids=['at the end', 'in between'])
+def test_a_reader_that_leaves_ends_the_program_quietly(num_lines, monkeypatch, capsys):
   reader, writer = os.pipe()
   os.close(reader)
   with os.fdopen(writer, 'w') as output:
     monkeypatch.setattr(sys, 'stdout', output)
-    assert ended(lambda: [print('answer') for _ in range(10_000)]) == 141  # As after SIGPIPE.
+    assert ended(lambda: [print('answer') for _ in range(num_lines)]) == 141  # As after SIGPIPE.
   assert capsys.readouterr().err == ''
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import export
@@ -158,3 +159,24 @@ def test_an_export_is_not_exported_again_nor_overwritten(classifier, exported, t
   assert not (tmp_path / 'other').exists()
   with pytest.raises(UsageError, match='not empty'):
     export.write_export(classifier, epath.Path(exported))
+
+
+def test_the_command_line_chooses_phase_thresholds_and_form(tmp_path, monkeypatch):
+  calls = []
+
+  def open_classifier(network, **choices):
+    calls.append((network, {name: c for name, c in choices.items() if c is not None}))
+    return types.SimpleNamespace(stages=())
+
+  def write(classifier, folder, source, **flags):
+    calls.append((str(folder), flags))
+    return 0
+
+  monkeypatch.setattr(export.command_line, 'open_classifier', open_classifier)
+  monkeypatch.setattr(export, 'write_export', write)
+  flags = ['--phase=2', '--max_loss=0.1', '--confidence=0.8', '--float16']
+  export.main([str(tmp_path), f'{tmp_path}/exported', *flags])
+  assert calls == [
+    (str(tmp_path), {'phase': 2, 'max_loss': 0.1, 'confidence': 0.8}),
+    (f'{tmp_path}/exported', {'without_engine': False, 'float16': True}),
+  ]
