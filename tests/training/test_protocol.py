@@ -232,7 +232,7 @@ def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(
   monkeypatch.setattr(RecordingDataset, name, value)
   monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
   with pytest.raises(UsageError, match=rf'other data \({difference}\): choose'):
-    loop.train_and_evaluate(make_config(), workdir)
+    loop.train_and_evaluate(layout.load_config(workdir), workdir)
   assert (workdir / 'evaluation/exits.csv').read_bytes() == before
 
 
