@@ -2,11 +2,11 @@
 
 TensorFlow cannot be told to ask another server. So the fake is the HTTPS proxy of its clients and
 answers for Google's servers, with certificates that `FakeGcs.environment` makes the clients trust.
-It knows the requests of TensorFlow's file system, TensorStore and google-cloud-storage.
+It takes the requests that a run sends through TensorFlow's file system, TensorStore and
+google-cloud-storage.
 """
 
 import contextlib
-import email
 import itertools
 import json
 import re
@@ -19,10 +19,6 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import trustme
-
-_PAGE = 20  # Entries per page of a list; few, so that lists have several pages.
-_TOKEN = 'token'
-_UPDATED = '2026-01-01T00:00:00.000Z'
 
 
 class FakeGcs(ThreadingHTTPServer):
@@ -95,9 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     if status := self.server.fault(f'{self.command} {unquote(self.path)}'):
       self._send(status)
     elif url.path.endswith('/token'):
-      self._send_json({'access_token': _TOKEN, 'expires_in': 3600, 'token_type': 'Bearer'})
-    elif self.headers['Authorization'] != f'Bearer {_TOKEN}':
-      self._send(HTTPStatus.UNAUTHORIZED)
+      self._send_json({'access_token': 'token', 'expires_in': 3600, 'token_type': 'Bearer'})
     else:
       with self.server.lock:
         self._route(url.path, query, body)
@@ -116,13 +110,17 @@ class _Handler(BaseHTTPRequestHandler):
 
   def _route(self, path, query, body):
     objects = self.server.objects
-    transfer, api, path = re.fullmatch(r'(/upload|/download)?(/storage/v1/b)?/(.*)', path).groups()
+    upload, api, path = re.fullmatch(
+      r'(/upload)?(?:/download)?(/storage/v1/b)?/(.*)', path
+    ).groups()
     bucket, *parts = path.split('/')
     if not api:  # TensorFlow downloads from an older interface, which has no 'o/' in its paths.
       return self._download(f'{bucket}/{unquote("/".join(parts))}', query)
     name = f'{bucket}/{unquote(parts[1]) if parts[1:] else query.get("name")}'
-    if transfer == '/upload':
-      self._upload(name, query, body)
+    if upload and query['uploadType'] == 'resumable' and 'upload_id' not in query:
+      self._send(headers={'Location': f'https://www.googleapis.com{self.path}&upload_id=1'})
+    elif upload:
+      self._store(name, body, query)
     elif not parts:
       self._send_json({'name': bucket})
     elif not parts[1:]:
@@ -134,81 +132,50 @@ class _Handler(BaseHTTPRequestHandler):
     elif 'rewriteTo' in parts:
       self._store(f'{parts[4]}/{unquote(parts[6])}', objects[name][1], query)
     elif self.command == 'DELETE':
-      if self._is_met(name, query):
-        del objects[name]
-        self._send(HTTPStatus.NO_CONTENT)
+      del objects[name]
+      self._send(HTTPStatus.NO_CONTENT)
     else:
       self._send_json(self._metadata(name))
 
-  def _is_met(self, name, query):
-    """Whether the object has the generation that the client asks for; answers if it has not."""
+  def _store(self, name, content, query):
     generation = str(self.server.objects.get(name, (0,))[0])
     if query.get('ifGenerationMatch', generation) != generation:
       self._send(HTTPStatus.PRECONDITION_FAILED)
-    elif query.get('ifGenerationNotMatch') == generation:
-      self._send(HTTPStatus.NOT_MODIFIED)
     else:
-      return True
-
-  def _store(self, name, content, query):
-    if self._is_met(name, query):
       self.server.objects[name] = next(self.server.generations), content
       self._send_json({**self._metadata(name), 'done': True})
 
-  def _upload(self, name, query, body):
-    if query['uploadType'] == 'media':
-      self._store(name, body, query)
-    elif query['uploadType'] == 'multipart':  # Metadata, then the content.
-      head = f'Content-Type: {self.headers["Content-Type"]}\r\n\r\n'.encode()
-      metadata, content = email.message_from_bytes(head + body).get_payload()
-      name = f'{name.partition("/")[0]}/{json.loads(metadata.get_payload())["name"]}'
-      self._store(name, content.get_payload(decode=True), query)
-    elif 'upload_id' not in query:  # A place for an upload that may be repeated.
-      self._send(headers={'Location': f'https://www.googleapis.com{self.path}&upload_id=1'})
-    elif body or self.headers['Content-Range'] == 'bytes */0':
-      self._store(name, body, query)
-    else:  # How much has arrived of one that was answered with an error?
-      self._send(HTTPStatus.PERMANENT_REDIRECT)
-
   def _download(self, name, query):
     generation, content = self.server.objects.get(name, (0, b''))
-    if not generation or query.get('generation', str(generation)) != str(generation):
+    headers = {'x-goog-generation': str(generation)}
+    if not generation:
       self._send(HTTPStatus.NOT_FOUND)
-    elif self._is_met(name, query):
-      start, end = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers['Range'] or 'bytes=0-').groups()
+    elif query.get('ifGenerationNotMatch') == str(generation):
+      self._send(HTTPStatus.NOT_MODIFIED)
+    elif 'Range' not in self.headers:
+      self._send(content=content, headers=headers)
+    else:
+      start, end = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers['Range']).groups()
       part = content[int(start) : int(end or len(content)) + 1]
-      headers = {'x-goog-generation': str(generation)}
-      if 'Range' not in self.headers:
-        self._send(content=content, headers=headers)
-      elif part:
-        headers['Content-Range'] = f'bytes {start}-{int(start) + len(part) - 1}/{len(content)}'
-        self._send(HTTPStatus.PARTIAL_CONTENT, part, headers)
-      else:
-        self._send(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+      headers['Content-Range'] = f'bytes {start}-{int(start) + len(part) - 1}/{len(content)}'
+      self._send(HTTPStatus.PARTIAL_CONTENT, part, headers)
 
   def _list(self, bucket, query):
-    prefix, after = f'{bucket}/{query.get("prefix", "")}', query.get('pageToken', '')
-    first, end = query.get('startOffset', ''), query.get('endOffset', '\uffff')
-    page = {}  # {name or prefix: whether it is a prefix}
+    prefix = query.get('prefix', '')
+    entries = {}  # {name or prefix: whether it is a prefix}
     for path in sorted(self.server.objects):
-      name = path.removeprefix(f'{bucket}/')
-      if path.startswith(prefix) and first <= name < end:
-        head, delimiter, _ = path.removeprefix(prefix).partition(query.get('delimiter', '\0'))
-        entry = f'{query.get("prefix", "")}{head}{delimiter}'
-        if entry > after:
-          page[entry] = bool(delimiter)
-    names = list(page)[: min(_PAGE, int(query.get('maxResults', _PAGE)))]
-    answer = {
-      'items': [self._metadata(f'{bucket}/{name}') for name in names if not page[name]],
-      'prefixes': [name for name in names if page[name]],
-    }
-    self._send_json(answer | ({'nextPageToken': names[-1]} if len(names) < len(page) else {}))
+      if path.startswith(f'{bucket}/{prefix}'):
+        rest = path.removeprefix(f'{bucket}/{prefix}')
+        head, delimiter, _ = rest.partition(query.get('delimiter', '\0'))
+        entries[f'{prefix}{head}{delimiter}'] = bool(delimiter)
+    items = [self._metadata(f'{bucket}/{name}') for name in entries if not entries[name]]
+    self._send_json({'items': items, 'prefixes': [name for name in entries if entries[name]]})
 
   def _metadata(self, path):
     bucket, _, name = path.partition('/')
     generation, content = self.server.objects[path]
     sizes = {'size': str(len(content)), 'generation': str(generation), 'metageneration': '1'}
-    return {'bucket': bucket, 'name': name, 'timeCreated': _UPDATED, 'updated': _UPDATED, **sizes}
+    return {'bucket': bucket, 'name': name, 'updated': '2026-01-01T00:00:00.000Z', **sizes}
 
   def _send(self, status=HTTPStatus.OK, content=b'', headers=None):
     self.send_response(status)

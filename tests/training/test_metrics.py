@@ -43,23 +43,15 @@ def test_a_line_has_step_phase_and_a_number_per_metric(path):
   ]
 
 
-def test_a_resumed_run_writes_each_step_once(path):
+def test_a_resumed_run_writes_each_step_once_and_lines_of_other_phases_stay(path):
   write(path, 'phase_1', 0, [2, 4])
   write(path, 'phase_2', 0, [2, 4, 6])
   with path.open('a') as file:
     file.write('{"step": 8, "pha')  # The run was killed here.
-  write(path, 'phase_2', 2, [4, 5])
-  expected = [('phase_1', 2), ('phase_1', 4), ('phase_2', 2), ('phase_2', 4), ('phase_2', 5)]
-  assert [(record['phase'], record['step']) for record in read(path)] == expected
-
-
-def test_lines_of_other_phases_stay(path):
-  write(path, 'phase_1', 0, [2, 4])
-  write(path, 'phase_2', 0, [2, 4])
   write(path, 'phase_1', 4, [])  # It was finished.
-  write(path, 'phase_2', 2, [4])
+  write(path, 'phase_2', 2, [4, 5])
   write(path, 'phase_1', 2, [4])  # Its last checkpoint was corrupt.
-  expected = [('phase_1', 2), ('phase_2', 2), ('phase_2', 4), ('phase_1', 4)]
+  expected = [('phase_1', 2), ('phase_2', 2), ('phase_2', 4), ('phase_2', 5), ('phase_1', 4)]
   assert [(record['phase'], record['step']) for record in read(path)] == expected
 
 

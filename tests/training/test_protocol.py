@@ -232,7 +232,7 @@ def test_a_run_on_other_data_is_refused_and_keeps_its_evaluation(
   monkeypatch.setattr(RecordingDataset, name, value)
   monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
   with pytest.raises(UsageError, match=rf'other data \({difference}\): choose'):
-    loop.train_and_evaluate(make_config(), workdir)
+    loop.train_and_evaluate(layout.load_config(workdir), workdir)
   assert (workdir / 'evaluation/exits.csv').read_bytes() == before
 
 
@@ -266,11 +266,14 @@ def train_until(monkeypatch):
   return run
 
 
-def test_a_stopped_run_goes_on_from_its_step(finished, train_until, tmp_path):
+def test_a_stopped_run_goes_on_from_its_step_and_stops_again_before_the_next_phase(
+  finished, train_until, tmp_path
+):
   workdir = epath.Path(tmp_path)
   train_until(workdir, make_config(), 3)
   assert steps_kept(workdir, 'phase_1') == {2, 3}
-  train_until(workdir, make_config(), LAST - 3 + 1)  # Until the end of the phase.
+  train_until(workdir, make_config(), LAST - 3)
+  assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['phase_1']
   ended, expected = (state_of(folder, 'phase_1', LAST) for folder in (workdir, finished[0]))
   assert are_equal(ended, expected)
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
@@ -278,11 +281,6 @@ def test_a_stopped_run_goes_on_from_its_step(finished, train_until, tmp_path):
   assert list(rates) == list(range(1, LAST + 1))
   # Divided by ten after a half and three quarters of the steps.
   np.testing.assert_allclose(list(rates.values()), [5e-2, 5e-2, 5e-2, 5e-3, 5e-4, 5e-4], rtol=1e-5)
-
-
-def test_a_stop_at_the_last_step_of_a_phase_ends_the_run_before_the_next(train_until, tmp_path):
-  train_until(epath.Path(tmp_path), make_config(), LAST)
-  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['phase_1']
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,6 @@ def test_the_papers_drops_come_after_150_and_225_epochs():
   np.testing.assert_allclose(rates(schedule, at), [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
 
 
-def test_cosine_falls_along_half_a_wave():
-  phase = make_phase(learning_rate=0.2, schedule='cosine')
-  schedule = train_state.create_schedule(phase, 100, 10, 64)
-  at = np.array([0, 10, 50, 99, 100])
-  np.testing.assert_allclose(
-    rates(schedule, at), 0.1 * (1 + np.cos(np.pi * at / 100)), rtol=1e-4, atol=1e-8
-  )
-
-
 @pytest.mark.parametrize('kind', ['multistep', 'cosine'])
 def test_warm_up_rises_in_a_line_and_hands_over_to_the_schedule(kind):
   phase = make_phase(learning_rate=0.4, schedule=kind, warmup_epochs=2.0)
