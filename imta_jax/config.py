@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from imta_jax import models
+from imta_jax import models, runtime
 from imta_jax.errors import UsageError
+from imta_jax.models.multi_exit import MultiExitNetwork
 
 
 class _Field(NamedTuple):
@@ -246,6 +247,30 @@ def validate(config: ConfigDict) -> None:
       f'config.dataset.test_split is {dataset["test_split"]!r}, which is also the training split: '
       'choose another split'
     )
+  for phase in config.phases:
+    create_model(config, phase, num_classes=1)
+
+
+def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
+  """Creates the network of a phase.
+
+  Raises:
+    UsageError: If a field of config.model is wrong.
+  """
+  fields = {name: value for name, value in config.model.items() if name != 'name'}
+  try:
+    return models.create(
+      config.model.name,
+      num_classes=num_classes,
+      gradient_equilibrium=phase.gradient_equilibrium,
+      shared_channels=phase.shared_channels,
+      collaboration=phase.collaboration,
+      stop_collaboration_gradient=phase.stop_collaboration_gradient,
+      batch_norm_axis=runtime.AXIS if config.global_batch_norm else None,
+      **fields,
+    )
+  except (TypeError, ValueError) as error:
+    raise UsageError(f'config.model: {error}') from error
 
 
 _TYPES = {
@@ -317,17 +342,6 @@ def to_dict(config: Any) -> Any:
   if isinstance(config, list | tuple):
     return [to_dict(item) for item in config]
   return config
-
-
-def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
-  """Returns one line per field in which two plain configs differ: 'config.seed: 0 → 1'."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    pairs = [(f'.{key}', old.get(key), new.get(key)) for key in sorted({*old, *new})]
-  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-    pairs = [(f'[{index}]', *pair) for index, pair in enumerate(zip(old, new, strict=True))]
-  else:
-    return [] if old == new else [f'{path}: {old!r} → {new!r}']
-  return [line for key, *pair in pairs for line in differences(*pair, path + key)]
 
 
 def to_json(config: ConfigDict) -> str:

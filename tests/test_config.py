@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from imta_jax import config as config_lib
 from imta_jax import models
 from imta_jax.errors import UsageError
+from imta_jax.training.workdir import differences
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -175,11 +176,11 @@ def test_any_number_of_phases_is_valid():
 def test_differences_are_one_line_per_field():
   old = config_lib.to_dict(config_lib.default())
   config = config_lib.default()
-  assert config_lib.differences(old, config_lib.to_dict(config)) == []
+  assert differences(old, config_lib.to_dict(config)) == []
   config.seed = 1
   config.phases[1].epochs = 2.0
   config.dataset.mean = (0.1, 0.4865, 0.3)
-  assert config_lib.differences(old, config_lib.to_dict(config)) == [
+  assert differences(old, config_lib.to_dict(config)) == [
     'config.dataset.mean[0]: 0.5071 → 0.1',
     'config.dataset.mean[2]: 0.4409 → 0.3',
     'config.phases[1].epochs: 180.0 → 2.0',
@@ -187,7 +188,7 @@ def test_differences_are_one_line_per_field():
   ]
   config = config_lib.default()
   config.phases = config.phases[:1]
-  (line,) = config_lib.differences(old, config_lib.to_dict(config))
+  (line,) = differences(old, config_lib.to_dict(config))
   assert line.startswith('config.phases: ')
 
 
@@ -215,7 +216,7 @@ def test_fields_that_json_of_an_earlier_version_lacks_get_their_defaults(fields)
   old = {**plain, 'model': {'name': 'msdnet', 'dtype': 'float32', **fields}}
   del old['profile_steps'], old['phases'][1]['shared_channels'], old['dataset']['crop']
   read = config_lib.from_json(json.dumps(old))
-  assert config_lib.differences(config_lib.to_dict(read), config_lib.to_dict(config)) == []
+  assert differences(config_lib.to_dict(read), config_lib.to_dict(config)) == []
 
 
 def test_parse_argument_takes_names_and_their_types():
@@ -268,7 +269,7 @@ def test_the_preset_of_the_published_code_sets_what_differs_from_the_paper():
   before = config_lib.to_dict(config)
   config_lib.follow_published_code(config)
   config_lib.validate(config)
-  lines = config_lib.differences(before, config_lib.to_dict(config))
+  lines = differences(before, config_lib.to_dict(config))
   of_phases = [
     f'config.phases[{index}].{change}'
     for index in range(2)

@@ -10,7 +10,6 @@ from imta_jax import config as config_lib
 from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.errors import UsageError
-from imta_jax.training import phases
 
 FOLDER = Path(__file__).parents[1] / 'configs'
 
@@ -40,7 +39,7 @@ def test_every_config_file_names_its_command(path):
 def test_the_argument_of_a_config_file_chooses_the_network(name, argument, expected):
   config = load(name, argument)
   assert {field: config.model[field] for field in expected} == expected
-  assert phases.create_model(config, config.phases[0], 10).num_exits == config.model.num_exits
+  assert config_lib.create_model(config, config.phases[0], 10).num_exits == config.model.num_exits
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
@@ -89,7 +88,7 @@ def test_imagenet_follows_the_protocol():
 )
 def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, params):
   config = load(name)
-  model = phases.create_model(config, config.phases[0], num_classes)
+  model = config_lib.create_model(config, config.phases[0], num_classes)
   side = config.dataset.image_size
   costs = exit_costs(model, (side, side, 3))
   assert [cost.madds / 1e6 for cost in costs] == pytest.approx(madds, rel=1e-4)
@@ -112,7 +111,7 @@ def test_networks_cost_what_the_published_ones_do(name, num_classes, madds, para
 )
 def test_the_networks_of_comparison_are_trained_like_msdnet(name, argument, num_exits):
   config, of_msdnet = load(name, argument), load(name)
-  assert phases.create_model(config, config.phases[0], 10).num_exits == num_exits
+  assert config_lib.create_model(config, config.phases[0], 10).num_exits == num_exits
   if num_exits == 1:
     del of_msdnet.phases[1]
     of_msdnet.phases[0].gradient_equilibrium = 'off'
@@ -135,7 +134,7 @@ def test_every_field_of_the_network_can_be_overridden(name, argument):
   for field in models.defaults(config.model.name):
     config_lib.check_path(config, f'model.{field}')
   config.model.remat = True
-  assert phases.create_model(config, config.phases[0], 100).remat
+  assert config_lib.create_model(config, config.phases[0], 100).remat
 
 
 # The OFA weights of the published scripts, and the usual statistics of the data sets.

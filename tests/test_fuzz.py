@@ -23,7 +23,8 @@ from imta_jax.adaptive.policy import (
   optimal_sweep,
 )
 from imta_jax.errors import UsageError
-from imta_jax.training import phases, train_state
+from imta_jax.training import train_state
+from imta_jax.training.workdir import differences
 
 # The same examples at every run.
 FIXED = {
@@ -105,13 +106,13 @@ def test_a_config_is_refused_or_can_be_set_up(changes):
   try:
     config_lib.validate(config)
     for phase in config.phases:
-      phases.create_model(config, phase, 10)
+      config_lib.create_model(config, phase, 10)
   except UsageError as error:
     check_line(error)
     return
   again = config_lib.from_json(config_lib.to_json(config))
   config_lib.validate(again)
-  assert config_lib.differences(config_lib.to_dict(config), config_lib.to_dict(again)) == []
+  assert differences(config_lib.to_dict(config), config_lib.to_dict(again)) == []
   for phase in config.phases:
     num_steps = phase.steps or max(1, round(phase.epochs))
     schedule = train_state.create_schedule(phase, num_steps, 1, config.batch_size)
@@ -160,7 +161,7 @@ def test_fields_of_a_model_are_refused_or_make_a_network(name, fields):
   config.model = ConfigDict({'name': name, **fields})
   try:
     config_lib.validate(config)
-    model = phases.create_model(config, config.phases[0], 10)
+    model = config_lib.create_model(config, config.phases[0], 10)
   except UsageError as error:
     check_line(error)
   else:

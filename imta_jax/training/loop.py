@@ -25,7 +25,7 @@ from imta_jax.training.console import PhaseProgress, Reporter
 from imta_jax.training.events import Events
 from imta_jax.training.metrics import Metrics, has_tensorboard
 from imta_jax.training.packing import pack
-from imta_jax.training.phases import Phase, create_model
+from imta_jax.training.phases import Phase
 from imta_jax.training.profiling import Profile
 from imta_jax.training.restore import TrainedNetwork, chosen_state, load_variables
 from imta_jax.training.signals import StopRequest
@@ -50,9 +50,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
     SystemExit: If a signal asked the run to stop; its state has been saved. While there is nothing
       to save, a signal ends the process at once.
   """
-  config_lib.validate(config)
-  for phase in config.phases:  # Checked first, because importing TensorFlow takes seconds.
-    create_model(config, phase, num_classes=1)
+  config_lib.validate(config)  # Before importing TensorFlow, which takes seconds.
   with runtime.watchdog():
     dataset = open_dataset(config)
     with workdir_lock.hold(workdir), StopRequest() as stop:

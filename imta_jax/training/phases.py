@@ -8,7 +8,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from imta_jax import models, runtime
+from imta_jax import config as config_lib
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.errors import UsageError, first_line
 from imta_jax.models.initial_values import initialize, transplant
@@ -66,7 +66,7 @@ class Phase:
     """
     phase = config.phases[index]
     self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
-    self.model = create_model(config, phase, num_classes)
+    self.model = config_lib.create_model(config, phase, num_classes)
     self._image_shape = image_shape
     variables = initial_variables(self.model, config.seed, image_shape)
     if predecessor is not None:
@@ -91,28 +91,6 @@ class Phase:
   def predict(self) -> Callable:
     """The mapped evaluation step; see `steps.make_predict_step`."""
     return steps.on_devices(steps.make_predict_step(self.model), (None, 0))
-
-
-def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> MultiExitNetwork:
-  """Creates the network of a phase.
-
-  Raises:
-    UsageError: If a field of config.model is wrong.
-  """
-  fields = {name: value for name, value in config.model.items() if name != 'name'}
-  try:
-    return models.create(
-      config.model.name,
-      num_classes=num_classes,
-      gradient_equilibrium=phase.gradient_equilibrium,
-      shared_channels=phase.shared_channels,
-      collaboration=phase.collaboration,
-      stop_collaboration_gradient=phase.stop_collaboration_gradient,
-      batch_norm_axis=runtime.AXIS if config.global_batch_norm else None,
-      **fields,
-    )
-  except (TypeError, ValueError) as error:
-    raise UsageError(f'config.model: {error}') from error
 
 
 def initial_variables(

@@ -9,6 +9,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from imta_jax import config as config_lib
 from imta_jax.adaptive import exported
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.errors import UsageError
@@ -56,7 +57,7 @@ def restore_network(workdir: epath.PathLike, index: int) -> TrainedNetwork:
     layout.phase_name(index),
     layout.image_shape(config),
   )
-  model = phases.create_model(config, phase, len(layout.load_class_names(workdir)))
+  model = config_lib.create_model(config, phase, len(layout.load_class_names(workdir)))
   variables = phases.initial_variables(model, config.seed, image_shape)
   # Only the structure of the optimizer's state matters.
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.0))

@@ -192,7 +192,7 @@ def _check_owner(workdir, found):
   lines = [
     line
     for name, content in recorded.items()
-    for line in config_lib.differences(content, found[name], name)
+    for line in differences(content, found[name], name)
     if line.partition(':')[0] not in _MAY_CHANGE
   ]
   if lines:
@@ -201,6 +201,17 @@ def _check_owner(workdir, found):
       f'another --workdir, also to go on from its network with --config.init_from={workdir}, or '
       'restore what differs'
     )
+
+
+def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
+  """Returns one line per field in which two plain configs differ: 'config.seed: 0 → 1'."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    pairs = [(f'.{key}', old.get(key), new.get(key)) for key in sorted({*old, *new})]
+  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    pairs = [(f'[{index}]', *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+  else:
+    return [] if old == new else [f'{path}: {old!r} → {new!r}']
+  return [line for key, *pair in pairs for line in differences(*pair, path + key)]
 
 
 def record_environment(workdir: epath.Path) -> None:

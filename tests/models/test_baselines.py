@@ -8,7 +8,7 @@ from imta_jax import config as config_lib
 from imta_jax import runtime
 from imta_jax.errors import UsageError
 from imta_jax.models import baselines
-from imta_jax.training import phases, steps
+from imta_jax.training import steps
 from imta_jax.training.packing import unpack
 from imta_jax.training.phases import Phase
 
@@ -60,7 +60,7 @@ def test_a_name_gives_a_network_with_one_exit_and_one_phase(network, stem, field
   (phase,) = config.phases
   assert (phase.trained, phase.loss) == ('everything', 'cross_entropy')
   assert phase.gradient_equilibrium == 'off'
-  assert phases.create_model(config, phase, 10).num_exits == 1
+  assert config_lib.create_model(config, phase, 10).num_exits == 1
 
 
 # 9, 18, 6 and 58 blocks or layers.
@@ -79,13 +79,13 @@ def test_exits_come_after_equal_numbers_of_layers_and_keep_both_phases(
   config = chosen(network, exits, stem)
   assert config.model.exits_after == exits_after
   assert config_lib.to_dict(config.phases) == config_lib.to_dict(config_lib.default().phases)
-  assert phases.create_model(config, config.phases[1], 10).num_exits == exits
+  assert config_lib.create_model(config, config.phases[1], 10).num_exits == exits
 
 
 def test_googlenet_has_its_auxiliary_exits_or_none():
   config = chosen('googlenet', 3, 'imagenet')
   assert len(config.phases) == 2
-  assert phases.create_model(config, config.phases[1], 10).num_exits == 3
+  assert config_lib.create_model(config, config.phases[1], 10).num_exits == 3
 
 
 @pytest.mark.parametrize(

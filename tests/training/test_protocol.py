@@ -28,7 +28,7 @@ from imta_jax.adaptive.policy import (
 )
 from imta_jax.data.dataset import Dataset
 from imta_jax.errors import UsageError
-from imta_jax.training import loop, phases, signals
+from imta_jax.training import loop, signals
 from imta_jax.training import workdir as layout
 
 STEPS_PER_EPOCH = 2
@@ -182,7 +182,7 @@ def test_the_best_state_of_each_phase_is_evaluated(finished):
       'params': {**(state['frozen'] or {}), **state['trained']},
       'batch_stats': state['batch_stats'],
     }
-    model = phases.create_model(config, config.phases[index], num_classes=3)
+    model = config_lib.create_model(config, config.phases[index], num_classes=3)
     predictions = evaluate.load_predictions(layout.predictions_path(workdir, name, 'test'))
     assert set(predictions.labels) == {LABELS['test']}
     expected = jax.jit(model.apply)(variables, images)
