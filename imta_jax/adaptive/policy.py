@@ -158,13 +158,10 @@ def budget_sweep(
   Raises:
     ValueError: If the shapes of the arrays do not match, or a number is out of range.
   """
-  how = {'num_exits': len(_costs(madds)), 'rule': rule, 'temperatures': temperatures}
-  return geometric_points(
-    scores_and_correctness('validation', validation_probabilities, validation_labels, **how),
-    scores_and_correctness('test', test_probabilities, test_labels, **how),
-    madds,
-    parameters,
-  )
+  validation = (validation_probabilities, validation_labels)
+  test = (test_probabilities, test_labels)
+  sets = _calibration_sets(validation, test, madds, rule, temperatures)
+  return geometric_points(*sets, madds, parameters)
 
 
 def optimal_sweep(
@@ -200,13 +197,10 @@ def optimal_sweep(
     ValueError: If the shapes of the arrays do not match, or a number is out of range, as a budget
       that is less than the first exit takes.
   """
-  how = {'num_exits': len(_costs(madds)), 'rule': rule, 'temperatures': temperatures}
-  return optimal_points(
-    scores_and_correctness('validation', validation_probabilities, validation_labels, **how),
-    scores_and_correctness('test', test_probabilities, test_labels, **how),
-    madds,
-    budgets,
-  )
+  validation = (validation_probabilities, validation_labels)
+  test = (test_probabilities, test_labels)
+  sets = _calibration_sets(validation, test, madds, rule, temperatures)
+  return optimal_points(*sets, madds, budgets)
 
 
 def geometric_points(
@@ -328,6 +322,15 @@ def scores_and_correctness(
   scores = exit_scores(probabilities, rule, temperatures)
   # An image with NaN probabilities counts as wrong.
   return CalibrationSet(scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores))
+
+
+def _calibration_sets(validation, test, madds, *how):
+  """Reduces (probabilities, labels) of both splits; see `scores_and_correctness`."""
+  num_exits = len(_costs(madds))
+  return (
+    scores_and_correctness('validation', *validation, num_exits, *how),
+    scores_and_correctness('test', *test, num_exits, *how),
+  )
 
 
 def _costs(madds):
