@@ -107,12 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
   set_up_compilation_cache()
   classifier = open_classifier(options.network, **choices(options))
-  try:
-    app = create_app(classifier, limits, options.confidence)
-  except ValueError as error:
-    raise UsageError(f'--overload_budget: {error}') from error
   uvicorn.run(
-    app,
+    create_app(classifier, limits, options.confidence),
     host=options.host,
     port=options.port,
     http='h11',
@@ -133,7 +129,7 @@ def create_app(
     confidence: The probability with which max_loss= of a request is kept.
 
   Raises:
-    ValueError: If nothing lies within the overload budget.
+    UsageError: If no thresholds are within the overload budget.
   """
   service = _Service(classifier, limits, confidence)
   return Starlette(
@@ -154,7 +150,10 @@ class _Service:
     self._classifier, self._limits, self._confidence = classifier, limits, confidence
     self._num_pending = 0  # Images; only the event loop's thread counts them.
     if limits.overload_budget is not None:
-      self._overload_thresholds = self._find_thresholds('budget', limits.overload_budget)
+      try:
+        self._overload_thresholds = self._find_thresholds('budget', limits.overload_budget)
+      except ValueError as error:
+        raise UsageError(f'overload_budget {limits.overload_budget:g}: {error}') from error
 
     self._registry = registry = prometheus_client.CollectorRegistry()
     self._requests = prometheus_client.Counter(

@@ -64,6 +64,4 @@ async def _files_of_form(request, body, max_files):
   boundary = parse_options_header(request.headers['content-type'])[1][b'boundary']
   if not body.rstrip().endswith(b'--' + boundary + b'--'):  # The parser does not check.
     raise HTTPException(400, 'the form ends before its closing boundary')
-  if not files:
-    raise HTTPException(422, 'the form has no file')
   return files
