@@ -1,10 +1,13 @@
 """What several command lines share: types of arguments, the network to run, errors in one line."""
 
 import argparse
+import atexit
 import errno
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +35,10 @@ def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
     if getattr(sys, name) is None:  # Closed, as by >&-.
       setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
     getattr(sys, name).reconfigure(errors='backslashreplace')
+  if os.path.expanduser('~') == '~':
+    os.environ['HOME'] = home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
   warnings.filterwarnings('ignore', module='PIL')  # They do not name the file; errors do.
   jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:

@@ -35,6 +35,7 @@ try:
   from starlette.requests import Request
   from starlette.responses import JSONResponse, Response
   from starlette.routing import Route
+  from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as missing:
   sys.exit(f"error: {missing.name} is not installed: pip install 'imta_jax[serve]'")
 
@@ -107,11 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
   set_up_compilation_cache()
   classifier = open_classifier(options.network, **choices(options))
+  try:
+    app = create_app(classifier, limits, options.confidence)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
   uvicorn.run(
-    create_app(classifier, limits, options.confidence),
+    app,
     host=options.host,
     port=options.port,
-    http='h11',
+    http=_Connection,
     ws='none',
     access_log=False,
     timeout_graceful_shutdown=_SECONDS_TO_STOP,
@@ -129,7 +134,8 @@ def create_app(
     confidence: The probability with which max_loss= of a request is kept.
 
   Raises:
-    UsageError: If no thresholds are within the overload budget.
+    ValueError: If no thresholds are within the overload budget, or confidence is not between 0 and
+      1.
   """
   service = _Service(classifier, limits, confidence)
   return Starlette(
@@ -143,6 +149,24 @@ def create_app(
   )
 
 
+class _Connection(H11Protocol):
+  """A connection that answers what it has received before its client closed the writing side."""
+
+  _is_half_closed = False
+
+  def eof_received(self):
+    self._is_half_closed = True
+    return self._is_answering() and not self.cycle.more_body  # True keeps the connection open.
+
+  def on_response_complete(self):
+    super().on_response_complete()
+    if self._is_half_closed and not self._is_answering():
+      self.transport.close()
+
+  def _is_answering(self):
+    return self.cycle is not None and not self.cycle.response_complete
+
+
 class _Service:
   """The routes."""
 
@@ -153,7 +177,7 @@ class _Service:
       try:
         self._overload_thresholds = self._find_thresholds('budget', limits.overload_budget)
       except ValueError as error:
-        raise UsageError(f'overload_budget {limits.overload_budget:g}: {error}') from error
+        raise ValueError(f'overload_budget {limits.overload_budget:g}: {error}') from error
 
     self._registry = registry = prometheus_client.CollectorRegistry()
     self._requests = prometheus_client.Counter(
@@ -175,6 +199,8 @@ class _Service:
       'imta_unanswered_images', 'Pending images.', registry=registry
     ).set_function(lambda: self._num_pending)
 
+    if classifier.validation is not None:  # Counts losses, for requests with max_loss=.
+      self._find_thresholds('max_loss', 0.5)
     classifier.compile(limits.max_batch)
     self._milliseconds = 1000 * classifier.measure_costs()
     self._batcher = Batcher(

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import pwd
 import sys
 
 import jax
@@ -12,6 +13,7 @@ from etils import epath
 from imta_jax import command_line
 from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
 from imta_jax.errors import UsageError
+from imta_jax.runtime import cache_folder
 
 # Types of arguments
 
@@ -189,3 +191,13 @@ def test_jax_enable_x64_changes_no_type():
   finally:
     jax.config.update('jax_enable_x64', False)
   assert dtypes == ['float32']
+
+
+def test_without_a_home_caches_are_temporary(monkeypatch, tmp_path):
+  for name in ('HOME', 'XDG_CACHE_HOME'):
+    monkeypatch.delenv(name)
+  monkeypatch.setattr(pwd, 'getpwuid', lambda uid: fail(KeyError(uid)))
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  folders = []
+  ended(lambda: folders.append(cache_folder('compiled')))
+  assert str(folders[0]).startswith(f'{tmp_path}/')

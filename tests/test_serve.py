@@ -286,10 +286,12 @@ def test_wrong_options_are_refused_in_one_line(flag, capsys):
   assert f'{flag.partition("=")[0]}: invalid positive int' in capsys.readouterr().err
 
 
-def test_an_overload_budget_that_nothing_meets_is_refused(tiny_export, monkeypatch):
+def test_limits_that_nothing_meets_are_refused(tiny_export, monkeypatch):
   monkeypatch.setattr(serve, 'set_up_compilation_cache', lambda: None)
   with pytest.raises(UsageError, match='overload_budget 3: too small: the least is 18'):
     serve.main([str(tiny_export), '--overload_budget=3'])
+  with pytest.raises(UsageError, match='confidence is 95.0: it must be above 0 and below 1'):
+    serve.main([str(tiny_export), '--confidence=95'])
 
 
 def test_limits_of_a_request_replace_those_of_the_server(network, monkeypatch):
@@ -356,7 +358,11 @@ REFUSED = {
   'no fraction': ({'query': '?max_loss=1'}, 422, 'max_loss=1: max_loss is 1.0: it must be'),
   'corrupt': ({'content': PNGS[0][:45]}, 422, 'the image: cannot be read'),
   'empty': ({'content': b''}, 422, 'the image: not an image'),
-  'compressed': ({'content': gzip.compress(PNGS[0])}, 422, 'the image: not an image'),
+  'compressed': (
+    {'content': gzip.compress(PNGS[0]), 'headers': {**PNG, 'Content-Encoding': 'gzip'}},
+    415,
+    "content encoding 'gzip': send the file as it is",
+  ),
   'many pixels': (
     {'content': png(np.zeros((50, 41, 1), np.uint8))},
     422,
@@ -573,6 +579,12 @@ def test_a_process_answers_many_clients_and_before_it_stops(tiny_export):
       )
       with socket.create_connection(('127.0.0.1', port)) as connection:
         connection.sendall(head.encode() + PNGS[0][:40])
+      # One that closes its writing side after the request.
+      with socket.create_connection(('127.0.0.1', port), timeout=10) as connection:
+        connection.sendall(head.replace('99', str(len(PNGS[0]))).encode() + PNGS[0])
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile('rb') as answer:
+          assert b'"label"' in answer.read()
 
       def send(number):
         while (response := post(client, number)).status_code == 503:

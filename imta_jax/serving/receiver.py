@@ -22,6 +22,9 @@ async def receive_files(
   Raises:
     HTTPException: If the request has another type, is too large or cannot be parsed.
   """
+  encoding = request.headers.get('content-encoding', 'identity')
+  if encoding != 'identity':
+    raise HTTPException(415, f'content encoding {encoding!r}: send the file as it is')
   content_type = request.headers.get('content-type', '')
   kind = content_type.lower()
   if kind.startswith('multipart/form-data'):
