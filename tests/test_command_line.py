@@ -84,7 +84,7 @@ def test_what_is_no_network_is_refused_in_a_line(tmp_path):
 @pytest.mark.parametrize(
   ('limits', 'message'),
   [
-    ({'budget': -3}, 'budget -3: too small: the least is 18'),
+    ({'budget': -3}, 'budget -3: too small: the minimum is 18'),
     ({'latency': 1e-12}, 'latency 1e-12: too small'),
     ({'max_loss': 1}, 'it must be above 0 and below 1'),
     ({'max_loss': 0.1, 'confidence': 95}, 'it must be above 0 and below 1'),

@@ -25,9 +25,9 @@ from PIL import Image
 
 from imta_jax.adaptive.engine import (
   AdaptiveClassifier,
-  Answers,
   CalibrationSet,
   OperatingPoint,
+  Predictions,
 )
 from imta_jax.data.image_files import CROPS, read_image
 from imta_jax.errors import UsageError
@@ -210,7 +210,7 @@ def test_images_that_exit_early_are_answered_early(network, expected, monkeypatc
     # Whichever of the two requests was decoded first.
     first = int(np.array_equal(images[1], IMAGES[1]))
     for row, number in ((first, [1]), (1 - first, [0])):
-      yield Answers(np.array([row]), answers.probabilities[number], answers.exits[number])
+      yield Predictions(np.array([row]), answers.probabilities[number], answers.exits[number])
       assert go_on.wait(30)
       if late_status == 500:
         raise RuntimeError('broken')
@@ -288,7 +288,7 @@ def test_wrong_options_are_refused_in_one_line(flag, capsys):
 
 def test_limits_that_nothing_meets_are_refused(tiny_export, monkeypatch):
   monkeypatch.setattr(serve, 'set_up_compilation_cache', lambda: None)
-  with pytest.raises(UsageError, match='overload_budget 3: too small: the least is 18'):
+  with pytest.raises(UsageError, match='overload_budget 3: too small: the minimum is 18'):
     serve.main([str(tiny_export), '--overload_budget=3'])
   with pytest.raises(UsageError, match='confidence is 95.0: it must be above 0 and below 1'):
     serve.main([str(tiny_export), '--confidence=95'])
@@ -308,7 +308,7 @@ def test_limits_of_a_request_replace_those_of_the_server(network, monkeypatch):
     async with client_of(network, confidence) as client:
       responses = [await post(client, query=query) for query in (*queries, '?max_loss=0.05')]
       refusal = await post(client, query='?latency_ms=0.9')
-      assert refusal.json() == {'error': 'latency_ms=0.9: too small: the least is 1'}
+      assert refusal.json() == {'error': 'latency_ms=0.9: too small: the minimum is 1'}
     return [response.json()['exit'] for response in responses]
 
   assert asyncio.run(exits(0.95)) == [2, 1, 1, 2, 1, 2, 1]
@@ -350,7 +350,7 @@ def form(*parts):
 
 FILES = [('file', ('a.png', PNGS[0])), ('file', ('b.png', PNGS[1][:45]))]
 REFUSED = {
-  'budget too small': ({'query': '?budget=5'}, 422, 'budget=5: too small: the least is 12'),
+  'budget too small': ({'query': '?budget=5'}, 422, 'budget=5: too small: the minimum is 12'),
   'budget no number': ({'query': '?budget=many'}, 422, "'many' is no number"),
   'budget not a number': ({'query': '?budget=nan'}, 422, 'too small'),
   'two budgets': ({'query': '?budget=3e6&latency_ms=3'}, 422, 'one of budget='),

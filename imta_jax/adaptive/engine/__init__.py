@@ -13,7 +13,7 @@ imta_jax is not installed.
 from ..exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum
 from ..guarantee import CalibrationSet
 from ..rules import DEFAULT_RULE, RULES
-from .batches import Answers
+from .batches import Predictions
 from .classifier import AdaptiveClassifier, OperatingPoint
 from .runner import BATCH_SIZES
 
@@ -25,7 +25,7 @@ __all__ = [
   'RULES',
   'VALIDATION',
   'AdaptiveClassifier',
-  'Answers',
+  'Predictions',
   'OperatingPoint',
   'CalibrationSet',
   'manifest_checksum',

@@ -15,8 +15,8 @@ Carry = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-  """Answers for images.
+class Predictions:
+  """Predictions for images, each at the exit that it took.
 
   Attributes:
     indices: [image], the position of each image in the input.
@@ -39,23 +39,23 @@ class Answers:
     return self.probabilities.max(axis=-1)
 
 
-def concatenate_sorted(parts: Sequence[Answers], num_classes: int) -> Answers:
-  """Joins answers in the order of the images.
+def concatenate_sorted(parts: Sequence[Predictions], num_classes: int) -> Predictions:
+  """Joins predictions in the order of the images.
 
   Args:
-    parts: Any number of answers; a single one is already in order.
+    parts: Any number of predictions; a single one is already in order.
     num_classes: Number of classes.
   """
   if len(parts) == 1:
     return parts[0]
-  nobody = np.zeros(0, np.int64)
-  nothing = Answers(nobody, np.zeros((0, num_classes), np.float32), nobody)
+  no_images = np.zeros(0, np.int64)
+  empty = Predictions(no_images, np.zeros((0, num_classes), np.float32), no_images)
   indices, probabilities, exits = (
-    np.concatenate([getattr(part, field.name) for part in [nothing, *parts]])
-    for field in dataclasses.fields(Answers)
+    np.concatenate([getattr(part, field.name) for part in [empty, *parts]])
+    for field in dataclasses.fields(Predictions)
   )
   order = np.argsort(indices)
-  return Answers(indices[order], probabilities[order], exits[order])
+  return Predictions(indices[order], probabilities[order], exits[order])
 
 
 class Batch(NamedTuple):
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 
   def divide(
     self, carry: Carry, probabilities: jax.Array, exits: np.ndarray
-  ) -> tuple[Answers | None, 'Batch']:
+  ) -> tuple[Predictions | None, 'Batch']:
     """Splits the batch into images that have left and images that remain.
 
     Args:
@@ -91,14 +91,14 @@ class Batch(NamedTuple):
       exits: [row], negative if the image remains.
 
     Returns:
-      Answers, or None if no image has left, and a batch of the remaining images.
+      Predictions, or None if no image has left, and a batch of the remaining images.
     """
     exits = exits[self.rows]
     left = exits >= 0
     answers = None
     if left.any():  # Otherwise the probabilities need not be fetched.
       probabilities = np.asarray(probabilities)[self.rows[left]]
-      answers = Answers(self.indices[left], probabilities, exits[left])
+      answers = Predictions(self.indices[left], probabilities, exits[left])
     stay = ~left
     return answers, Batch(carry, self.rows[stay], self.indices[stay], self.thresholds[stay])
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..exported import read_export, thresholds_from_json
 from ..guarantee import CalibrationSet, guaranteed_thresholds
 from ..rules import DEFAULT_RULE, get_rule
-from .batches import Answers, concatenate_sorted
+from .batches import Predictions, concatenate_sorted
 from .programs import Stage, Tree
 from .runner import BATCH_SIZES, Runner
 
@@ -340,7 +340,7 @@ class AdaptiveClassifier:
       if average <= budget
     ]
     if not within:
-      raise ValueError(f'too small: the least is {_round_up(min(averages))}')
+      raise ValueError(f'too small: the minimum is {_round_up(min(averages))}')
     return np.asarray(max(within)[-1], np.float32)
 
   def thresholds_losing(self, max_loss: float, confidence: float = 0.95) -> np.ndarray:
@@ -356,7 +356,7 @@ class AdaptiveClassifier:
       raise ValueError('max_loss needs the scores of validation images, which are unknown here')
     return guaranteed_thresholds(self.validation, max_loss, confidence)
 
-  def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Answers:
+  def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Predictions:
     """Classifies images.
 
     Args:
@@ -373,7 +373,7 @@ class AdaptiveClassifier:
 
   def predict_as_completed(
     self, images: np.ndarray, thresholds: np.ndarray | None = None
-  ) -> Iterator[Answers]:
+  ) -> Iterator[Predictions]:
     """Classifies images and yields the answers of those that leave early first.
 
     Args:
@@ -381,7 +381,7 @@ class AdaptiveClassifier:
       thresholds: See `predict`.
 
     Yields:
-      Answers as they are decided, not in the order of the images; see `Answers.indices`.
+      Predictions as they are decided, not in the order of the images; see `Predictions.indices`.
 
     Raises:
       ValueError: If images or thresholds have the wrong shape or type.
@@ -395,7 +395,7 @@ class AdaptiveClassifier:
 
   def stream(
     self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None
-  ) -> Iterator[Answers]:
+  ) -> Iterator[Predictions]:
     """Classifies a stream of images; slots of images that have exited are refilled from the queue.
 
     Every stage runs on full batches, however few images reach it; at most two batches per exit are
@@ -406,7 +406,7 @@ class AdaptiveClassifier:
       thresholds: [exit], instead of `self.thresholds`.
 
     Yields:
-      Answers as they are decided, not in the order of the images; see `Answers.indices`.
+      Predictions as they are decided, not in the order of the images; see `Predictions.indices`.
 
     Raises:
       ValueError: If images or thresholds have the wrong shape or type.

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from .batches import (
-  Answers,
   Batch,
   Carry,
+  Predictions,
   Queue,
   capacity,
   compile_join_on_device,
@@ -90,7 +90,7 @@ class Runner:
     _, logits = self._carries[-1]
     return logits.shape[-1]
 
-  def run_one(self, images: np.ndarray, thresholds: np.ndarray) -> Answers:
+  def run_one(self, images: np.ndarray, thresholds: np.ndarray) -> Predictions:
     """Runs a single image as one program.
 
     Args:
@@ -98,9 +98,11 @@ class Runner:
       thresholds: [1, exit].
     """
     probabilities, exits = map(np.asarray, self.all_stages(images, thresholds))
-    return Answers(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
+    return Predictions(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
 
-  def run(self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float) -> Iterator[Answers]:
+  def run(
+    self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float
+  ) -> Iterator[Predictions]:
     """Runs stages until all images of a source have left.
 
     A stage runs as soon as it has a full batch, the last such stage first, so that queues stay
@@ -113,7 +115,7 @@ class Runner:
       total: Number of images in the source.
 
     Yields:
-      Answers as they are decided; indices count all images of the source.
+      Predictions as they are decided; indices count all images of the source.
     """
     with contextlib.closing(ReadAhead(source)) as ahead:
       yield from self._run(ahead, total)

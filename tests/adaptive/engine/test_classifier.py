@@ -385,7 +385,7 @@ def test_budget_gives_the_most_accurate_setting_within_it(network, budget, first
 
 def test_budget_that_cannot_be_met(network):
   classifier = classifier_of(network, [0.0] * 3, operating_points=POINTS, madds=(10.0, 20.0, 30.0))
-  with pytest.raises(ValueError, match='budget 14: too small: the least is 15'):
+  with pytest.raises(ValueError, match='budget 14: too small: the minimum is 15'):
     classifier.choose(budget=14)
   with pytest.raises(ValueError, match='give only one'):
     classifier.choose(budget=20, latency=1.0)
