@@ -206,20 +206,3 @@ def test_the_first_host_opens_a_set_before_the_others_and_prints_alone(
   assert events == (['pauses', 'waits', 'opens'] if index else ['opens', 'waits'])
   out = capsys.readouterr().out
   assert out == '' if index else '2 classes (dark, light); 8 train, ' in out
-
-
-def test_training_validation_and_test_images_are_apart(mnist5k_config, collect, train_batches):
-  mnist5k_config.batch_size = 104
-  mnist5k_config.dataset.validation_size = 3_896
-  dataset = open_dataset(mnist5k_config)
-  assert dataset.num_images == {'train': 104, 'validation': 3_896, 'test': 1_000}
-  assert dataset.steps_per_epoch == 1
-  batch = next(train_batches(dataset, 0))
-  seen = {
-    'train': batch['image'].reshape(-1, 28, 28, 1),
-    'validation': collect(dataset.evaluation_batches('validation'))[0],
-    'test': collect(dataset.evaluation_batches('test'))[0],
-  }
-  sets = {split: {image.round(3).tobytes() for image in images} for split, images in seen.items()}
-  assert {split: len(images) for split, images in sets.items()} == dataset.num_images
-  assert len(set.union(*sets.values())) == 5_000

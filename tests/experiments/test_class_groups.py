@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from imta_jax.models.class_groups import class_groups
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate
@@ -14,7 +13,12 @@ from imta_jax.errors import UsageError
 from imta_jax.training import workdir as layout
 
 RANDOM = np.random.default_rng(0)
-SCRIPT = Path(__file__).parents[2] / 'experiments' / 'class_groups.py'
+_SPEC = importlib.util.spec_from_file_location(
+  'class_groups', Path(__file__).parents[2] / 'experiments/class_groups.py'
+)
+script = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(script)
+class_groups = script.class_groups
 
 
 def make_features(places):
@@ -74,15 +78,7 @@ def test_wrong_arguments_are_refused(labels, num_groups, message):
     class_groups(np.zeros((len(labels), 2)), np.array(labels), 4, num_groups)
 
 
-@pytest.fixture
-def script():
-  spec = importlib.util.spec_from_file_location('class_groups_script', SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def test_the_script_prints_the_argument_for_a_finished_run(script, tmp_path, capsys):
+def test_the_script_prints_the_argument_for_a_finished_run(tmp_path, capsys):
   workdir = epath.Path(tmp_path)
   layout.claim(config_lib.default(), workdir, 'abcd')
   with pytest.raises(UsageError, match='has no predictions of phase_2: let the training command'):

@@ -108,9 +108,8 @@ def test_a_mistake_is_named_with_what_to_write_instead(arguments, message):
     baselines.choose(config_lib.default(), *arguments)
 
 
-@pytest.mark.parametrize(
-  'network', ['resnet-8', pytest.param('densenet_bc-10', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('network', ['resnet-8', 'densenet_bc-10'])
 def test_both_phases_train_a_network_with_exits(network):
   config = chosen(network, exits=2)
   config.batch_size = 4 * jax.device_count()

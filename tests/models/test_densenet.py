@@ -53,7 +53,7 @@ def test_imagenet_networks_have_the_known_size(depth, num_params, billions):
   [
     (40, 12, False, 1.0),
     pytest.param(100, 12, False, 7.0, marks=pytest.mark.slow),
-    (100, 12, True, 0.8),
+    pytest.param(100, 12, True, 0.8, marks=pytest.mark.slow),
   ],
 )
 def test_cifar_networks_have_the_published_number_of_parameters(depth, growth_rate, bc, millions):

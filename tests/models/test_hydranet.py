@@ -96,6 +96,7 @@ def test_the_networks_of_table_1_have_the_published_sizes(blocks, params, operat
   assert cost.madds == convolutions + dense + relus + pooling + biases
 
 
+@pytest.mark.slow
 def test_an_image_pays_for_its_branches_alone():
   costs = [exit_costs(create(top_k=top_k), SHAPE)[0] for top_k in (1, 2, 3)]
   x = jax.ShapeDtypeStruct((1, 4, 4, 32), jnp.float32)
@@ -151,6 +152,7 @@ def test_a_branch_runs_only_for_the_images_that_chose_it(variables):
   np.testing.assert_array_equal(logits[~chose], expected[~chose])
 
 
+@pytest.mark.slow
 def test_a_network_is_exported_for_batches_of_any_size(variables):
   from jax import export
 

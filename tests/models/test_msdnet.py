@@ -283,7 +283,10 @@ def test_stages_run_one_at_a_time_give_what_the_whole_gives(random_variables):
     ({'prune': 'none'}, "prune 'none' is unknown: choose one of max, min"),
     ({'stem': 'mnist'}, "stem 'mnist' is unknown: choose one of cifar, imagenet"),
     ({'num_exits': 0}, 'num_exits 0 is out of range: it must be 1 or more'),
-    ({'growth_rate': 1}, 'growth_rate 1 is too small: .*; use 2 or more'),
+    (
+      {'growth_rate': 1, 'scale_factors': (1, 1, 1)},
+      'growth_rate 1 is too small: .* use 2 or more',
+    ),
     ({'reduction': -0.5}, 'reduction -0.5 is out of range: it must be between 0 and 1'),
     ({'bottleneck_factors': (1, 2)}, r'bottleneck_factors \(1, 2\) must have the length of .*4\)'),
   ],
