@@ -129,9 +129,8 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
   if not os.path.isfile(path):  # Reading a pipe would wait.
     raise UsageError(f'{os.fspath(path)} does not exist or is not a regular file')
   try:
-    names = []
-    if zipfile.is_zipfile(path):
-      names = get_unsafe_globals_in_checkpoint(path)
+    is_zip = zipfile.is_zipfile(path)  # Since PyTorch 1.6.
+    names = get_unsafe_globals_in_checkpoint(path) if is_zip else _BESIDE_WEIGHTS
     with safe_globals([(_Ignored, name) for name in names]):
       content = torch.load(path, map_location='cpu', weights_only=True)
   except Exception as error:
@@ -153,6 +152,16 @@ def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[st
     f'{os.fspath(path)} has no tensors under {", ".join(_KEYS)} or at the top level, whose keys '
     f'are {textwrap.shorten(found, 200, placeholder=" …")}: save a state_dict'
   )
+
+
+# What older files, whose names cannot be listed, may contain besides weights.
+_BESIDE_WEIGHTS = (
+  'argparse.Namespace',
+  'numpy.core.multiarray.scalar',
+  'numpy._core.multiarray.scalar',
+  'numpy.dtype',
+  'pathlib.PosixPath',
+)
 
 
 class _Ignored:

@@ -109,7 +109,7 @@ def test_a_data_set_that_cannot_be_prepared_is_refused_saying_how(mnist5k_config
 def write_images(root):
   for name in ('dark', 'light'):
     for number in range(6):
-      path = root / name / f'{number}.png'
+      path = root / name / f'{number}.bmp'
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.new('RGB', (8, 8), (number, 0, 99 * (name == 'light'))).save(path)
 
@@ -126,7 +126,7 @@ def folder_config(tmp_path):
 
 
 def test_a_corrupt_file_of_a_folder_in_memory_is_refused_at_once(folder_config):
-  path = Path(folder_config.dataset.data_dir) / 'dark/0.png'
+  path = Path(folder_config.dataset.data_dir) / 'dark/0.bmp'
   path.write_text('no image')
   with pytest.raises(UsageError, match=rf'1 image\(s\) cannot be read: {path}: not an image'):
     open_dataset(folder_config)
@@ -139,9 +139,9 @@ def fingerprint(config):
 CHANGES = {
   'renamed class': lambda root: (root / 'dark').rename(root / 'night'),
   'exchanged classes': lambda root: exchange(root / 'dark', root / 'light'),
-  'added image': lambda root: shutil.copy(root / 'dark/0.png', root / 'dark/new.png'),
-  'removed image': lambda root: (root / 'light/3.png').unlink(),
-  'other image': lambda root: Image.new('RGB', (8, 9), (77, 0, 0)).save(root / 'dark/2.png'),
+  'added image': lambda root: shutil.copy(root / 'dark/0.bmp', root / 'dark/new.bmp'),
+  'removed image': lambda root: (root / 'light/3.bmp').unlink(),
+  'other image': lambda root: Image.new('RGB', (8, 9), (77, 0, 0)).save(root / 'dark/2.bmp'),
 }
 
 

@@ -352,15 +352,18 @@ def test_a_file_that_is_a_bare_state_dict_is_read(torch, tmp_path, phase_one):
   jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
 
 
+@pytest.mark.parametrize('is_zip', [True, False])
 @pytest.mark.parametrize('key', ['state_dict', 'model'])
-def test_weights_are_read_beside_numpy_numbers_and_arguments(torch, tmp_path, phase_one, key):
+def test_weights_are_read_beside_numpy_numbers_and_arguments(
+  torch, tmp_path, phase_one, key, is_zip
+):
   state, path = phase_one[0], tmp_path / 'state.pth'
   content = {
     key: {name: torch.from_numpy(value) for name, value in state.items()},
     'best_accuracy': np.float64(31),
     'args': argparse.Namespace(data=Path('data'), rate=np.float32(0.1)),
   }
-  torch.save(content, path)
+  torch.save(content, path, _use_new_zipfile_serialization=is_zip)
   loaded = load_checkpoint(path, create())
   jax.tree.map(np.testing.assert_array_equal, loaded, from_state_dict(state, create()))
 
