@@ -16,8 +16,8 @@ Cost: 300 + 180 epochs of 703 steps; 137 million multiply-adds per image at the 
 Data: `tfds build cifar100`; otherwise the first run downloads it.
 """
 
-from imta_jax.models import baselines
 from imta_jax import config as config_lib
+from imta_jax.models import baselines
 
 
 def get_config(argument=''):

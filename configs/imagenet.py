@@ -13,8 +13,8 @@ Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per image at the
 Data: `tfds build imagenet2012`, from the archives of image-net.org.
 """
 
-from imta_jax.models import baselines
 from imta_jax import config as config_lib
+from imta_jax.models import baselines
 
 
 def get_config(argument=''):
