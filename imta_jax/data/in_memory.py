@@ -51,6 +51,7 @@ class InMemoryDataset(Dataset):
     self.arrays, self._config = arrays, config
     self.class_names = arrays.class_names
     self.image_shape = tuple(arrays.images['train'].shape[1:])
+    check(self.image_shape, config.dataset)
     for split, labels in arrays.labels.items():
       check_labels(labels, len(arrays.class_names), f'the {split} split of {config.dataset.name}')
     self.num_images = {split: len(labels) for split, labels in arrays.labels.items()}

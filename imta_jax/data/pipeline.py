@@ -14,7 +14,6 @@ from imta_jax.data.dataset import Dataset
 from imta_jax.data.folder_reader import FolderReader
 from imta_jax.data.in_memory import InMemoryDataset
 from imta_jax.data.streamed import StreamedDataset
-from imta_jax.data.tfds_reader import TfdsReader
 from imta_jax.errors import UsageError
 
 
@@ -96,10 +95,8 @@ def _open_folder(config: ConfigDict) -> Dataset:
 def _open_in_memory(config: ConfigDict) -> Dataset:
   stored = arrays.load(config.dataset)
   if stored is not None:
-    in_memory.check(stored.images['train'].shape[1:], config.dataset)
     return InMemoryDataset(stored, config)
-  builder = tfds_sets.open_builder(config.dataset)
-  splits = tfds_sets.find_splits(builder, config.dataset)
+  builder, splits = tfds_sets.open_builder(config.dataset)
   in_memory.check(builder.info.features['image'].shape, config.dataset)
   content = tfds_sets.read_arrays(builder, splits)
   dataset = InMemoryDataset(content, config)  # Checks the labels.
@@ -108,8 +105,7 @@ def _open_in_memory(config: ConfigDict) -> Dataset:
 
 
 def _open_streamed(config: ConfigDict) -> Dataset:
-  builder = tfds_sets.open_builder(config.dataset)
-  splits = tfds_sets.find_splits(builder, config.dataset)
+  builder, splits = tfds_sets.open_builder(config.dataset)
+  reader = tfds_sets.TfdsReader(builder, splits, config)
   num_images = {split: count for split, (_, count) in splits.items()}
-  class_names = builder.info.features['label'].names
-  return StreamedDataset(TfdsReader(builder, splits, config), class_names, num_images, config)
+  return StreamedDataset(reader, builder.info.features['label'].names, num_images, config)

@@ -14,7 +14,6 @@ from imta_jax import config as config_lib
 from imta_jax.data import preprocess, tfds_sets
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.data.streamed import StreamedDataset
-from imta_jax.data.tfds_reader import TfdsReader
 from imta_jax.errors import UsageError
 
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST, NUM_FILES = 43, 7, 17, 4
@@ -76,8 +75,7 @@ def numbers_of(images):
 
 
 def reader_of(config):
-  builder = tfds_sets.open_builder(config.dataset)
-  return TfdsReader(builder, tfds_sets.find_splits(builder, config.dataset), config)
+  return tfds_sets.TfdsReader(*tfds_sets.open_builder(config.dataset), config)
 
 
 def read(config, first_step, count, phase=0):
