@@ -133,7 +133,7 @@ def test_a_step_takes_and_returns_few_arrays():
   config.model.num_exits = 2
   for phase in config.phases:
     model = networks.create_model(config, phase, num_classes=3)
-    variables = networks.initial_variables(model, 0, (8, 8, 3))
+    variables = networks.initial_variables(model, 0, (32, 32, 3))
     optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
     state = train_state.create_state(variables, phase.trained, optimizer)
     teacher, source = pack(variables), 6
