@@ -243,7 +243,6 @@ def test_a_loop_takes_the_steps_one_by_one():
   step = steps.make_train_step(model, None, phase, optimizer)
   batches = [make_batch(seed) for seed in range(3)]
   source = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *batches)
-  initial = train_state.create_state(initialize(model, 0, SHAPE), 'last_layers', optimizer)
 
   def draw(source, step):
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, step, 0, False), source)
@@ -253,7 +252,8 @@ def test_a_loop_takes_the_steps_one_by_one():
     return steps.on_devices(loop, (None, None, 0, None), donated=(0,))
 
   def run(loop, counts):
-    state = runtime.replicate(initial)
+    state = train_state.create_state(initialize(model, 0, SHAPE), 'last_layers', optimizer)
+    state = runtime.replicate(state)
     for count in counts:
       state, number = loop(state, pack({}), source, np.int32(count))
     assert int(number) == int(state.step) == sum(counts)
