@@ -107,10 +107,12 @@ def gate(network, monkeypatch):
 async def client_of(network, confidence=0.95, **limits):
   """Starts a service and yields a client of it."""
   app = serve.create_app(network, serve.Limits(**{'max_batch': 4, **limits}), confidence)
-  async with app.router.lifespan_context(app):
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
-      yield client
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gc, 'collect', lambda: None)  # Takes half a second for all that tests import.
+    async with app.router.lifespan_context(app):
+      transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+      async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+        yield client
 
 
 @pytest.fixture(scope='module')

@@ -30,8 +30,8 @@ def make_classifier(random_variables, images):
       step_mode='even',
       channels=4,
       growth_rate=4,
-      scale_factors=(1, 2),
-      bottleneck_factors=(1, 2),
+      scale_factors=(1,),
+      bottleneck_factors=(1,),
       num_classes=5,
       collaboration=collaboration,
     )

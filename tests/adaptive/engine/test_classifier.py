@@ -404,6 +404,7 @@ def test_latency_is_measured_on_this_machine(network):
   classifier = classifier_of(network, [0.0] * 3, stages, operating_points=POINTS)
   costs = classifier.measure_costs(repeats=3)
   assert 0 < costs[0] < 0.1 <= costs[1] <= costs[2] < costs[1] + 0.1
+  classifier.measure_costs = lambda: costs
   np.testing.assert_allclose(classifier.choose(latency=60.0).thresholds[0], 0.9)
   with pytest.raises(ValueError, match='too small'):
     classifier.choose(latency=1e-9)
