@@ -344,13 +344,8 @@ def to_dict(config: Any) -> Any:
   return config
 
 
-def to_json(config: ConfigDict) -> str:
-  """Converts a config to JSON."""
-  return json.dumps(to_dict(config), indent=2) + '\n'
-
-
 def from_json(text: str) -> ConfigDict:
-  """Reads a config that `to_json` wrote; fields added since then get their defaults."""
+  """Reads a config from the JSON of `to_dict`; fields added since then get their defaults."""
   plain, defaults = json.loads(text), to_dict(default())
   phases = [ConfigDict({**to_dict(phase_one()), **phase}) for phase in plain['phases']]
   dataset = {**defaults['dataset'], **plain['dataset']}

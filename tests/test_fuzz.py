@@ -110,7 +110,7 @@ def test_a_config_is_refused_or_can_be_set_up(changes):
   except UsageError as error:
     check_line(error)
     return
-  again = config_lib.from_json(config_lib.to_json(config))
+  again = config_lib.from_json(json.dumps(config_lib.to_dict(config)))
   config_lib.validate(again)
   assert differences(config_lib.to_dict(config), config_lib.to_dict(again)) == []
   for phase in config.phases:

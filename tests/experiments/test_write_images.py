@@ -1,5 +1,6 @@
 """Images of a data set as files: which, where, and what is in them."""
 
+import json
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def content(tmp_path):
     arrays_dir=str(tmp_path / 'arrays'), image_size=8, validation_size=30, padding=1
   )
   arrays.write(config.dataset, content, epath.Path(tmp_path / 'arrays'))
-  (tmp_path / 'config.json').write_text(config_lib.to_json(config))
+  (tmp_path / 'config.json').write_text(json.dumps(config_lib.to_dict(config)))
   (tmp_path / 'config.py').write_text(
     'from pathlib import Path\n'
     'from imta_jax.config import from_json\n'

@@ -204,7 +204,7 @@ def test_image_files_are_cropped_as_the_data_set_was(in_memory, crop, finished, 
   shutil.copytree(workdir, copy)
   config = layout.load_config(copy)
   config.dataset.in_memory = in_memory
-  (copy / 'config.json').write_text(config_lib.to_json(config))
+  (copy / 'config.json').write_text(json.dumps(config_lib.to_dict(config)))
   classifier = AdaptiveClassifier.from_workdir(copy)
   assert classifier.preprocessing == {'crop': crop}
   assert classifier.class_names == ('a', 'b', 'c')

@@ -1,5 +1,7 @@
 """The files of a workdir, and names of phases in figures."""
 
+import json
+
 import jax
 import pytest
 from etils import epath
@@ -104,7 +106,7 @@ def test_checkpoints_without_their_config_are_not_adopted(tmp_path):
     workdir.claim(config_lib.default(), folder, NAMES)
 
 
-DEFAULT = config_lib.to_json(config_lib.default())
+DEFAULT = json.dumps(config_lib.to_dict(config_lib.default()))
 
 
 @pytest.mark.parametrize(
