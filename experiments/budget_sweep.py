@@ -8,7 +8,6 @@ checkpoints, which needs the data set.
 """
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 
 from etils import epath
@@ -51,19 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
   workdirs = [epath.Path(workdir) for workdir in options.workdirs]
   output = options.output or layout.evaluation_folder(workdirs[0]) / 'sweep'
 
-  evaluations, labels, seconds = [], [], 0.0
+  evaluations, labels = [], []
   for workdir in workdirs:
     phases = layout.load_config(workdir).phases
     for index, costs, predictions in networks(workdir, options.phases, options.recompute):
       name = layout.phase_name(index)
       name = name if len(workdirs) == 1 else f'{workdir.name} {name}'
       labels.append(layout.phase_label(name, phases[index]))
-      start = time.perf_counter()
       try:
         evaluations.append(evaluate.assess(name, costs, predictions, parameters=options.parameters))
       except ValueError as error:
         raise UsageError(f'{workdir}: {error}: evaluate again with --recompute') from error
-      seconds += time.perf_counter() - start
   evaluate.write_tables(evaluations, output)
   evaluate.write_figure(evaluations, output / 'budget.png', 'budgeted batch classification', labels)
   for evaluation in evaluations:
@@ -75,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f'{point.validation_madds:15,.0f}'
         f'  {100 * point.test_accuracy:6.2f} {point.test_madds:15,.0f}'
       )
-  print(f'{len(evaluations)} network(s) swept in {seconds:.2f} s; tables and figure in {output}')
+  print(f'{len(evaluations)} network(s) swept; tables and figure in {output}')
 
 
 def networks(

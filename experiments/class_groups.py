@@ -31,15 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   workdir = epath.Path(options.workdir)
   phase = layout.phase_name(len(layout.load_config(workdir).phases) - 1)
-  path = layout.predictions_path(workdir, phase, 'validation')
-  if not path.exists():
-    raise UsageError(f'{workdir} has no predictions of {phase}: let the training command finish')
-  predictions = evaluate.load_predictions(path)
-  try:
-    logits = predictions.logits[-1]
-    groups = class_groups(logits, predictions.labels, logits.shape[-1], options.groups)
-  except ValueError as error:
-    raise UsageError(str(error)) from error
+  predictions = evaluate.load_predictions(layout.predictions_path(workdir, phase, 'validation'))
+  logits = predictions.logits[-1]
+  groups = class_groups(logits, predictions.labels, logits.shape[-1], options.groups)
   print(f'--config.model.groups={",".join(map(str, groups))}')
 
 
@@ -63,13 +57,13 @@ def class_groups(
     [class], the group of each class, counted from 0. Sizes differ by at most one class.
 
   Raises:
-    ValueError: If a class has no image, or there are fewer classes than groups.
+    UsageError: If a class has no image, or there are fewer classes than groups.
   """
   num_images = np.bincount(labels, minlength=num_classes)
   if not num_images.all():
-    raise ValueError(f'class {num_images.argmin()} has no image: give features of every class')
+    raise UsageError(f'class {num_images.argmin()} has no image: give features of every class')
   if not 1 <= num_groups <= num_classes:
-    raise ValueError(f'num_groups {num_groups} is out of range: it must be from 1 to {num_classes}')
+    raise UsageError(f'num_groups {num_groups} is out of range: it must be from 1 to {num_classes}')
   means = np.zeros((num_classes, features.shape[1]))
   np.add.at(means, labels, features)
   means /= num_images[:, np.newaxis]

@@ -13,6 +13,7 @@ TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs only J
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from jax import export
 import imta_jax
 from imta_jax import command_line
 from imta_jax.adaptive import engine
-from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet
+from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.adaptive.exported import SOURCES
 from imta_jax.errors import UsageError
 
@@ -120,9 +121,15 @@ def write_export(
     'variables': [_names(stage) for stage in classifier.weights],
     'platforms': list(PLATFORMS),
   }
-  contents['weights.npz'] = _npz(weights, float16)
+  contents['weights.npz'] = _npz(
+    {
+      f'{stage}/{index}': np.asarray(leaf, np.float16 if float16 and leaf.ndim > 1 else leaf.dtype)
+      for stage, leaves in enumerate(weights)
+      for index, leaf in enumerate(leaves)
+    }
+  )
   if classifier.validation is not None:
-    contents[engine.VALIDATION] = _validation(classifier.validation)
+    contents[engine.VALIDATION] = _npz(dataclasses.asdict(classifier.validation))
   if not without_engine:
     contents |= {name: (Path(imta_jax.__file__).parent / name).read_bytes() for name in SOURCES}
   packages = ('imta_jax', 'jax', 'jaxlib', 'numpy')
@@ -201,8 +208,9 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
     def run(leaves, carry, stage=stage, structure=structure):
       return stage(jax.tree.unflatten(structure, leaves), carry)
 
+    specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     with _without_folders():
-      exported = export.export(jax.jit(run), platforms=PLATFORMS)(_specs(leaves), carry)
+      exported = export.export(jax.jit(run), platforms=PLATFORMS)(specs, carry)
     serialised.append(bytes(exported.serialize()))
     carry = jax.tree.unflatten(
       exported.out_tree,
@@ -228,24 +236,9 @@ def _names(tree: Any) -> list[str]:
   return [jax.tree_util.keystr(path, simple=True, separator='/') for path in paths]
 
 
-def _specs(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-  return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def _npz(weights: Sequence[Sequence[Any]], float16: bool) -> bytes:
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
   content = io.BytesIO()
-  arrays = {
-    f'{stage}/{index}': np.asarray(leaf, np.float16 if float16 and leaf.ndim > 1 else leaf.dtype)
-    for stage, leaves in enumerate(weights)
-    for index, leaf in enumerate(leaves)
-  }
   np.savez_compressed(content, **arrays)
-  return content.getvalue()
-
-
-def _validation(validation: CalibrationSet) -> bytes:
-  content = io.BytesIO()
-  np.savez_compressed(content, scores=validation.scores, correct=validation.correct)
   return content.getvalue()
 
 

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     split: evaluate.load_predictions(layout.predictions_path(workdir, name, split))
     for split in evaluate.SPLITS
   }
-  output = epath.Path(options.output) if options.output else folder / 'thresholds'
+  output = options.output or folder / 'thresholds'
   records = compare_sweeps(splits, madds)
   files.write_csv(output / 'sweeps.csv', records)
   rules = compare_rules(splits, madds)

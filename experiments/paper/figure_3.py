@@ -2,9 +2,7 @@
 
     python experiments/paper/figure_3.py --train
 
-MSDNets, trained as they were and with all techniques. Beside them stand ResNets and DenseNets,
-which compute all layers for all images. The paper does not give their depths and growth rates.
-DenseNet-BCs with growth rate 12 have costs like those of the MSDNets.
+The kinds of networks are those of Figure 2.
 """
 
 import curves

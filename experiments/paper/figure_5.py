@@ -2,8 +2,7 @@
 
     python experiments/paper/figure_5.py --train --seeds=1
 
-MSDNets, trained as they were and with all techniques. Beside them stand ResNets, DenseNets and
-GoogLeNet, which compute all layers for all images.
+The kinds of networks are those of Figure 2, and GoogLeNet.
 """
 
 import curves

@@ -74,14 +74,16 @@ def test_the_features_alone_decide():
   ],
 )
 def test_wrong_arguments_are_refused(labels, num_groups, message):
-  with pytest.raises(ValueError, match=f'^{message}'):
+  with pytest.raises(UsageError, match=f'^{message}'):
     class_groups(np.zeros((len(labels), 2)), np.array(labels), 4, num_groups)
 
 
 def test_the_script_prints_the_argument_for_a_finished_run(tmp_path, capsys):
   workdir = epath.Path(tmp_path)
   layout.claim(config_lib.default(), workdir, 'abcd')
-  with pytest.raises(UsageError, match='has no predictions of phase_2: let the training command'):
+  with pytest.raises(
+    UsageError, match='phase_2_validation.npz cannot be read .*: run the training command'
+  ):
     script.main([str(workdir)])
   labels = np.array([0, 1, 2, 3] * 3, np.int32)
   last = 9 * np.eye(4, dtype=np.float32)[[0, 1, 0, 1]][labels]
