@@ -19,8 +19,9 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 def pytest_collection_modifyitems(items):
-  """Puts the file that takes longest first, beside which the others run."""
-  items.sort(key=lambda item: item.path.name != 'test_loop.py')
+  """Puts the files that take longest first, beside which the others run."""
+  longest = ('test_readme.py', 'test_hosts.py', 'test_loop.py')
+  items.sort(key=lambda item: [item.path.name != name for name in longest])
 
 
 @pytest.fixture(scope='session', autouse=True)
