@@ -14,6 +14,7 @@ from planning import counts, targets
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
 
+targets.prepare_environment()  # Before JAX is used.
 ROOT = Path(__file__).parents[2]
 # As compilers print it: a TPU's layouts, a loop of 5 rounds, an all-reduce, a prefetch.
 PROGRAM = """
