@@ -240,6 +240,11 @@ def test_temperatures_that_are_none_are_refused(temperatures):
     exit_scores(PROBABILITIES, 'calibrated', temperatures)
 
 
+def test_temperatures_leave_the_precision_as_it_is():
+  scores = exit_scores(PROBABILITIES.astype(np.float32), 'calibrated', np.array([0.5, 2.0]))
+  assert scores.dtype == np.float32
+
+
 @pytest.mark.parametrize('madds', [(1, np.nan), (1, np.inf), (0, 1), (-1, 1), (2, 1), ()])
 def test_costs_that_are_none_are_refused(madds):
   labels = np.zeros(9, int)

@@ -10,6 +10,7 @@ from imta_jax import runtime
 from imta_jax.models.initial_values import initialize
 from imta_jax.techniques.one_for_all import one_for_all_loss
 from imta_jax.training import steps
+from imta_jax.training.packing import pack
 from imta_jax.training.phases import Phase
 
 SHAPE = (8, 8, 1)
@@ -34,11 +35,12 @@ def make_config():
   return config
 
 
-def set_up(config, index, predecessor=None):
+def set_up(config, index, predecessor=None, donor=None):
   return Phase(
     config,
     index,
     predecessor,
+    donor,
     num_classes=NUM_CLASSES,
     image_shape=SHAPE,
     steps_per_epoch=10,
@@ -86,7 +88,11 @@ def test_exits_give_the_logits_of_phase_one_before_the_first_step(predecessor, p
   np.testing.assert_allclose(own, logits, rtol=1e-5, atol=1e-6)
 
 
-def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(predecessor, phase_two):
+@pytest.mark.parametrize('trained', ['last_layers', 'everything'])
+def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(trained, predecessor):
+  config = make_config()
+  config.phases[1].trained, config.global_batch_norm = trained, False
+  phase = set_up(config, 1, predecessor)
   model, variables = predecessor
   random = np.random.default_rng(1)
   lead = (jax.local_device_count(), 2)
@@ -95,22 +101,30 @@ def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(predecessor, 
     'label': random.integers(NUM_CLASSES, size=lead).astype(np.int32),
   }
   # The student's own last layers differ from the teacher's.
-  trained = jax.tree.map(lambda leaf: leaf + 0.1, phase_two.state.trained)
-  state = phase_two.state.replace(trained=trained)
-  step = steps.on_devices(phase_two.train_step, (None, None, 0))
-  after = step(*runtime.replicate((state, phase_two.teacher)), batch)
+  state = phase.state.replace(trained=jax.tree.map(lambda leaf: 1.5 * leaf, phase.state.trained))
+  step = steps.on_devices(phase.train_step, (None, None, 0))
+  after = step(*runtime.replicate((state, pack(phase.teacher))), batch)
 
   images, labels = (array.reshape(-1, *array.shape[2:]) for array in batch.values())
-  student = phase_two.model.clone(batch_norm_axis=None)
-  variables_of_student = state.weights.variables
-  embeddings = student.apply(variables_of_student, images, method='embed')
-  logits, _ = student.apply(
-    variables_of_student, embeddings, train=True, mutable=['batch_stats'], method='classify'
-  )
+  student, of_student = phase.model, state.weights.variables
+  train = {'train': True, 'mutable': ['batch_stats']}
+  if trained == 'everything':
+    logits, _ = student.apply(of_student, images, **train)
+  else:
+    embeddings = student.apply(of_student, images, method='embed')
+    logits, _ = student.apply(of_student, embeddings, method='classify', **train)
   teacher_logits = model.clone(batch_norm_axis=None).apply(variables, images)[-1]
   expected = one_for_all_loss(logits, labels, teacher_logits, alpha=0.3, temperature=2.0)
   np.testing.assert_allclose(after.totals['loss'], expected, rtol=1e-4)
-  assert set(phase_two.teacher['params']) == {f'classifiers_{index}' for index in range(2)}
+  if trained == 'last_layers':
+    assert set(phase.teacher['params']) == {f'classifiers_{index}' for index in range(2)}
+
+
+def test_a_phase_starts_from_the_one_before_whatever_init_from_is(predecessor, phase_two):
+  donor = jax.tree.map(lambda leaf: leaf + 1, predecessor[1])
+  phase = set_up(make_config(), 1, predecessor, donor)
+  jax.tree.map(np.testing.assert_array_equal, phase.state.trained, phase_two.state.trained)
+  assert phase.loaded == ''
 
 
 def test_an_online_teacher_needs_no_variables(predecessor):
@@ -148,13 +162,17 @@ def test_the_network_has_the_techniques_of_its_phase(predecessor, phase_two):
   config = make_config()
   config.phases[0].gradient_equilibrium = 'coarsest'
   config.phases[1].update(
-    gradient_equilibrium='off', collaboration='identity', stop_collaboration_gradient=False
+    gradient_equilibrium='off',
+    collaboration='identity',
+    stop_collaboration_gradient=False,
+    shared_channels=0.5,
   )
   config.model.dtype = 'bfloat16'
   config.global_batch_norm = False
   first, second = set_up(config, 0).model, set_up(config, 1, predecessor).model
   assert (first.gradient_equilibrium, first.collaboration) == ('coarsest', 'off')
   assert (second.gradient_equilibrium, second.collaboration) == ('off', 'identity')
+  assert (first.shared_channels, second.shared_channels) == (1.0, 0.5)
   assert first.stop_collaboration_gradient and not second.stop_collaboration_gradient
   assert first.dtype == jnp.bfloat16
   assert (first.batch_norm_axis, phase_two.model.batch_norm_axis) == (None, runtime.AXIS)

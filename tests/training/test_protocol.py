@@ -185,6 +185,7 @@ def test_the_best_state_of_each_phase_is_evaluated(finished):
     model = config_lib.create_model(config, config.phases[index], num_classes=3)
     predictions = evaluate.load_predictions(layout.predictions_path(workdir, name, 'test'))
     assert set(predictions.labels) == {LABELS['test']}
+    assert set(predictions.labels) == {LABELS['test']}
     expected = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(predictions.logits, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(evaluation.accuracies['test', 1], predictions.accuracy())
@@ -320,6 +321,19 @@ def test_each_phase_starts_from_the_last_state_of_the_one_before_where_the_confi
   jax.tree.map(assert_close, third['trained'], second['trained'])
 
 
+def test_only_phase_one_starts_from_init_from(run, finished, capsys):
+  config = make_config()
+  config.init_from = str(finished[0])
+  for phase in config.phases:
+    phase.chosen_state = 'last'
+  workdir, _, _ = run(config)
+  output = capsys.readouterr().out
+  assert f'phase_1 starts from {config.init_from}: loaded ' in output
+  assert 'phase_2 starts from' not in output
+  first, second = (state_of(workdir, f'phase_{number}', LAST) for number in (1, 2))
+  assert are_equal(backbone_of(second), backbone_of(first))
+
+
 def test_checkpoints_by_time_where_the_first_host_says_so_save_an_unfinished_epoch(
   finished, tmp_path, monkeypatch
 ):
@@ -376,6 +390,7 @@ def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finis
   else:
     budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
     points = optimal_sweep(*splits, madds, budgets, **how)
+  assert classifier.rule == rule
   assert [p.thresholds for p in classifier.operating_points] == [p.thresholds for p in points]
   assert (classifier.temperatures != (1.0, 1.0)) == (rule == 'calibrated')
   scores = exit_scores(validation.probabilities(), **how)
