@@ -376,6 +376,7 @@ def test_operating_points_are_those_of_the_rule_and_the_sweep(rule, sweep, finis
   else:
     budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
     points = optimal_sweep(*splits, madds, budgets, **how)
+  assert classifier.rule == rule
   assert [p.thresholds for p in classifier.operating_points] == [p.thresholds for p in points]
   assert (classifier.temperatures != (1.0, 1.0)) == (rule == 'calibrated')
   scores = exit_scores(validation.probabilities(), **how)
