@@ -34,11 +34,12 @@ def make_config():
   return config
 
 
-def set_up(config, index, predecessor=None):
+def set_up(config, index, predecessor=None, donor=None):
   return Phase(
     config,
     index,
     predecessor,
+    donor,
     num_classes=NUM_CLASSES,
     image_shape=SHAPE,
     steps_per_epoch=10,
@@ -69,9 +70,8 @@ def test_phase_one_starts_from_the_initial_values_of_the_seed():
 def test_phase_two_starts_from_phase_one_although_phase_one_had_another_start(
   predecessor, phase_two
 ):
-  config = make_config()
-  config.init_from = 'a folder that phase II does not read'
-  phase = set_up(config, 1, predecessor)
+  donor = jax.tree.map(np.zeros_like, predecessor[1])
+  phase = set_up(make_config(), 1, predecessor, donor)
   jax.tree.map(
     np.testing.assert_array_equal, phase.state.weights.variables, phase_two.state.weights.variables
   )
@@ -148,13 +148,17 @@ def test_the_network_has_the_techniques_of_its_phase(predecessor, phase_two):
   config = make_config()
   config.phases[0].gradient_equilibrium = 'coarsest'
   config.phases[1].update(
-    gradient_equilibrium='off', collaboration='identity', stop_collaboration_gradient=False
+    gradient_equilibrium='off',
+    shared_channels=0.5,
+    collaboration='identity',
+    stop_collaboration_gradient=False,
   )
   config.model.dtype = 'bfloat16'
   config.global_batch_norm = False
   first, second = set_up(config, 0).model, set_up(config, 1, predecessor).model
   assert (first.gradient_equilibrium, first.collaboration) == ('coarsest', 'off')
   assert (second.gradient_equilibrium, second.collaboration) == ('off', 'identity')
+  assert (first.shared_channels, second.shared_channels) == (1, 0.5)
   assert first.stop_collaboration_gradient and not second.stop_collaboration_gradient
   assert first.dtype == jnp.bfloat16
   assert (first.batch_norm_axis, phase_two.model.batch_norm_axis) == (None, runtime.AXIS)
