@@ -320,6 +320,17 @@ def test_each_phase_starts_from_the_last_state_of_the_one_before_where_the_confi
   jax.tree.map(assert_close, third['trained'], second['trained'])
 
 
+def test_phase_one_starts_from_the_workdir_that_the_config_names(finished, run):
+  config = make_config()
+  config.phases, config.init_from = config.phases[:1], str(finished[0])
+  # It stays where it starts.
+  config.phases[0].update(steps=1, learning_rate=1e-30, weight_decay=0.0)
+  workdir, _, _ = run(config)
+  started, donor = state_of(workdir, 'phase_1', 1), state_of(finished[0], 'phase_2', BEST)
+  assert_close = partial(np.testing.assert_allclose, rtol=0, atol=1e-20)
+  jax.tree.map(assert_close, *(backbone_of(state)['params'] for state in (started, donor)))
+
+
 def test_checkpoints_by_time_where_the_first_host_says_so_save_an_unfinished_epoch(
   finished, tmp_path, monkeypatch
 ):
