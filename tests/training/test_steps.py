@@ -235,6 +235,25 @@ def test_phase_two_minimises_one_for_all_with_the_teachers_last_exit(phase_two_s
   np.testing.assert_allclose(after.totals['loss'], expected(batch['image']), rtol=1e-4)
 
 
+def test_a_phase_that_trains_everything_has_the_teachers_last_exit():
+  phase = make_phase(config_lib.phase_two, trained='everything', alpha=0.3, temperature=2.0)
+  model = make_model()
+  variables, teacher = initialize(model, 1, SHAPE), initialize(model, 2, SHAPE)
+  optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
+  step = steps.on_devices(steps.make_train_step(model, model, phase, optimizer), (None, None, 0))
+  state = train_state.create_state(variables, 'everything', optimizer)
+  after = step(*runtime.replicate((state, pack(teacher))), make_batch())
+  model, batch = make_model(batch_norm_axis=None), flat(make_batch())
+
+  @jax.jit
+  def expected(images):
+    logits = train_mode_logits(model, variables, images)
+    teacher_logits = model.apply(teacher, images)[-1]
+    return one_for_all_loss(logits, batch['label'], teacher_logits, alpha=0.3, temperature=2.0)
+
+  np.testing.assert_allclose(after.totals['loss'], expected(batch['image']), rtol=1e-4)
+
+
 def test_a_loop_takes_the_steps_one_by_one():
   """Any number of steps at once leads to the same state, bit for bit."""
   phase = make_phase(trained='last_layers', learning_rate=0.1)
