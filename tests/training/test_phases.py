@@ -95,7 +95,7 @@ def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(predecessor, 
     'label': random.integers(NUM_CLASSES, size=lead).astype(np.int32),
   }
   # The student's own last layers differ from the teacher's.
-  trained = jax.tree.map(lambda leaf: leaf + 0.1, phase_two.state.trained)
+  trained = jax.tree.map(lambda leaf: 2 * leaf, phase_two.state.trained)
   state = phase_two.state.replace(trained=trained)
   step = steps.on_devices(phase_two.train_step, (None, None, 0))
   after = step(*runtime.replicate((state, phase_two.teacher)), batch)
