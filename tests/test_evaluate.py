@@ -279,6 +279,7 @@ def test_scores_are_those_of_the_rule(predictions, tmp_path, rule):
   probabilities = validation.probabilities()
   np.testing.assert_array_equal(temperatures, fit_temperatures(probabilities, validation.labels))
   np.testing.assert_array_equal(scores.scores, exit_scores(probabilities, rule, temperatures))
+  assert scores.scores.dtype == np.float32
   np.testing.assert_array_equal(scores.correct, probabilities.argmax(-1) == validation.labels)
 
 

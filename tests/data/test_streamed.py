@@ -102,7 +102,8 @@ def test_large_images_are_streamed_as_floats_and_integers_a_device(config, train
   assert dataset.image_shape == (SIDE, SIDE, 3)
   assert len(dataset.class_names) == 64
   train = next(train_batches(dataset, 0))
-  test = next(dataset.evaluation_batches('test'))
+  test, *others = dataset.evaluation_batches('test')
+  assert sum(batch['mask'].sum() for batch in (test, *others)) == NUM_TEST
   assert set(train) == {'image', 'label'} and set(test) == {'image', 'label', 'mask'}
   for batch in (train, test):
     assert batch['image'].shape == (devices, BATCH_SIZE // devices, SIDE, SIDE, 3)

@@ -13,11 +13,15 @@ SHAPES = {
   'b': {'conv': {'kernel': (3, 3, 2, 5)}, 'norm': {'scale': (5,), 'bias': (5,)}},
   'a': {'dense': {'kernel': (4, 3), 'bias': (3,)}, 'point': {'kernel': (1, 1, 2, 3)}},
 }
-TREE = jax.tree.map(
-  lambda shape: RANDOM.standard_normal(shape).astype(np.float32),
-  SHAPES,
-  is_leaf=lambda node: isinstance(node, tuple),
-)
+# Its keys are not sorted, as those are of trees that JAX returns.
+TREE = {
+  name: jax.tree.map(
+    lambda shape: RANDOM.standard_normal(shape).astype(np.float32),
+    shapes,
+    is_leaf=lambda node: isinstance(node, tuple),
+  )
+  for name, shapes in SHAPES.items()
+}
 
 
 def assert_same(one, other):
