@@ -108,7 +108,7 @@ def plan(
   phase, _ = common.set_up_without_data(config, number - 1, batch_size)
   on_cpu = target.memory is None
   loop, inputs = common.abstract_train_loop(config, phase, target.devices, one_step=on_cpu)
-  work = limits.work(phase, batch_size // num_devices, common.image_shape(config))
+  work = limits.work(phase, batch_size // num_devices, config_lib.image_shape(config))
   record = {
     'target': target.name,
     'devices': num_devices,

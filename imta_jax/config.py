@@ -273,6 +273,12 @@ def create_model(config: ConfigDict, phase: ConfigDict, num_classes: int) -> Mul
     raise UsageError(f'config.model: {error}') from error
 
 
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """Returns the (height, width, channels) of the images that a network reads."""
+  side = config.dataset.image_size
+  return side, side, len(config.dataset.mean)
+
+
 _TYPES = {
   bool: (lambda value: isinstance(value, bool), 'True or False'),
   int: (lambda value: _is_number(value) and isinstance(value, int), 'an integer below 2^31'),

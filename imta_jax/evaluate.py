@@ -17,8 +17,13 @@ from etils import epath
 
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.guarantee import CalibrationSet
-from imta_jax.adaptive.policy import OperatingPoint, budget_sweep, scores_and_correctness
-from imta_jax.adaptive.rules import DEFAULT_RULE, RULES, get_rule
+from imta_jax.adaptive.policy import (
+  OperatingPoint,
+  budget_sweep,
+  exit_scores,
+  scores_and_correctness,
+)
+from imta_jax.adaptive.rules import RULES, get_rule
 from imta_jax.adaptive.search import fit_temperatures
 from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError, first_line
@@ -137,14 +142,8 @@ def save_scores(predictions: Predictions, path: epath.Path) -> None:
   """
   probabilities, labels = predictions.probabilities(), predictions.labels
   temperatures = fit_temperatures(probabilities, labels)
-  for_rule = {
-    rule: scores_and_correctness(
-      'validation', probabilities, labels, len(probabilities), rule, temperatures
-    )
-    for rule in RULES
-  }
-  scores = {rule: calibration.scores for rule, calibration in for_rule.items()}
-  correct = for_rule[DEFAULT_RULE].correct
+  scores = {rule: exit_scores(probabilities, rule, temperatures) for rule in RULES}
+  correct = scores_and_correctness('validation', probabilities, labels, len(probabilities)).correct
   _save_arrays(path, temperatures=temperatures, correct=correct, **scores)
 
 

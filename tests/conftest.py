@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from imta_jax import models
 from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, OperatingPoint
 from imta_jax.models.initial_values import initialize
 
@@ -32,6 +33,25 @@ def cache(tmp_path_factory):
     patch.setenv('JAX_COMPILATION_CACHE_DIR', str(_COMPILED))
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     yield
+
+
+@pytest.fixture(scope='session')
+def tiny_msdnet():
+  """A function that creates an MSDNet of two exits and one scale, with further fields."""
+
+  def create(**fields):
+    return models.create(
+      'msdnet',
+      num_exits=2,
+      step_mode='even',
+      channels=4,
+      growth_rate=4,
+      scale_factors=(1,),
+      bottleneck_factors=(1,),
+      **fields,
+    )
+
+  return create
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,6 @@ import pytest
 from etils import epath
 from matplotlib.figure import Figure
 
-from imta_jax import models
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.policy import budget_sweep, exit_scores
 from imta_jax.adaptive.rules import RULES
@@ -87,19 +86,9 @@ def test_logits_that_are_no_numbers_count_as_wrong():
 
 
 def test_accuracies_in_bfloat16_are_those_of_argmax_and_of_the_budget_table(
-  random_variables, tmp_path
+  tiny_msdnet, random_variables, tmp_path
 ):
-  model = models.create(
-    'msdnet',
-    num_exits=2,
-    step_mode='even',
-    channels=4,
-    growth_rate=4,
-    scale_factors=(1,),
-    bottleneck_factors=(1,),
-    collaboration='network',
-    dtype='bfloat16',
-  )
+  model = tiny_msdnet(collaboration='network', dtype='bfloat16')
   random = np.random.default_rng(0)
   images = random.standard_normal((500, 8, 8, 3), np.float32)
   logits = np.asarray(jax.jit(model.apply)(random_variables(model, (8, 8, 3)), images))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from imta_jax import config as config_lib
 from imta_jax import runtime
 from imta_jax.data import image_folder, in_memory, streamed
 from imta_jax.data.dataset import Batch
@@ -101,7 +102,7 @@ def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
   random = np.random.default_rng(config.seed)
   perturb = functools.partial(_perturb, random)
   phase, predecessor = set_up_without_data(config, index, batch_size, perturb)
-  shape, num_classes = image_shape(config), phase.model.num_classes
+  shape, num_classes = config_lib.image_shape(config), phase.model.num_classes
   images = random.standard_normal((batch_size, *shape), np.float32)
   labels = random.integers(num_classes, size=batch_size, dtype=np.int32)
   return Task(phase, predecessor, images, labels)
@@ -141,7 +142,7 @@ def set_up_without_data(
       number,
       predecessor,
       num_classes=num_classes,
-      image_shape=image_shape(config),
+      image_shape=config_lib.image_shape(config),
       steps_per_epoch=num_train_images(config) // batch_size,
     )
     changed = {
@@ -166,7 +167,7 @@ def abstract_train_loop(
   Returns:
     The loop, which can be lowered, and the shapes of its arguments.
   """
-  shape, num_devices = image_shape(config), len(devices)
+  shape, num_devices = config_lib.image_shape(config), len(devices)
   if config.dataset.in_memory:
     draw, axes = functools.partial(in_memory.draw_batch, config), in_memory.SOURCE_AXES
     num_images = num_train_images(config)
@@ -194,12 +195,6 @@ def abstract_train_loop(
 def num_train_images(config: ConfigDict) -> int:
   """Returns the number of images that a config trains on."""
   return _dataset(config)[0] - config.dataset.validation_size
-
-
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """Returns (height, width, channels) of a config's images."""
-  side = config.dataset.image_size
-  return side, side, len(config.dataset.mean)
 
 
 def _perturb(random, leaf):

@@ -88,7 +88,7 @@ def measure(
   contestants |= {name: run for name, (run, _) in yardsticks.items()}
   timings = common.interleave(contestants, repeats)
   per_device = batch_size // jax.device_count()
-  amounts = limits.work(task.phase, per_device, common.image_shape(config))
+  amounts = limits.work(task.phase, per_device, config_lib.image_shape(config))
   rates, bounds = {}, {}
   for name, (_, amount) in yardsticks.items():
     rates[name] = [amount / seconds for seconds in timings.pop(name)]

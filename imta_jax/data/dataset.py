@@ -70,7 +70,7 @@ class Dataset(abc.ABC):
     """Returns a checksum of the data, the same on any number of hosts and devices.
 
     It covers the names of the classes and what is in each split: pixels and labels of images in
-    memory, names and sizes of files that are streamed.
+    memory, names, sizes and samples of files that are streamed.
     """
 
 

@@ -35,8 +35,8 @@ class Reader(Protocol):
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields all images of a split, the same number of batches on every host."""
 
-  def files(self, split: str) -> list[tuple[str, int]]:
-    """Returns (name, bytes) of the files that all hosts together read for a split."""
+  def files(self, split: str) -> list[tuple]:
+    """Returns a name and what else tells it from another one, for each file of all hosts."""
 
 
 class StreamedDataset(Dataset):

@@ -190,7 +190,7 @@ class TfdsReader:
 
     return self._batches(split, decode, batch_size, -(-largest_part // batch_size))
 
-  def files(self, split: str) -> list[tuple[str, int]]:
+  def files(self, split: str) -> list[tuple]:
     info = self._builder.info
     instructions = info.splits[self._splits[split][0]].file_instructions
     # TFDS records the size of all files together.

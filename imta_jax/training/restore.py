@@ -37,7 +37,7 @@ class TrainedNetwork:
   costs: list[ExitCost]
 
 
-def restore_network(workdir: epath.PathLike, index: int) -> TrainedNetwork:
+def restore_network(workdir: epath.Path, index: int) -> TrainedNetwork:
   """Restores the network of a phase from its checkpoints.
 
   Args:
@@ -50,12 +50,11 @@ def restore_network(workdir: epath.PathLike, index: int) -> TrainedNetwork:
   Raises:
     UsageError: If the folder is not a workdir, or there is no intact checkpoint.
   """
-  workdir = epath.Path(workdir)
   config = layout.load_config(workdir)
   phase, name, image_shape = (
     config.phases[index],
     layout.phase_name(index),
-    layout.image_shape(config),
+    config_lib.image_shape(config),
   )
   model = config_lib.create_model(config, phase, len(layout.load_class_names(workdir)))
   variables = phases.initial_variables(model, config.seed, image_shape)
@@ -95,6 +94,9 @@ def load_variables(folder: str) -> Mapping[str, Any]:
 
   Args:
     folder: The workdir of a run, whose last phase counts, or an export.
+
+  Returns:
+    {'params': …, 'batch_stats': …}, float32.
 
   Raises:
     UsageError: If the folder is neither, or corrupt.

@@ -76,9 +76,9 @@ def predictions_path(workdir: epath.Path, phase: str, split: str) -> epath.Path:
   return evaluation_folder(workdir) / f'{phase}_{split}.npz'
 
 
-def scores_path(workdir: epath.PathLike, phase: str) -> epath.Path:
+def scores_path(workdir: epath.Path, phase: str) -> epath.Path:
   """Returns the path of what a classifier needs of the validation images."""
-  return evaluation_folder(epath.Path(workdir)) / f'{phase}_scores.npz'
+  return evaluation_folder(workdir) / f'{phase}_scores.npz'
 
 
 def phase_index(config: ConfigDict, phase: int) -> int:
@@ -92,19 +92,13 @@ def phase_index(config: ConfigDict, phase: int) -> int:
   return phase % len(config.phases)
 
 
-def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """Returns the (height, width, channels) of the images of a config."""
-  side = config.dataset.image_size
-  return side, side, len(config.dataset.mean)
-
-
-def load_config(workdir: epath.PathLike) -> ConfigDict:
+def load_config(workdir: epath.Path) -> ConfigDict:
   """Loads the config of a run.
 
   Raises:
     UsageError: If the folder is not a workdir, or its config is corrupt.
   """
-  path = epath.Path(workdir) / 'config.json'
+  path = workdir / 'config.json'
   with accessing(path):
     is_workdir = path.exists()
   if not is_workdir:
@@ -120,13 +114,13 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
   return config
 
 
-def load_class_names(workdir: epath.PathLike) -> list[str]:
+def load_class_names(workdir: epath.Path) -> list[str]:
   """Loads the class names of a run's data set.
 
   Raises:
     UsageError: If the run has not written its class names, or they are corrupt.
   """
-  path = epath.Path(workdir) / 'classes.json'
+  path = workdir / 'classes.json'
   if not path.exists():
     raise UsageError(f'{workdir} has no classes.json: {_TRAIN_AGAIN}')
   names = _read_json(path)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imta_jax import models
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
@@ -20,21 +19,11 @@ def images():
 
 
 @pytest.fixture(scope='session')
-def make_classifier(random_variables, images):
+def make_classifier(tiny_msdnet, random_variables, images):
   """A function that makes a classifier of two exits, at each of which some images leave."""
 
   def make(collaboration):
-    model = models.create(
-      'msdnet',
-      num_exits=2,
-      step_mode='even',
-      channels=4,
-      growth_rate=4,
-      scale_factors=(1,),
-      bottleneck_factors=(1,),
-      num_classes=5,
-      collaboration=collaboration,
-    )
+    model = tiny_msdnet(num_classes=5, collaboration=collaboration)
     classifier = AdaptiveClassifier.from_model(
       model,
       random_variables(model, SHAPE),

@@ -150,11 +150,15 @@ class AdaptiveClassifier:
       UsageError: If the folder is not a workdir, or the run has not been evaluated.
       ValueError: If there is no such rule or sweep; see also `choose`.
     """
+    from etils import epath
+
+    from imta_jax import config as config_lib
     from imta_jax import evaluate
     from imta_jax.adaptive import policy
     from imta_jax.training import restore
     from imta_jax.training import workdir as layout
 
+    workdir = epath.Path(workdir)
     config = layout.load_config(workdir)
     index = layout.phase_index(config, phase)
     path = layout.scores_path(workdir, layout.phase_name(index))
@@ -167,7 +171,7 @@ class AdaptiveClassifier:
       network.model,
       network.weights.variables,
       [np.inf] * len(madds) if cheapest is None else cheapest.thresholds,
-      layout.image_shape(config),
+      config_lib.image_shape(config),
       mean=config.dataset.mean,
       std=config.dataset.std,
       madds=madds,

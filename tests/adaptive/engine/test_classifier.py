@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.special
 
-from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.adaptive.engine import (
   RULES,
@@ -324,19 +323,8 @@ def test_stages_run_only_for_those_who_need_them(network):
   assert not runs
 
 
-def test_a_network_in_half_precision_of_images_in_bytes(random_variables):
-  model = models.create(
-    'msdnet',
-    num_exits=2,
-    step_mode='even',
-    channels=4,
-    growth_rate=4,
-    scale_factors=(1,),
-    bottleneck_factors=(1,),
-    num_classes=5,
-    collaboration='network',
-    dtype=jnp.bfloat16,
-  )
+def test_a_network_in_half_precision_of_images_in_bytes(tiny_msdnet, random_variables):
+  model = tiny_msdnet(num_classes=5, collaboration='network', dtype=jnp.bfloat16)
   variables = random_variables(model, (8, 8, 3))
   mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
   image = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
