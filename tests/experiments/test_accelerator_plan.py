@@ -162,7 +162,7 @@ NO_GPU = pytest.mark.skipif(
 @pytest.mark.parametrize(
   ('name', 'num_devices'),
   [
-    ('cpu', 1),
+    pytest.param('cpu', 1, marks=pytest.mark.slow),
     pytest.param('v5e:1x1', 1, marks=NO_TPU),
     pytest.param('v5p:2x2x1', 4, marks=NO_TPU),
     pytest.param('h100', 1, marks=NO_GPU),

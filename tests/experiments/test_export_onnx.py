@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 
 # Without collaboration, stages ignore the logits of the previous stage.
-@pytest.fixture(scope='module', params=['network', 'off'])
+@pytest.fixture(scope='module', params=['network', pytest.param('off', marks=pytest.mark.slow)])
 def classifier(request, make_classifier):
   return make_classifier(request.param)
 

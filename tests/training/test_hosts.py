@@ -19,6 +19,8 @@ from PIL import Image
 from imta_jax.training import loop
 from imta_jax.training.workdir import load_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # 16 training images in batches of 8; 2 + 1 epochs.
 OVERRIDES = (
@@ -108,10 +110,10 @@ def read_until(host, line_start):
   ('shape', 'in_memory'),
   [
     ((2, 1), True),
-    pytest.param((2, 2), True, marks=pytest.mark.slow),
-    pytest.param((2, 2), False, marks=pytest.mark.slow),
-    pytest.param((4, 1), True, marks=pytest.mark.slow),
-    pytest.param((1, 8), True, marks=pytest.mark.slow),
+    ((2, 2), True),
+    ((2, 2), False),
+    ((4, 1), True),
+    ((1, 8), True),
   ],
   ids=['2 hosts', '2 hosts with 2 devices', 'streamed', '4 hosts', '8 devices'],
 )
@@ -125,7 +127,6 @@ def test_hosts_and_devices_train_as_one_does(shape, in_memory, start, tmp_path):
   assert_trained_alike(alone, together)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(start, tmp_path, capfd):
   workdir, alone = (epath.Path(tmp_path / name) for name in ('stopped', 'alone'))
   hosts = start(2, 2, workdir)
@@ -140,7 +141,6 @@ def test_a_signal_to_one_host_stops_all_at_one_step_and_other_hosts_go_on(start,
   assert_trained_alike(alone, workdir)
 
 
-@pytest.mark.slow
 def test_hosts_that_profile_and_take_several_steps_at_once_stop_at_one_step(start, tmp_path):
   flags = (
     'steps_per_dispatch=4',
@@ -181,7 +181,6 @@ main.run()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('victim', 'number'), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
@@ -197,7 +196,6 @@ def test_a_host_that_dies_or_stops_ends_the_other_with_a_reason(victim, number, 
   assert 'another host has ended' in output or 'another task died' in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('victim', 'place'), [(0, 'opening'), (1, 'batch 0'), (1, 'batch 3')])
 def test_a_host_that_hangs_ends_all_and_shows_where(victim, place, start, tmp_path):
   path = tmp_path / 'hanging.py'
@@ -226,7 +224,6 @@ main.run()
 """
 
 
-@pytest.mark.slow
 def test_hosts_with_other_images_are_refused(start, tmp_path):
   path = tmp_path / 'different.py'
   path.write_text(DIFFERENT)

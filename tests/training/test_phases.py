@@ -87,7 +87,9 @@ def test_exits_give_the_logits_of_phase_one_before_the_first_step(predecessor, p
   np.testing.assert_allclose(own, logits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('trained', ['last_layers', 'everything'])
+@pytest.mark.parametrize(
+  'trained', ['last_layers', pytest.param('everything', marks=pytest.mark.slow)]
+)
 def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(trained, predecessor):
   config = make_config()
   config.phases[1].trained, config.global_batch_norm = trained, False

