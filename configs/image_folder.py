@@ -76,7 +76,7 @@ def choose_small(config, survey):
 
 def load(name):
   """Loads a config of this folder."""
-  return config_lib.load_file(str(Path(__file__).with_name(name)))
+  return config_lib.load(str(Path(__file__).with_name(name)))
 
 
 def choose_lengths(config, num_train):

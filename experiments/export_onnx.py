@@ -27,13 +27,12 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import export
 import jax
 from etils import epath
 from jax.export import symbolic_shape
 from jax.extend.core import jaxpr_as_fun
 
-from imta_jax import command_line
+from imta_jax import command_line, export
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 
@@ -44,7 +43,7 @@ _TOO_NEW = (0, 11)
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  export.run(__doc__, write_export, arguments)
+  export.export_network(__doc__, write_export, arguments)
 
 
 def write_export(classifier: AdaptiveClassifier, folder: epath.Path, source: str = '') -> int:

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all records')
   options = parser.parse_args(arguments)
   targets.prepare_environment()
-  config = config_lib.load_file(options.config)
+  config = config_lib.load(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   if options.remat:
     config.model.remat = True

@@ -19,7 +19,7 @@ from imta_jax.adaptive import policy
 from imta_jax.adaptive.guarantee import CalibrationSet, guaranteed_thresholds
 from imta_jax.adaptive.rules import RULES
 from imta_jax.adaptive.search import fit_temperatures
-from imta_jax.figures import new_figure, save_figure
+from imta_jax.evaluate import new_figure, save_figure
 from imta_jax.training import workdir as layout
 
 _SHARES_OF_COST = (0.25, 0.5, 0.75)

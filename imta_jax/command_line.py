@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from imta_jax.adaptive.engine import DEFAULT_RULE, MANIFEST, RULES, AdaptiveClassifier
+from imta_jax.adaptive.engine import DEFAULT_RULE, RULES, AdaptiveClassifier
+from imta_jax.adaptive.loading import load
 from imta_jax.errors import UsageError, first_line
 
 # That of a program that SIGPIPE ends.
@@ -94,7 +95,6 @@ def printable(text: str) -> str:
 
 # The arguments that `open_classifier` takes besides the network.
 _CHOICES = ('phase', 'rule', 'sweep', 'budget', 'latency', 'max_loss', 'confidence')
-_OF_WORKDIR = _CHOICES[:3]
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,26 +186,16 @@ def open_classifier(network: str, **choices: Any) -> AdaptiveClassifier:
 
   Args:
     network: A workdir or an exported folder.
-    **choices: Arguments of `AdaptiveClassifier.from_workdir`, but phases are counted from 1. None
-      stands for the default.
+    **choices: Those of `load`, but phases are counted from 1. None stands for the default.
 
   Raises:
     UsageError: If there is no such network, or no thresholds are within the budget.
   """
   given = {name: value for name, value in choices.items() if value is not None}
+  if 'phase' in given:
+    given['phase'] -= 1
   try:
-    if os.path.exists(os.path.join(network, MANIFEST)):
-      if of_workdir := [f'--{name}' for name in _OF_WORKDIR if name in given]:
-        raise UsageError(
-          f'{network} is an export, which has one phase, rule and sweep: leave out '
-          + ', '.join(of_workdir)
-        )
-      return AdaptiveClassifier.load(network, **given)
-    if '://' in network and (epath.Path(network) / MANIFEST).exists():
-      raise UsageError(f'{network} is an export in a bucket: copy it to a local folder first')
-    if 'phase' in given:
-      given['phase'] -= 1
-    return AdaptiveClassifier.from_workdir(network, **given)
+    return load(network, **given)
   except ValueError as error:
     raise UsageError(str(error)) from error
 

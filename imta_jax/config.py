@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -14,6 +15,10 @@ from ml_collections import ConfigDict, config_dict
 from imta_jax import models, runtime
 from imta_jax.errors import UsageError
 from imta_jax.models.multi_exit import MultiExitNetwork
+
+_INSTALLED = Path(__file__).with_name('configs')
+# In a clone, configs are in the folder at the top.
+_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'configs'
 
 
 class _Field(NamedTuple):
@@ -360,15 +365,46 @@ def from_json(text: str) -> ConfigDict:
   return ConfigDict({**defaults, **plain, 'dataset': dataset, 'model': model, 'phases': phases})
 
 
-def load_file(argument: str) -> ConfigDict:
-  """Loads a config file, given as in training: 'configs/cifar100.py:exits=5'.
+def load(argument: str) -> ConfigDict:
+  """Loads a config, given as in training: 'cifar100:exits=5', or 'my_configs/mine.py'.
+
+  Args:
+    argument: The name of a config that comes with imta_jax, or a config file; after a colon, the
+      argument of its `get_config`.
+
+  Returns:
+    A complete config, whose fields can be changed.
 
   Raises:
     UsageError: If the file does not exist or its config is invalid.
+
+  Example:
+    >>> import imta_jax
+    >>> config = imta_jax.load_config('cifar100:exits=5')
+    >>> config.model.num_exits, config.phases[1].loss
+    (5, 'one_for_all')
   """
-  path, _, config_argument = argument.partition(':')
+  path, _, config_argument = find(argument).partition(':')
   if not os.path.isfile(path):
-    raise UsageError(f'--config={argument}: file {path!r} does not exist')
+    raise UsageError(f'--config={argument} {expected()}')
   config = runpy.run_path(path)['get_config'](config_argument)
   validate(config)
   return config
+
+
+def find(argument: str) -> str:
+  """Replaces the name of a config that comes with imta_jax by its file; leaves files as they are.
+
+  'cifar100:exits=5' → '…/configs/cifar100.py:exits=5'
+  """
+  name, colon, config_argument = argument.partition(':')
+  file = _FOLDER / f'{name}.py'
+  if os.path.isfile(name) or not file.is_file():
+    return argument
+  return f'{file}{colon}{config_argument}'
+
+
+def expected() -> str:
+  """Returns what is wrong with a config that does not exist, for a message."""
+  names = ', '.join(sorted(path.stem for path in _FOLDER.glob('*.py')))
+  return f'is not a config file: name one, or a config that comes with imta_jax ({names})'

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,6 @@ from imta_jax.adaptive.rules import RULES, get_rule
 from imta_jax.adaptive.search import fit_temperatures
 from imta_jax.data.dataset import Batch, Dataset
 from imta_jax.errors import UsageError, first_line
-from imta_jax.figures import new_figure, save_figure
 from imta_jax.files import read_whole, write_csv, write_whole
 from imta_jax.runtime import replicate
 
@@ -346,3 +346,23 @@ def write_figure(
   axes.grid(alpha=0.3)
   axes.legend(loc='lower right')
   save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+  """Returns an empty `matplotlib.figure.Figure`, whose sides are in inches."""
+  # A notebook hands its backend on, which Matplotlib refuses at its import if it is not installed.
+  os.environ.pop('MPLBACKEND', None)
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout='constrained')
+
+
+def save_figure(figure: Any, path: epath.Path) -> None:
+  """Writes a figure to a PNG file.
+
+  Raises:
+    UsageError: If it cannot be written.
+  """
+  content = io.BytesIO()
+  figure.savefig(content, format='png', dpi=150)
+  write_whole(path, content.getvalue())

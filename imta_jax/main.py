@@ -1,14 +1,13 @@
 """Trains every phase of a config, then evaluates the networks.
 
     python -m imta_jax.main --config=configs/mnist5k.py
-    python -m imta_jax.main --config=configs/cifar100.py:exits=5 --config.batch_size=128
+    imta-train --config=cifar100:exits=5 --config.batch_size=128
 
 Run the same command again to resume; a finished run is only re-evaluated.
 """
 
 import collections
 import hashlib
-import importlib.util
 import logging as std_logging
 import os
 import re
@@ -25,12 +24,27 @@ from ml_collections import ConfigDict, config_flags
 from imta_jax import command_line
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
-from imta_jax.runtime import import_tensorflow, set_up_compilation_cache
+from imta_jax.runtime import set_up_compilation_cache
 from imta_jax.training import loop
 
+
+class _ConfigParser(flags.ArgumentParser):
+  """Parses names of configs that come with imta_jax, and what a parser of files takes."""
+
+  def __init__(self, file_parser: flags.ArgumentParser):
+    self._file_parser = file_parser
+
+  def parse(self, argument: str) -> ConfigDict:
+    return self._file_parser.parse(config_lib.find(argument))
+
+
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file, optionally with arguments after a colon.', lock_config=True
+  'config',
+  None,
+  "Config by name, as 'cifar100', or its file; optionally with arguments after a colon.",
+  lock_config=True,
 )
+flags.FLAGS['config'].parser = _ConfigParser(flags.FLAGS['config'].parser)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run, local or gs://. Default: runs/<name of the config>.'
 )
@@ -53,21 +67,11 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise UsageError(f'{argv[1]!r} is not a flag: see --help')
   if _CONFIG.value is None:
-    raise UsageError('--config is missing: pass a config file, as in --config=configs/mnist5k.py')
+    raise UsageError('--config is missing: name a config, as in --config=mnist5k')
   set_up_compilation_cache()
   join_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  loop.train_and_evaluate(
-    _CONFIG.value, open_workdir(_WORKDIR.value or default_workdir(sys.argv[1:]))
-  )
-
-
-def open_workdir(name: str) -> epath.Path:
-  """Returns the path of a workdir; absolute, as checkpoints need it."""
-  if '://' not in name:
-    return epath.Path(os.path.abspath(name))
-  if importlib.util.find_spec('tensorflow'):  # It reads and writes buckets.
-    import_tensorflow()
-  return epath.Path(name)
+  workdir = _WORKDIR.value or default_workdir(sys.argv[1:])
+  loop.train_and_evaluate(_CONFIG.value, workdir, handle_signals=True)
 
 
 def join_cluster(
@@ -191,7 +195,7 @@ def _load_config_alone(path: str) -> ConfigDict:
     raise UsageError(f'--config={path}: {_first_line(error)}') from error
   finally:
     sys.argv = arguments
-  raise UsageError(f'--config={path} is not a config file: see configs/ for examples')
+  raise UsageError(f'--config={path} {config_lib.expected()}')
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ were classified, 1 if some could not be read, and 2 if the command is wrong.
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import sys
@@ -164,5 +165,7 @@ def _summarize(exits, num_unreadable, seconds):
   )
 
 
+run = functools.partial(command_line.run, main)
+
 if __name__ == '__main__':
-  command_line.run(main)
+  run()

@@ -332,5 +332,7 @@ async def _failure(request, error):
   return JSONResponse({'error': 'internal server error'}, 500)
 
 
+run = partial(command_line.run, main)
+
 if __name__ == '__main__':
-  command_line.run(main)
+  run()

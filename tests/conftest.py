@@ -1,12 +1,10 @@
 """What several tests need."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
 from imta_jax import models
 from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, OperatingPoint
@@ -14,6 +12,8 @@ from imta_jax.models.initial_values import initialize
 
 # Tests compile much and run little. Programs that they start share the cache of compiled programs.
 _COMPILED = Path(__file__).parents[1] / '.pytest_cache/compiled'
+# Of the images of `make_classifier`.
+_SHAPE = (16, 16, 3)
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(_COMPILED))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -98,10 +98,42 @@ def tiny_classifier():
 @pytest.fixture(scope='session')
 def tiny_export(tiny_classifier, tmp_path_factory):
   """An export, without engine, of the tiny classifier."""
-  path = Path(__file__).parents[1] / 'experiments' / 'export.py'
-  spec = importlib.util.spec_from_file_location('export', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
   folder = tmp_path_factory.mktemp('tiny') / 'exported'
-  module.write_export(tiny_classifier, epath.Path(folder), without_engine=True)
+  tiny_classifier.save(folder, without_engine=True)
   return folder
+
+
+@pytest.fixture(scope='session')
+def images():
+  return np.random.default_rng(0).integers(0, 256, (7, *_SHAPE), dtype=np.uint8)
+
+
+@pytest.fixture(scope='session')
+def make_classifier(tiny_msdnet, random_variables, images):
+  """A function that makes a classifier of two exits, at each of which some images leave."""
+
+  def make(collaboration):
+    model = tiny_msdnet(num_classes=5, collaboration=collaboration)
+    classifier = AdaptiveClassifier.from_model(
+      model,
+      random_variables(model, _SHAPE),
+      (0.0, -np.inf),
+      _SHAPE,
+      mean=(0.5, 0.4, 0.3),
+      std=(0.2, 0.3, 0.2),
+      operating_points=[OperatingPoint((0.9, np.inf), (0.5, 0.5), 0.7)],
+      madds=(10, 20),
+      class_names=list('abcde'),
+      preprocessing={'crop': 'none'},
+    )
+    # Between two confidences of the first exit, so that rounding sends no image elsewhere.
+    between = np.sort(classifier.predict(images).confidences)[3:5].mean()
+    classifier.thresholds = np.array([between, -np.inf], np.float32)
+    return classifier
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def classifier(make_classifier):
+  return make_classifier('network')

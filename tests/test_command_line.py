@@ -77,7 +77,7 @@ def test_what_is_no_network_is_refused_in_a_line(tmp_path):
   (tmp_path / MANIFEST).write_text('{}')
   with pytest.raises(UsageError, match='manifest.json is corrupt'):
     command_line.open_classifier(str(tmp_path))
-  with pytest.raises(UsageError, match='has one phase, rule and sweep: leave out --phase, --rule'):
+  with pytest.raises(UsageError, match='has one phase, rule and sweep: leave out phase, rule'):
     command_line.open_classifier(str(tmp_path), phase=1, rule='margin', sweep=None)
 
 

@@ -194,7 +194,7 @@ def test_differences_are_one_line_per_field():
 
 @pytest.mark.parametrize('name', ['mnist5k', 'imagenet'])
 def test_json_gives_back_the_config(name):
-  config = config_lib.load_file(str(CONFIGS / f'{name}.py'))
+  config = config_lib.load(str(CONFIGS / f'{name}.py'))
   read = config_lib.from_json(json.dumps(config_lib.to_dict(config)))
   config_lib.validate(read)
   assert json.dumps(config_lib.to_dict(read)) == json.dumps(config_lib.to_dict(config))

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / 'configs'
 
 
 def load(name, argument=''):
-  return config_lib.load_file(f'{FOLDER / name}.py:{argument}')
+  return config_lib.load(f'{FOLDER / name}.py:{argument}')
 
 
 @pytest.mark.parametrize('path', sorted(FOLDER.glob('*.py')), ids=lambda path: path.stem)

@@ -3,6 +3,10 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,6 +35,7 @@ from imta_jax.evaluate import (
   write_tables,
 )
 
+ROOT = Path(__file__).parents[1]
 NUM_EXITS, NUM_IMAGES, NUM_CLASSES = 2, 40, 8
 COSTS = [ExitCost(madds=1_000_000, params=300), ExitCost(madds=2_500_000, params=700)]
 
@@ -313,3 +318,29 @@ def test_networks_are_loaded_as_they_were_written(tables, evaluation):
   assert load_points(tables, 'IMTA') == list(evaluation.points)
   with pytest.raises(UsageError, match='has no evaluation of ISC'):
     load_points(tables, 'ISC')
+
+
+def test_a_notebooks_backend_does_no_harm(tmp_path):
+  program = """
+import sys
+from etils import epath
+from imta_jax.evaluate import new_figure, save_figure
+save_figure(new_figure(2, 1), epath.Path(sys.argv[1]))
+"""
+  subprocess.run(
+    [sys.executable, '-c', program, tmp_path / 'figure.png'],
+    env={**os.environ, 'MPLBACKEND': 'unknown'},
+    check=True,
+    timeout=100,
+  )
+  assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_all_figures_are_made_in_one_place():
+  using = [
+    path.name
+    for folder in ('imta_jax', 'experiments')
+    for path in (ROOT / folder).rglob('*.py')
+    if 'matplotlib.figure' in path.read_text(encoding='utf-8')
+  ]
+  assert using == ['evaluate.py']

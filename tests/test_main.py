@@ -24,7 +24,7 @@ MNIST = f'--config={ROOT}/configs/mnist5k.py'
 
 
 BAD_INPUT = [
-  ([], ['--config is missing', '--config=configs/']),
+  ([], ['--config is missing', '--config=mnist5k']),
   ([MNIST, 'extra'], ["'extra'", '--help']),
   (['--confg=x.py'], ["'confg'", 'config']),
   ([MNIST, '--config.batch_sise=3'], ['config.batch_sise', "'batch_size'"]),
@@ -38,7 +38,7 @@ BAD_INPUT = [
   ([MNIST, '--config.batch_size=-8'], ['config.batch_size is -8']),
   ([MNIST, '--config.model.name=vgg'], ["'vgg'", 'msdnet', 'resnet']),
   ([MNIST, '--config.model.num_exits=0'], ['config.model', 'num_exits 0']),
-  (['--config=nope.py'], ['nope.py', 'configs/']),
+  (['--config=nope.py'], ['nope.py', 'cifar10, cifar100, image_folder, imagenet, mnist5k']),
   ([f'--config={ROOT}/configs'], ['configs']),
   ([f'{MNIST}:exits=many'], ["'many'", 'int']),
   ([MNIST, '--num_processes=2'], ['--coordinator_address', '--process_id']),
@@ -88,7 +88,7 @@ def refusal(call):
 def trained(call, monkeypatch):
   """A function that returns the config and the workdir that a command line would train."""
   calls = []
-  monkeypatch.setattr(loop, 'train_and_evaluate', lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(loop, 'train_and_evaluate', lambda *args, handle_signals: calls.append(args))
 
   def arguments_of(*arguments):
     call(*arguments)
@@ -161,7 +161,7 @@ def test_the_run_is_trained_as_the_command_line_says(trained, tmp_path):
   assert config.phases[0].epochs == trained(MNIST)[0].phases[0].epochs
   assert config.phases[1].epochs == 77
   assert tuple(config.dataset.mean) == (0.5,)
-  assert os.fspath(workdir) == f'{tmp_path}/here'
+  assert workdir == f'{tmp_path}/here'
 
 
 def test_exits_of_a_network_of_comparison_can_be_moved(trained):
@@ -178,10 +178,10 @@ def test_fields_may_stand_apart_from_their_values(trained):
   assert config.batch_size == 128
 
 
-@pytest.mark.parametrize('flags', [[], ['--workdir=here']], ids=['default', 'relative'])
-def test_workdirs_are_absolute_as_checkpoints_need_them(flags, trained, tmp_path):
-  _, workdir = trained(MNIST, *flags)
-  assert os.fspath(workdir).startswith(f'{tmp_path}/')
+def test_configs_are_found_by_name_in_any_folder(trained):
+  config, workdir = trained('--config=cifar100:exits=5', '--config.batch_size=128')
+  assert (config.dataset.name, config.model.num_exits, config.batch_size) == ('cifar100', 5, 128)
+  assert workdir == 'runs/cifar100-exits=5-batch_size=128'
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,7 @@ def test_workdirs_are_absolute_as_checkpoints_need_them(flags, trained, tmp_path
     (['-config=configs/mnist5k.py'], 'runs/mnist5k'),
     (['--config', 'configs/mnist5k.py', '--config.seed', '1'], 'runs/mnist5k-seed=1'),
     (['--config=configs/cifar100.py:exits=5'], 'runs/cifar100-exits=5'),
+    (['--config=cifar100:exits=5'], 'runs/cifar100-exits=5'),
     (['--config=/else/where/mine.py'], 'runs/mine'),
     (
       ['--config=configs/cifar100.py:exits=5', '--config.batch_size=128', '--config.seed=1'],

@@ -71,7 +71,7 @@ def test_every_config_and_program_in_a_command_exists():
   configs = {config for line in lines for config in re.findall(r'--config=(\S+)', line)}
   assert len(configs) >= 8
   for config in configs - {'configs/image_folder.py:digits'}:
-    config_lib.load_file(str(ROOT / config.rstrip("'")))
+    config_lib.load(str(ROOT / config.rstrip("'")))
   programs = {word for line in lines for word in re.findall(r'python (\S+\.py)', line)}
   modules = {word for line in lines for word in re.findall(r'python -m (imta_jax\S*)', line)}
   assert len(programs) > 5 and len(modules) >= 3

@@ -42,7 +42,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=positive(int), default=3, help='turns of each; default: 3')
   parser.add_argument('--output', type=output_file, help='JSON file for all figures')
   options = parser.parse_args()
-  config = config_lib.load_file(options.config)
+  config = config_lib.load(options.config)
   if config.dataset.in_memory:
     raise UsageError(f'{options.config} keeps its images in memory: choose one that streams them')
   if 4 * options.batch_size > options.images:

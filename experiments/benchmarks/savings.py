@@ -15,7 +15,7 @@ from typing import Any
 import common
 from etils import epath
 
-from imta_jax.figures import new_figure, save_figure
+from imta_jax.evaluate import new_figure, save_figure
 
 ALL_EXITS, NEARLY_AS_ACCURATE = 'all exits', 'within 0.5 points'
 RUNTIMES = ('ONNX Runtime', 'OpenVINO', 'PyTorch')

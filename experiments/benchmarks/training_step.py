@@ -39,7 +39,7 @@ def main() -> None:
   parser.add_argument('--repeats', type=positive(int), default=7, help='turns; default: 7')
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
-  config = config_lib.load_file(options.config)
+  config = config_lib.load(options.config)
   config.model.dtype = options.dtype or config.model.dtype
   batch_sizes = options.batch_sizes or [config.batch_size]
   peers = [name for name in options.peers.split(',') if name]

@@ -11,7 +11,7 @@ from etils import epath
 from runs import Run, Runs, main
 
 from imta_jax import evaluate
-from imta_jax.figures import new_figure
+from imta_jax.evaluate import new_figure
 from imta_jax.training import workdir as layout
 
 

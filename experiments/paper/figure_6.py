@@ -12,7 +12,7 @@ import runs
 from etils import epath
 
 from imta_jax import command_line
-from imta_jax.figures import new_figure
+from imta_jax.evaluate import new_figure
 from imta_jax.training import workdir as layout
 
 EXITS = (4, 6, 8)

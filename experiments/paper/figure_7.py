@@ -15,7 +15,7 @@ import table_2
 from etils import epath
 
 from imta_jax import command_line
-from imta_jax.figures import new_figure
+from imta_jax.evaluate import new_figure
 
 WITHOUT, WITH = f'{table_2.FOLDER}/none', f'{table_2.FOLDER}/ISC'
 RUNS = [run for run in table_2.RUNS if run.name in (WITHOUT, WITH)]

@@ -11,7 +11,7 @@ import scipy.stats
 from etils import epath
 from runs import Runs
 
-from imta_jax.figures import save_figure
+from imta_jax.evaluate import save_figure
 from imta_jax.files import write_csv, write_whole
 from imta_jax.training import workdir as layout
 

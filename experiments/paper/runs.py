@@ -168,7 +168,7 @@ def _overrides(arguments):
 
 def command(chosen: Runs, run: Run, seed: int) -> list[str]:
   """Returns the training command of a run."""
-  config = config_lib.load_file(str(ROOT / run.config))
+  config = config_lib.load(str(ROOT / run.config))
   epochs = {
     f'phases[{index}].epochs': chosen.scale * phase.epochs
     for index, phase in enumerate(config.phases)

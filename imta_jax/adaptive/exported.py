@@ -1,4 +1,4 @@
-"""Reads exports of experiments/export.py.
+"""Reads exports: folders that imta_jax.export writes.
 
 Checksums find corrupt files, but prove nothing about an untrusted export. Its manifest is therefore
 checked against a schema, its arrays are never unpickled, no file outside of it is read, and its

@@ -56,7 +56,7 @@ def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemory
   Raises:
     UsageError: If the config or the data set is wrong, or the folder is not empty.
   """
-  config = config_lib.load_file(config_file)
+  config = config_lib.load(config_file)
   if not config.dataset.in_memory:
     raise UsageError(f'--config={config_file}: its data set is streamed, not kept in memory')
   if folder.exists() and any(folder.iterdir()):

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,12 +35,16 @@ from imta_jax.training.signals import StopRequest
 _DISPATCHES_IN_FLIGHT = 2
 
 
-def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate.Evaluation]:
+def train_and_evaluate(
+  config: ConfigDict, workdir: str | os.PathLike, *, handle_signals: bool = False
+) -> list[evaluate.Evaluation]:
   """Trains all phases, resuming where a previous run stopped, and evaluates each network.
 
   Args:
     config: A complete config; see imta_jax.config.
     workdir: The run's folder, which is created if necessary.
+    handle_signals: Whether SIGTERM and Ctrl-C stop the run after its state has been saved; only in
+      the main thread. Preemption notices of several hosts always do.
 
   Returns:
     One evaluation per phase.
@@ -49,11 +54,17 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.Path) -> list[evaluate
       changed since the workdir was first trained in, or if the loss is not finite.
     SystemExit: If a signal asked the run to stop; its state has been saved. While there is nothing
       to save, a signal ends the process at once.
+
+  Example:
+    >>> import imta_jax
+    >>> config = imta_jax.load_config('mnist5k')
+    >>> evaluations = imta_jax.train_and_evaluate(config, 'runs/mnist5k')  # doctest: +SKIP
   """
+  workdir = layout.open_workdir(workdir)
   config_lib.validate(config)  # Before importing TensorFlow, which takes seconds.
   with runtime.watchdog():
     dataset = open_dataset(config)
-    with workdir_lock.hold(workdir), StopRequest() as stop:
+    with workdir_lock.hold(workdir), StopRequest(handle_signals) as stop:
       layout.claim(
         config,
         workdir,

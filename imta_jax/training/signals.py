@@ -27,14 +27,20 @@ class StopRequest:
     has_unsaved_steps: Whether a signal has to wait; to be set by the training loop.
   """
 
-  def __init__(self):
+  def __init__(self, handle_signals: bool = True):
+    """Creates a request that nobody has made.
+
+    Args:
+      handle_signals: Whether to answer signals; False leaves them to the program around.
+    """
+    self._handle_signals = handle_signals
     self.has_unsaved_steps = False
     self._noted, self._signal = False, signal.SIGTERM
     self._num_calls = 0
     self._previous = {}
 
   def __enter__(self) -> 'StopRequest':
-    if jax.process_count() == 1:
+    if self._handle_signals and jax.process_count() == 1:
       receiver, self._sender = os.pipe()
       os.set_blocking(self._sender, False)
       # Python writes the number of each signal there when it comes, whatever the main thread does.

@@ -11,7 +11,9 @@ evaluation/                       tables, a figure, and the predictions behind t
 evaluation/phase_1_scores.npz     what a classifier needs of the validation images
 """
 
+import importlib.util
 import json
+import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -25,11 +27,21 @@ from ml_collections import ConfigDict
 from imta_jax import config as config_lib
 from imta_jax.errors import UsageError
 from imta_jax.files import accessing, read_whole, write_whole
+from imta_jax.runtime import import_tensorflow
 
 # Fields that do not change what an undisturbed run computes.
 _MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.profile_steps')
 
 _TRAIN_AGAIN = 'remove it and run the training command again'
+
+
+def open_workdir(path: str | os.PathLike) -> epath.Path:
+  """Returns the path of a workdir; absolute, as checkpoints need it."""
+  if '://' not in os.fspath(path):
+    return epath.Path(os.path.abspath(path))
+  if importlib.util.find_spec('tensorflow'):  # It reads and writes buckets.
+    import_tensorflow()
+  return epath.Path(path)
 
 
 def phase_name(index: int) -> str:

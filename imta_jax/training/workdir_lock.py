@@ -7,7 +7,6 @@ expires after a minute without.
 
 import contextlib
 import datetime
-import fcntl
 import os
 import socket
 import threading
@@ -21,6 +20,11 @@ from etils import epath
 from imta_jax.errors import UsageError
 from imta_jax.files import accessing, file_errors, write_whole
 
+try:
+  import fcntl
+except ModuleNotFoundError:  # On Windows.
+  fcntl = None
+
 _SECONDS_BETWEEN_HEARTBEATS, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_EXPIRE = 20, 5, 60
 
 
@@ -28,8 +32,8 @@ _SECONDS_BETWEEN_HEARTBEATS, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_EXPIRE = 20, 5,
 def hold(workdir: epath.Path) -> Iterator[None]:
   """Holds the lock of a workdir; the first host does so for all.
 
-  No lock is taken on file systems without locking. In a bucket, two runs that start within a second
-  are not told apart.
+  No lock is taken on file systems without locking, nor on Windows. In a bucket, two runs that start
+  within a second are not told apart.
 
   Args:
     workdir: The run's folder, which is created if necessary.
@@ -55,7 +59,8 @@ def _hold_file(workdir, holder):
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
   with os.fdopen(descriptor, 'r+') as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       _refuse(workdir, file.read())
     except OSError:

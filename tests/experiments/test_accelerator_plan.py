@@ -142,7 +142,7 @@ def test_unknown_targets_are_refused(name):
 SMALL = f"""
 from imta_jax import config
 def get_config(argument):
-  small = config.load_file('{ROOT}/configs/mnist5k.py:exits=2')
+  small = config.load('{ROOT}/configs/mnist5k.py:exits=2')
   small.model.update(scale_factors=(1,), bottleneck_factors=(1,))
   return small
 """
@@ -218,7 +218,7 @@ def test_a_step_that_the_compiler_cannot_fit_does_not_fit(reason, monkeypatch):
     raise jax.errors.JaxRuntimeError(reason)
 
   monkeypatch.setattr(plan, '_compile', compile)
-  config = config_lib.load_file(f'{ROOT}/configs/mnist5k.py:exits=1')
+  config = config_lib.load(f'{ROOT}/configs/mnist5k.py:exits=1')
   arguments = (config, targets.Target('cpu', jax.devices('cpu')), 1, 16)
   if reason.startswith('INTERNAL'):
     with pytest.raises(jax.errors.JaxRuntimeError, match='crash'):

@@ -26,7 +26,7 @@ def content(tmp_path):
     {split: random.integers(0, 256, (n, 8, 8, 1), np.uint8) for split, n in sizes.items()},
     {split: np.arange(n, dtype=np.int32) % 3 for split, n in sizes.items()},
   )
-  config = config_lib.load_file(str(ROOT / 'configs/mnist5k.py'))
+  config = config_lib.load(str(ROOT / 'configs/mnist5k.py'))
   config.batch_size = config.evaluation_batch_size = 24
   config.dataset.update(
     arrays_dir=str(tmp_path / 'arrays'), image_size=8, validation_size=30, padding=1

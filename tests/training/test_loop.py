@@ -56,7 +56,7 @@ def command(tmp_path_factory):
     {split: draw(0, 256, (n, 12, 12, 1), np.uint8) for split, n in sizes.items()},
     {split: draw(0, 10, n, np.int32) for split, n in sizes.items()},
   )
-  arrays.write(config_lib.load_file(CONFIG).dataset, noise, epath.Path(folder))
+  arrays.write(config_lib.load(CONFIG).dataset, noise, epath.Path(folder))
   program = (sys.executable, '-m', 'imta_jax.main', f'--config={CONFIG}')
   return (*program, *OVERRIDES, f'--config.dataset.arrays_dir={folder}')
 

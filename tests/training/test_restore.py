@@ -1,8 +1,6 @@
 """Starting from a trained network: an export, a workdir, and what does not fit."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,7 +19,6 @@ from imta_jax.training import workdir as layout
 from imta_jax.training.checkpoint import Checkpoints
 from imta_jax.training.phases import Phase
 
-PATH = Path(__file__).parents[2] / 'experiments/export.py'
 SHAPE = (8, 8, 3)
 FIELDS = {
   'num_exits': 2,
@@ -44,9 +41,6 @@ def donor(random_variables):
 
 @pytest.fixture(scope='module')
 def export(donor, tmp_path_factory):
-  spec = importlib.util.spec_from_file_location('export', PATH)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
   folder = tmp_path_factory.mktemp('pretrained') / 'export'
   classifier = AdaptiveClassifier.from_model(
     create(5),
@@ -58,7 +52,7 @@ def export(donor, tmp_path_factory):
     class_names=list('abcde'),
     preprocessing={'crop': 'none'},
   )
-  module.write_export(classifier, epath.Path(folder))
+  classifier.save(folder)
   return folder
 
 

@@ -1,6 +1,7 @@
 """The files of a workdir, and names of phases in figures."""
 
 import json
+import os
 
 import jax
 import pytest
@@ -25,6 +26,11 @@ from imta_jax.training import workdir
 def test_figures_name_the_techniques_of_a_phase(phase, changes, label):
   phase.update(changes)
   assert workdir.phase_label('p', phase) == label
+
+
+def test_workdirs_are_absolute_as_checkpoints_need_them(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert os.fspath(workdir.open_workdir('runs/mnist5k')) == f'{tmp_path}/runs/mnist5k'
 
 
 def test_a_run_records_each_environment_once(tmp_path, monkeypatch):

@@ -247,7 +247,7 @@ class AdaptiveClassifier:
   def load(
     cls, folder: Any, budget: float | None = None, **limits: float | None
   ) -> 'AdaptiveClassifier':
-    """Loads an export of experiments/export.py.
+    """Loads a folder that `save` wrote.
 
     Args:
       folder: The export.
@@ -359,6 +359,23 @@ class AdaptiveClassifier:
     if self.validation is None:
       raise ValueError('max_loss needs the scores of validation images, which are unknown here')
     return guaranteed_thresholds(self.validation, max_loss, confidence)
+
+  def save(self, folder: Any, *, float16: bool = False, without_engine: bool = False) -> None:
+    """Saves the classifier, with imta_jax, to a folder that needs only JAX and NumPy.
+
+    Args:
+      folder: The folder, which must be empty or absent.
+      float16: Whether to store kernels in float16, which halves the size.
+      without_engine: Whether to leave out the code that runs the folder without imta_jax.
+
+    Raises:
+      UsageError: If the folder is not empty.
+    """
+    from etils import epath
+
+    from imta_jax.export import write_export
+
+    write_export(self, epath.Path(folder), float16=float16, without_engine=without_engine)
 
   def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Predictions:
     """Classifies images.

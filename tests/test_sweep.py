@@ -1,11 +1,11 @@
 """The program for budgeted batch classification: arguments and corrupt workdirs."""
 
-import budget_sweep
 import numpy as np
 import pytest
 from etils import epath
 
 from imta_jax import config as config_lib
+from imta_jax import sweep
 from imta_jax.adaptive.cost import ExitCost
 from imta_jax.errors import UsageError
 from imta_jax.evaluate import SPLITS, Predictions, assess, save_predictions, write_tables
@@ -33,7 +33,7 @@ def workdir(tmp_path):
 
 
 def test_a_sweep_of_a_finished_run(workdir, tmp_path, capsys):
-  budget_sweep.main([str(workdir), '--parameters', '0.5', '2', f'--output={tmp_path}/sweep'])
+  sweep.main([str(workdir), '--parameters', '0.5', '2', f'--output={tmp_path}/sweep'])
   assert len((tmp_path / 'sweep' / 'budget.csv').read_text().splitlines()) == 3
   assert (tmp_path / 'sweep' / 'budget.png').exists()
   assert '1 network(s) swept' in capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_a_sweep_of_a_finished_run(workdir, tmp_path, capsys):
 @pytest.mark.parametrize('number', ['0', '-1', 'inf', 'nan'])
 def test_wrong_parameters_are_refused(number, workdir, capsys):
   with pytest.raises(SystemExit):
-    budget_sweep.main([str(workdir), '--parameters', '0.5', number])
+    sweep.main([str(workdir), '--parameters', '0.5', number])
   message = f"argument --parameters: invalid positive float value: '{number}'"
   assert message in capsys.readouterr().err
 
@@ -50,12 +50,12 @@ def test_wrong_parameters_are_refused(number, workdir, capsys):
 def test_corrupt_workdirs_and_an_output_that_is_a_file_are_refused(workdir, tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   with pytest.raises(SystemExit):
-    budget_sweep.main([str(workdir), f'--output={tmp_path}/file'])
+    sweep.main([str(workdir), f'--output={tmp_path}/file'])
   assert 'name a folder' in capsys.readouterr().err
   path = layout.predictions_path(workdir, 'phase_1', 'test')
   path.write_bytes(path.read_bytes()[:-40])
   with pytest.raises(UsageError, match='phase_1_test.npz is corrupt'):
-    budget_sweep.main([str(workdir)])
+    sweep.main([str(workdir)])
   save_predictions(Predictions(np.zeros((3, 4, 3), np.float32), np.zeros(4, np.int32)), path)
   with pytest.raises(UsageError, match='for the 2 exits of madds'):
-    budget_sweep.main([str(workdir)])
+    sweep.main([str(workdir)])

@@ -8,12 +8,12 @@ import sys
 import types
 from pathlib import Path
 
-import export
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from imta_jax import export
 from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, manifest_checksum
 from imta_jax.errors import UsageError
 

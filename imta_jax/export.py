@@ -1,7 +1,7 @@
 """Exports a trained network to a folder that runs without imta_jax.
 
-    python experiments/export.py runs/mnist5k exported
-    python experiments/export.py runs/cifar100 exported --budget=40e6
+    python -m imta_jax.export runs/mnist5k exported
+    python -m imta_jax.export runs/cifar100 exported --budget=40e6
 
 The folder contains each stage as StableHLO (from jax.export, for any batch size, for CPUs, GPUs and
 TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs only JAX and NumPy:
@@ -14,6 +14,7 @@ TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs only J
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -29,7 +30,6 @@ import numpy as np
 from etils import epath
 from jax import export
 
-import imta_jax
 from imta_jax import command_line
 from imta_jax.adaptive import engine
 from imta_jax.adaptive.engine import AdaptiveClassifier
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     'without_engine': 'leave out adaptive/, for use where imta_jax is installed',
     'float16': 'store kernels in float16, which halves the size; they compute in float32',
   }
-  run(__doc__, write_export, arguments, flags)
+  export_network(__doc__, write_export, arguments, flags)
 
 
-def run(
+def export_network(
   description: str,
   write: Callable[..., int],
   arguments: Sequence[str] | None = None,
@@ -131,7 +131,7 @@ def write_export(
   if classifier.validation is not None:
     contents[engine.VALIDATION] = _npz(dataclasses.asdict(classifier.validation))
   if not without_engine:
-    contents |= {name: (Path(imta_jax.__file__).parent / name).read_bytes() for name in SOURCES}
+    contents |= {name: (Path(__file__).parent / name).read_bytes() for name in SOURCES}
   packages = ('imta_jax', 'jax', 'jaxlib', 'numpy')
   return write_folder(classifier, folder, source, contents, fields, packages)
 
@@ -247,5 +247,7 @@ def _finite(thresholds: Sequence[float]) -> list[float | None]:
   return [threshold if math.isfinite(threshold) else None for threshold in thresholds]
 
 
+run = functools.partial(command_line.run, main)
+
 if __name__ == '__main__':
-  command_line.run(main)
+  run()
