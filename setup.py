@@ -15,7 +15,6 @@ TRAIN = [
   'importlib_resources>=6.4.0',  # Needed by tensorflow-datasets, which does not declare it.
   'matplotlib>=3.10.8',
   'mlxtend>=0.23.2',
-  'pillow>=11.0.0',
   'rich>=13.9.0',
   'tensorboard>=2.19.0',  # Needed by clu, which does not declare it.
   'tensorflow-cpu>=2.19.0; platform_machine == "x86_64" and sys_platform != "darwin"',
@@ -23,7 +22,6 @@ TRAIN = [
   'tensorflow-datasets>=4.9.8',
 ]
 SERVE = [
-  'pillow>=11.0.0',
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.18',
   'starlette>=0.41.3',
@@ -78,6 +76,7 @@ setup(
     'numpy>=2.0.2',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<0.13',
+    'pillow>=11.0.0',
     'scipy>=1.15.0',
   ],
   extras_require={

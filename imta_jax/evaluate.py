@@ -4,6 +4,7 @@ Only computing the logits [exit, image, class] needs an accelerator; the rest is
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -306,6 +307,8 @@ def write_figure(
   """Draws accuracy against average multiply-adds.
 
   Lines show budgeted batch classification; circles show single exits that classify all images.
+  Where a line reaches the accuracy of the last exit, its share of the last exit's multiply-adds is
+  marked.
 
   Args:
     evaluations: The networks.
@@ -316,6 +319,7 @@ def write_figure(
   figure = new_figure(6.4, 4.4)
   axes = figure.add_subplot()
   unit, unit_name = 1e6, 'million'
+  is_any_marked = False
   for evaluation, label in zip(evaluations, labels, strict=True):
     points = sorted(evaluation.points, key=lambda point: point.test_madds)
     (line,) = axes.plot(
@@ -333,9 +337,11 @@ def write_figure(
       markersize=5,
       fillstyle='none',
     )
-  axes.plot(
-    [], [], 'o', color='gray', fillstyle='none', markersize=5, label='one exit for all images'
-  )
+    is_any_marked |= _mark_whole_network(axes, evaluation, points, unit, line.get_color())
+  gray = {'color': 'gray', 'markersize': 5}
+  axes.plot([], [], 'o', fillstyle='none', label='one exit for all images', **gray)
+  if is_any_marked:
+    axes.plot([], [], 'D:', label='as accurate as the last exit, at … of its cost', **gray)
   axes.set(
     xlabel=f'average multiply-adds per image ({unit_name})', ylabel='test accuracy (%)', title=title
   )
@@ -348,8 +354,35 @@ def write_figure(
   save_figure(figure, path)
 
 
+def _mark_whole_network(axes, evaluation, points, unit, color):
+  """Marks the first point, ordered by cost, that is as accurate as the last exit, if any is."""
+  accuracy, madds = evaluation.accuracies['test', 1][-1], evaluation.costs[-1].madds
+  reached = next((point for point in points if point.test_accuracy >= accuracy), None)
+  if reached is None or reached.test_madds >= madds:
+    return False
+  x, y = reached.test_madds / unit, 100 * accuracy
+  axes.plot([x, madds / unit], [y, y], 'D:', color=color, markersize=5, markevery=[0])
+  axes.annotate(
+    f'{reached.test_madds / madds:.0%}',
+    (x, y),
+    (-4, 6),
+    textcoords='offset points',
+    ha='right',
+    color=color,
+    weight='bold',
+  )
+  return True
+
+
+def require_matplotlib() -> None:
+  """Raises UsageError if figures cannot be drawn."""
+  if importlib.util.find_spec('matplotlib') is None:
+    raise UsageError("figures need matplotlib: pip install 'imta_jax[train]'")
+
+
 def new_figure(width: float, height: float) -> Any:
   """Returns an empty `matplotlib.figure.Figure`, whose sides are in inches."""
+  require_matplotlib()
   # A notebook hands its backend on, which Matplotlib refuses at its import if it is not installed.
   os.environ.pop('MPLBACKEND', None)
   from matplotlib.figure import Figure

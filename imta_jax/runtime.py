@@ -72,9 +72,9 @@ def import_tensorflow() -> None:
     import tensorflow as tf
   except ModuleNotFoundError as error:
     raise UsageError(
-      'TensorFlow is not installed, but reading this data set requires it: pip install tensorflow '
-      'tensorflow-datasets, or set config.dataset.arrays_dir to a folder that '
-      'imta_jax.data.prepare wrote on another machine'
+      'TensorFlow is not installed, but reading this data set requires it: pip install '
+      "'imta_jax[train]', or set config.dataset.arrays_dir to a folder that imta_jax.data.prepare "
+      'wrote on another machine'
     ) from error
   finally:
     os.dup2(stderr, 2)

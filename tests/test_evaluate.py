@@ -234,15 +234,20 @@ def test_json_holds_the_same_and_is_valid(tables, evaluation):
     assert row['thresholds'][-1] is None
 
 
-def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch):
-  figures = []
-  savefig = Figure.savefig
+@pytest.fixture
+def figures(monkeypatch):
+  """The figures that are saved."""
+  figures, savefig = [], Figure.savefig
 
   def keep(figure, *args, **options):
     figures.append(figure)
     return savefig(figure, *args, **options)
 
   monkeypatch.setattr(Figure, 'savefig', keep)
+  return figures
+
+
+def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, figures):
   path = epath.Path(tmp_path) / 'evaluation' / 'budget.png'
   write_figure([evaluation], path, 'CIFAR-100', ['phase_1 (with GE)'])
   assert path.read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
@@ -251,7 +256,7 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch)
   (axes,) = figure.axes
   assert axes.get_title() == 'CIFAR-100'
   assert 'million' in axes.get_xlabel() and '%' in axes.get_ylabel()
-  line, exits, _ = axes.lines
+  line, exits = axes.lines[:2]
   assert line.get_label() == 'phase_1 (with GE)'
   assert line.get_marker() == 'None'
   points = sorted(evaluation.points, key=lambda point: point.test_madds)
@@ -263,6 +268,26 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, monkeypatch)
   evaluation = dataclasses.replace(evaluation, points=evaluation.points[:1])
   write_figure([evaluation], path, 'CIFAR-100', ['phase_1'])
   assert figures[1].axes[0].lines[0].get_marker() == '.'
+
+
+@pytest.mark.parametrize(
+  ('accuracies', 'mark'), [((0.6, 0.7, 0.8), '60%'), ((0.6, 0.6, 0.6), None)], ids=['yes', 'no']
+)
+def test_figure_marks_the_share_of_the_cost_of_the_last_exits_accuracy(
+  evaluation, accuracies, mark, tmp_path, figures
+):
+  points = [
+    dataclasses.replace(evaluation.points[0], test_accuracy=accuracy, test_madds=madds)
+    for accuracy, madds in zip(accuracies, (1.2e6, 1.5e6, 1.8e6), strict=True)
+  ]
+  evaluation = dataclasses.replace(
+    evaluation, points=points, accuracies={('test', 1): np.array([0.5, 0.7])}
+  )
+  write_figure([evaluation], epath.Path(tmp_path) / 'budget.png', 'CIFAR-100', ['phase_1'])
+  (axes,) = figures[0].axes
+  assert [text.get_text() for text in axes.texts] == ([mark] if mark else [])
+  lines = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == 'D']
+  assert lines == ([[[1.5, 70.0], [2.5, 70.0]], []] if mark else [])
 
 
 @pytest.mark.parametrize('rule', RULES)

@@ -62,6 +62,7 @@ def train_and_evaluate(
   """
   workdir = layout.open_workdir(workdir)
   config_lib.validate(config)  # Before importing TensorFlow, which takes seconds.
+  evaluate.require_matplotlib()  # The figure comes last.
   with runtime.watchdog():
     dataset = open_dataset(config)
     with workdir_lock.hold(workdir), StopRequest(handle_signals) as stop:
