@@ -70,6 +70,7 @@ setup(
   install_requires=[
     'absl-py>=2.2.0',
     'etils[epath,epy]>=1.12.0',
+    'flatbuffers>=24.12.23',  # Needed by jax.export, which does not declare it.
     'flax>=0.12.8,<0.13',
     'jax>=0.10.2,<0.13',
     'ml-collections>=1.0.0',

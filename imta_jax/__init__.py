@@ -4,7 +4,7 @@
 
     classifier = imta_jax.load('runs/mnist5k', budget=2e6)  # Multiply-adds per image, on average.
     answers = classifier.predict(images)  # .labels, .confidences, .exits, .probabilities
-    classifier.save('exported')  # For JAX and NumPy alone.
+    classifier.save('exported')  # For JAX, NumPy and flatbuffers alone.
 
 Each name is imported when it is used, so that a loaded export needs no training packages.
 """

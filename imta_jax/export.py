@@ -4,7 +4,8 @@
     python -m imta_jax.export runs/cifar100 exported --budget=40e6
 
 The folder contains each stage as StableHLO (from jax.export, for any batch size, for CPUs, GPUs and
-TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs only JAX and NumPy:
+TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs JAX, NumPy and
+flatbuffers:
 
     import sys; sys.path.insert(0, 'exported')
     from adaptive.engine import AdaptiveClassifier

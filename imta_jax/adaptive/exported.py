@@ -204,6 +204,8 @@ def _program(folder, name, content):
     program = export.deserialize(bytearray(content))
     has_foreign_calls = _FOREIGN_CALL.search(program.mlir_module())
     platforms = program.platforms
+  except ImportError:
+    raise  # JAX names the missing package.
   except Exception as error:  # Corrupt bytes make the reader raise all kinds of exceptions.
     raise _corrupt(folder, name, 'is not a program') from error
   if has_foreign_calls:

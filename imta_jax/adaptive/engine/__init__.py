@@ -6,8 +6,8 @@
 
 `classifier` is the interface for users. `runner` runs stages, compiled as `programs`, on `batches`
 of images, in the sizes that `plan` chooses. Except for `from_workdir` and `from_model`, all of it
-needs only JAX and NumPy: an export carries a copy (`adaptive.exported.SOURCES`), and so runs where
-imta_jax is not installed.
+needs only JAX, NumPy and flatbuffers: an export carries a copy (`adaptive.exported.SOURCES`), and so
+runs where imta_jax is not installed.
 """
 
 from ..exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum

@@ -361,7 +361,7 @@ class AdaptiveClassifier:
     return guaranteed_thresholds(self.validation, max_loss, confidence)
 
   def save(self, folder: Any, *, float16: bool = False, without_engine: bool = False) -> None:
-    """Saves the classifier, with imta_jax, to a folder that needs only JAX and NumPy.
+    """Saves the classifier, with imta_jax, to a folder that runs without it.
 
     Args:
       folder: The folder, which must be empty or absent.
