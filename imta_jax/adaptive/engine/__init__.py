@@ -5,9 +5,9 @@
     answers = classifier.predict(images)
 
 `classifier` is the interface for users. `runner` runs stages, compiled as `programs`, on `batches`
-of images, in the sizes that `plan` chooses. Except for `from_workdir` and `from_model`, all of it
-needs only JAX, NumPy and flatbuffers: an export carries a copy (`adaptive.exported.SOURCES`), and so
-runs where imta_jax is not installed.
+of images, in the sizes that `plan` chooses. Except for `from_workdir`, `from_model` and `save`, all
+of it needs only JAX, NumPy and flatbuffers: an export carries a copy (`adaptive.exported.SOURCES`),
+and so runs where imta_jax is not installed.
 """
 
 from ..exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum
