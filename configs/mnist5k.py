@@ -2,7 +2,13 @@
 
     python -m imta_jax.main --config=configs/mnist5k.py
 
-Not in the paper. Cost: 3 + 3 epochs of 54 steps. Data: part of a package, so not downloaded.
+Top-1 accuracy on test images in %, by exit; the paper has no such network:
+
+    ours, phase I    95.5  95.6  96.0  95.9
+    ours, phase II   95.4  95.8  96.1  96.0
+
+Cost: 3 + 3 epochs of 54 steps, two minutes on two CPU cores. Data: part of a package, so not
+downloaded.
 """
 
 from imta_jax import config as config_lib
