@@ -21,7 +21,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 def pytest_collection_modifyitems(items):
   """Puts the files that take longest first, beside which the others run."""
-  longest = ('test_hosts.py', 'test_readme.py', 'test_loop.py')
+  longest = ('test_hosts.py', 'test_readme.py', 'test_wheel.py', 'test_loop.py')
   items.sort(key=lambda item: [item.path.name != name for name in longest])
 
 
