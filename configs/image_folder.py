@@ -2,8 +2,8 @@
 
     python -m imta_jax.main --config=configs/image_folder.py:flowers/
 
-200 digits as files (see README.md) take less than 5 minutes on two CPU cores; then the exits classify
-91, 94, 94 and 97 % of 32 test images.
+200 digits as files (see README.md) take less than 5 minutes on two CPU cores; then the exits
+classify 91, 94, 94 and 97 % of 32 test images.
 
 The folder has a folder per class, or train/ and test/ (or val/) with a folder per class each;
 without them, a hash of their paths splits the images: see docs/image-folders.md. The number of
