@@ -86,6 +86,7 @@ setup(
     'test': [
       'httpx>=0.27.0',
       'hypothesis>=6.112.0',
+      'mypy>=1.19.0',
       'packaging>=24.2',
       'pytest>=8.3.0',
       'pytest-xdist>=3.8.0',

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,7 +340,7 @@ def check_path(config: ConfigDict, path: str) -> None:
     node = children[name]
 
 
-def suggest(name: str, choices) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
   """Suggests what to write instead of a name that does not exist."""
   close = difflib.get_close_matches(name, list(choices), 1)
   return f'did you mean {close[0]!r}?' if close else f'choose one of {", ".join(sorted(choices))}'

@@ -204,7 +204,7 @@ class Evaluation:
 
 
 def assess(
-  name: str, costs: Sequence[ExitCost], predictions: Mapping[str, Predictions], **sweep
+  name: str, costs: Sequence[ExitCost], predictions: Mapping[str, Predictions], **sweep: Any
 ) -> Evaluation:
   """Evaluates a network from its costs and its predictions for validation and test images.
 
@@ -284,7 +284,8 @@ def load_points(folder: epath.Path, name: str) -> list[OperatingPoint]:
     fields = {field.name: row[field.name] for field in dataclasses.fields(OperatingPoint)}
     thresholds = [math.inf if t is None else t for t in fields['thresholds'][:-1]]
     fields['thresholds'] = [*thresholds, -math.inf]
-    return OperatingPoint(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return OperatingPoint(**values)
 
   return _load_rows(folder, name, 'budget', point)
 

@@ -223,7 +223,7 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
   """Keeps the folders of this machine out of the source locations in programs."""
-  before = jax.config.jax_hlo_source_file_canonicalization_regex
+  before = jax.config.jax_hlo_source_file_canonicalization_regex  # type: ignore[attr-defined]
   jax.config.update('jax_hlo_source_file_canonicalization_regex', '.*/')
   try:
     yield
@@ -237,7 +237,7 @@ def _names(tree: Any) -> list[str]:
   return [jax.tree_util.keystr(path, simple=True, separator='/') for path in paths]
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+def _npz(arrays: Mapping[str, Any]) -> bytes:
   content = io.BytesIO()
   np.savez_compressed(content, **arrays)
   return content.getvalue()

@@ -131,7 +131,7 @@ def default_workdir(arguments: Sequence[str]) -> str:
   Args:
     arguments: The command-line arguments.
   """
-  parts = []
+  parts: list[str] = []
   for name, value in flag_values(arguments):
     if name == 'config':
       path, _, config_argument = value.rstrip('/').partition(':')

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   classifier = open_classifier(options.network, **choices(options))
   write = _write_json if options.format == 'jsonl' else _Table(classifier.class_names, options.top)
 
-  exits, num_unreadable = collections.Counter(), 0
+  exits: collections.Counter[int] = collections.Counter()
+  num_unreadable = 0
   start = time.perf_counter()
   for path, outcome in classify_files(classifier, find_images(options.images), options.batch_size):
     if isinstance(outcome, ImageError):

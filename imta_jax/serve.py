@@ -23,7 +23,7 @@ import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 try:
@@ -216,7 +216,7 @@ class _Service:
     )
 
   @contextlib.asynccontextmanager
-  async def lifespan(self, app: Starlette):
+  async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
     """Lasts as long as the server."""
     del app
     # Garbage collection over all that tracing has left would stop the server for 0.2 s each time.
@@ -263,7 +263,8 @@ class _Service:
       images = await self._decode(files)
       futures = self._batcher.submit(images, thresholds)
       results = await asyncio.gather(*map(asyncio.wrap_future, futures))
-    answers = [describe(*result, self._classifier.class_names, _TOP) for result in results]
+    names = self._classifier.class_names
+    answers = [describe(probabilities, exit, names, _TOP) for probabilities, exit in results]
     for answer in answers:
       self._images.labels(answer['exit']).inc()
     if not is_form:

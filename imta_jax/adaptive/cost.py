@@ -19,6 +19,9 @@ from jax.extend import core
 from imta_jax.models.convolution import convolve, convolve_pair
 from imta_jax.models.multi_exit import MultiExitNetwork
 
+# The names under which traced computations call them.
+_CONVOLVE, _CONVOLVE_PAIR = convolve.__name__, convolve_pair.__name__  # type: ignore[attr-defined]
+
 
 @dataclasses.dataclass(frozen=True)
 class ExitCost:
@@ -86,20 +89,21 @@ def _count(jaxpr: core.Jaxpr) -> int:
   dense_outputs = set()
   for equation in jaxpr.eqns:
     name = equation.primitive.name
-    out = equation.outvars[0].aval if equation.outvars else None
-    if equation.params.get('name') == convolve.__name__:
+    out: Any = equation.outvars[0].aval if equation.outvars else None
+    inputs: list[Any] = [variable.aval for variable in equation.invars]
+    if equation.params.get('name') == _CONVOLVE:
       # Counted as a convolution, in whatever form it is computed.
-      total += out.size * math.prod(equation.invars[1].aval.shape[:3])
-    elif equation.params.get('name') == convolve_pair.__name__:
+      total += out.size * math.prod(inputs[1].shape[:3])
+    elif equation.params.get('name') == _CONVOLVE_PAIR:
       pixels = out.size // out.shape[-1]
-      total += pixels * sum(kernel.aval.size for kernel in equation.invars[2:])
+      total += pixels * sum(kernel.size for kernel in inputs[2:])
     elif name == 'conv_general_dilated':
-      kernel = equation.invars[1].aval.shape
+      kernel = inputs[1].shape
       _, *inputs_and_area = equation.params['dimension_numbers'].rhs_spec
       total += out.size * math.prod(kernel[axis] for axis in inputs_and_area)
     elif name == 'dot_general':
       (contracted, _), _ = equation.params['dimension_numbers']
-      total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+      total += out.size * math.prod(inputs[0].shape[axis] for axis in contracted)
       dense_outputs.add(equation.outvars[0])
     elif name == 'add' and not dense_outputs.isdisjoint(
       v for v in equation.invars if isinstance(v, core.Var)

@@ -69,7 +69,7 @@ def _is_threshold(value):
   return value is None or _is_number(value)  # Null stands for infinity, which JSON does not have.
 
 
-_SCHEMA = {
+_SCHEMA: dict[str, Schema] = {
   'stages': [_is_text],
   'weights': _is_text,
   'weights_per_stage': [_is_count],

@@ -1,18 +1,26 @@
 """Loads a trained network for inference, wherever it is."""
 
 import os
-from typing import Any
+from typing import Unpack
 
 from etils import epath
 
-from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
+from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier, Limits
 from imta_jax.errors import UsageError
 
 _OF_WORKDIR = ('phase', 'rule', 'sweep')
 
 
+class Choices(Limits, total=False):
+  """See `AdaptiveClassifier.from_workdir`."""
+
+  phase: int
+  rule: str
+  sweep: str
+
+
 def load(
-  path: str | os.PathLike, budget: float | None = None, **choices: Any
+  path: str | os.PathLike[str], budget: float | None = None, **choices: Unpack[Choices]
 ) -> AdaptiveClassifier:
   """Loads a network that a run has trained and evaluated, or an export.
 
@@ -44,7 +52,7 @@ def load(
         f'{path} is an export, which has one phase, rule and sweep: leave out '
         + ', '.join(of_workdir)
       )
-    return AdaptiveClassifier.load(path, budget, **choices)
+    return AdaptiveClassifier.load(path, budget, **choices)  # type: ignore[misc]  # Limits alone.
   if '://' in os.fspath(path) and (epath.Path(path) / MANIFEST).exists():
     raise UsageError(f'{path} is an export in a bucket: copy it to a local folder first')
   return AdaptiveClassifier.from_workdir(path, budget, **choices)

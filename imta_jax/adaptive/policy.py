@@ -7,9 +7,11 @@ alike, and on costs per exit.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from imta_jax.adaptive.guarantee import CalibrationSet
 from imta_jax.adaptive.rules import DEFAULT_RULE, choose_exits, get_rule
@@ -68,9 +70,7 @@ def geometric_shares(p: float, num_exits: int) -> np.ndarray:
 
 
 def exit_scores(
-  probabilities: np.ndarray,
-  rule: str = DEFAULT_RULE,
-  temperatures: Sequence[float] | None = None,
+  probabilities: ArrayLike, rule: str = DEFAULT_RULE, temperatures: ArrayLike | None = None
 ) -> np.ndarray:
   """How sure a network is of each image at each exit.
 
@@ -88,23 +88,23 @@ def exit_scores(
   score = get_rule(rule)
   probabilities = np.asarray(probabilities)
   before = [probabilities[0], *probabilities[:-1]]
-  temperatures = [1.0] * len(before) if temperatures is None else temperatures
-  if np.shape(temperatures) != (len(before),) or not all(0 < t < np.inf for t in temperatures):
-    raise ValueError(f'temperatures {temperatures} must be above 0, one for each exit')
+  of_exits = np.ones(len(before)) if temperatures is None else np.asarray(temperatures)
+  if of_exits.shape != (len(before),) or not all(0 < t < np.inf for t in of_exits):
+    raise ValueError(f'temperatures {of_exits.tolist()} must be above 0, one for each exit')
   return np.stack(
     [
       # A Python number leaves the precision as it is.
       np.asarray(score(p, q, float(temperature)))
-      for p, q, temperature in zip(probabilities, before, temperatures, strict=True)
+      for p, q, temperature in zip(probabilities, before, of_exits, strict=True)
     ]
   )
 
 
 def find_thresholds(
-  probabilities: np.ndarray,
-  shares: Sequence[float],
+  probabilities: ArrayLike,
+  shares: ArrayLike,
   rule: str = DEFAULT_RULE,
-  temperatures: Sequence[float] | None = None,
+  temperatures: ArrayLike | None = None,
 ) -> np.ndarray:
   """Thresholds at which the exits take given shares of these images.
 
@@ -125,20 +125,23 @@ def find_thresholds(
     ValueError: If there is not one share from 0 to 1 per exit, or the rule is wrong.
   """
   scores = exit_scores(probabilities, rule, temperatures)
-  if np.shape(shares) != (len(scores),) or not all(0 <= share <= 1 for share in shares):
-    raise ValueError(f'shares {shares} must be from 0 to 1, one for each of {len(scores)} exits')
-  return _thresholds(scores, np.argsort(-scores, axis=1, kind='stable'), shares)
+  of_exits = np.asarray(shares)
+  if of_exits.shape != (len(scores),) or not all(0 <= share <= 1 for share in of_exits):
+    raise ValueError(
+      f'shares {of_exits.tolist()} must be from 0 to 1, one for each of {len(scores)} exits'
+    )
+  return _thresholds(scores, np.argsort(-scores, axis=1, kind='stable'), of_exits)
 
 
 def budget_sweep(
-  validation_probabilities: np.ndarray,
-  validation_labels: np.ndarray,
-  test_probabilities: np.ndarray,
-  test_labels: np.ndarray,
-  madds: Sequence[float],
-  parameters: Sequence[float] = BUDGET_PARAMETERS,
+  validation_probabilities: ArrayLike,
+  validation_labels: ArrayLike,
+  test_probabilities: ArrayLike,
+  test_labels: ArrayLike,
+  madds: ArrayLike,
+  parameters: Iterable[float] = BUDGET_PARAMETERS,
   rule: str = DEFAULT_RULE,
-  temperatures: Sequence[float] | None = None,
+  temperatures: ArrayLike | None = None,
 ) -> list[OperatingPoint]:
   """Budgeted batch classification: thresholds from validation, applied to test images.
 
@@ -165,14 +168,14 @@ def budget_sweep(
 
 
 def optimal_sweep(
-  validation_probabilities: np.ndarray,
-  validation_labels: np.ndarray,
-  test_probabilities: np.ndarray,
-  test_labels: np.ndarray,
-  madds: Sequence[float],
-  budgets: Sequence[float],
+  validation_probabilities: ArrayLike,
+  validation_labels: ArrayLike,
+  test_probabilities: ArrayLike,
+  test_labels: ArrayLike,
+  madds: ArrayLike,
+  budgets: ArrayLike,
   rule: str = DEFAULT_RULE,
-  temperatures: Sequence[float] | None = None,
+  temperatures: ArrayLike | None = None,
 ) -> list[OperatingPoint]:
   """Budgeted batch classification with thresholds that are searched, not given by a rule.
 
@@ -206,8 +209,8 @@ def optimal_sweep(
 def geometric_points(
   validation: CalibrationSet,
   test: CalibrationSet,
-  madds: Sequence[float],
-  parameters: Sequence[float] = BUDGET_PARAMETERS,
+  madds: ArrayLike,
+  parameters: Iterable[float] = BUDGET_PARAMETERS,
 ) -> list[OperatingPoint]:
   """`budget_sweep` from scores."""
   madds = _costs(madds)
@@ -222,13 +225,14 @@ def geometric_points(
 def optimal_points(
   validation: CalibrationSet,
   test: CalibrationSet,
-  madds: Sequence[float],
-  budgets: Sequence[float] | None = None,
+  madds: ArrayLike,
+  budgets: ArrayLike | None = None,
 ) -> list[OperatingPoint]:
   """`optimal_sweep` from scores; by default at 40 budgets from the first exit to the last."""
   madds = _costs(madds)
   if budgets is None:
     budgets = np.linspace(madds[0], madds[-1], len(BUDGET_PARAMETERS))
+  budgets = np.asarray(budgets)
   for budget in budgets:
     if not budget >= madds[0]:
       raise ValueError(
@@ -250,7 +254,7 @@ def optimal_points(
 
 
 def operating_points(
-  validation: CalibrationSet, madds: Sequence[float], sweep: str
+  validation: CalibrationSet, madds: ArrayLike, sweep: str
 ) -> list[OperatingPoint]:
   """The operating points of a network for which only validation images are known.
 
@@ -289,11 +293,11 @@ def cheapest_as_accurate(
 
 def scores_and_correctness(
   split: str,
-  probabilities: np.ndarray,
-  labels: np.ndarray,
+  probabilities: ArrayLike,
+  labels: ArrayLike,
   num_exits: int,
   rule: str = DEFAULT_RULE,
-  temperatures: Sequence[float] | None = None,
+  temperatures: ArrayLike | None = None,
 ) -> CalibrationSet:
   """Reduces probabilities to what thresholds depend on.
 
@@ -324,16 +328,22 @@ def scores_and_correctness(
   return CalibrationSet(scores, (probabilities.argmax(axis=-1) == labels) & ~np.isnan(scores))
 
 
-def _calibration_sets(validation, test, madds, *how):
+def _calibration_sets(
+  validation: tuple[ArrayLike, ArrayLike],
+  test: tuple[ArrayLike, ArrayLike],
+  madds: ArrayLike,
+  rule: str,
+  temperatures: ArrayLike | None,
+) -> tuple[CalibrationSet, CalibrationSet]:
   """Reduces (probabilities, labels) of both splits; see `scores_and_correctness`."""
   num_exits = len(_costs(madds))
   return (
-    scores_and_correctness('validation', *validation, num_exits, *how),
-    scores_and_correctness('test', *test, num_exits, *how),
+    scores_and_correctness('validation', *validation, num_exits, rule, temperatures),
+    scores_and_correctness('test', *test, num_exits, rule, temperatures),
   )
 
 
-def _costs(madds):
+def _costs(madds: ArrayLike) -> np.ndarray:
   """Multiply-adds as an array, if they can be: an exit includes the ones before."""
   madds = np.asarray(madds, np.float64)
   if madds.ndim != 1 or not madds.size or not np.isfinite(madds).all():
@@ -361,7 +371,7 @@ def _thresholds(scores, order, shares):
 
 
 def _operating_point(parameter, thresholds, validation, test, madds):
-  figures = {}
+  figures: dict[str, Any] = {}
   for split, images in (('validation', validation), ('test', test)):
     exits = choose_exits(images.scores, thresholds)
     fractions = np.bincount(exits, minlength=len(madds)) / exits.size

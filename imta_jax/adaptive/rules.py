@@ -7,13 +7,14 @@ the class with the highest p, whatever the rule.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Array = Any  # NumPy or JAX.
-Rule = Callable[[Array, Array, float], Array]
+Rule = Callable[..., Array]  # (p, q, temperature) → score.
 
 
 def top_probability(p: Array, q: Array, temperature: float) -> Array:
@@ -73,7 +74,7 @@ def get_rule(name: str) -> Rule:
   return RULES[name]
 
 
-def choose_exits(scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+def choose_exits(scores: ArrayLike, thresholds: ArrayLike) -> np.ndarray:
   """The exit, counted from 0, at which each image leaves.
 
   Args:

@@ -5,11 +5,10 @@ the best value of that one is found by sorting. Coordinate ascent does that exit
 accuracy less a price per multiply-add, then within the budget.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import scipy.optimize
 import scipy.special
+from numpy.typing import ArrayLike
 
 from imta_jax.adaptive.rules import choose_exits
 
@@ -27,7 +26,7 @@ class Search:
   accuracy.
   """
 
-  def __init__(self, scores: np.ndarray, correct: np.ndarray, madds: Sequence[float]):
+  def __init__(self, scores: np.ndarray, correct: np.ndarray, madds: ArrayLike):
     """Starts a search.
 
     Args:
@@ -39,9 +38,10 @@ class Search:
     self._correct = correct.astype(np.float64)
     self._num_exits, self._num_images = scores.shape
     self._order = np.argsort(-scores, axis=1, kind='stable')
-    self._found = []  # (accuracy, multiply-adds, thresholds), each averaged over images.
+    # (accuracy, multiply-adds, thresholds), each averaged over images.
+    self._found: list[tuple[float, float, np.ndarray]] = []
 
-  def add(self, thresholds: Sequence[float]) -> None:
+  def add(self, thresholds: ArrayLike) -> None:
     """Makes thresholds a candidate."""
     thresholds = np.array(thresholds, self._scores.dtype)
     thresholds[-1] = -np.inf
@@ -115,7 +115,7 @@ class Search:
     return (np.inf if best == 0 else sorted_scores[best - 1]), values[best]
 
 
-def fit_temperatures(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def fit_temperatures(probabilities: ArrayLike, labels: ArrayLike) -> np.ndarray:
   """Fits a temperature per exit: the one with the lowest cross-entropy after scaling.
 
   Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017).

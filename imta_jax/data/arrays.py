@@ -111,7 +111,8 @@ def write(dataset: ConfigDict, arrays: Arrays, folder: epath.Path, **record: Any
   folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
     part = os.path.join(temporary, _FILE)
-    np.savez(part, record=json.dumps(record), **images, **labels)
+    content: dict[str, Any] = {'record': json.dumps(record), **images, **labels}
+    np.savez(part, **content)
     os.replace(part, folder / _FILE)
   return folder / _FILE
 

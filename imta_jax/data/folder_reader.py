@@ -67,7 +67,9 @@ class FolderReader:
         yield int(index), [*seed, int(index)]
       epoch, position = epoch + 1, 0
 
-  def _decode(self, images: Iterable, split: str, batch_size: int, augments: bool):
+  def _decode(
+    self, images: Iterable, split: str, batch_size: int, augments: bool
+  ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches of decoded images, while threads decode the next ones."""
     paths, labels = self._folder.paths[split], self._folder.labels[split]
     side, flip = self._config.dataset.image_size, self._config.dataset.flip

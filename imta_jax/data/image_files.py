@@ -13,8 +13,10 @@ from imta_jax.errors import UsageError
 
 # Pillow supports more formats, but runs other programs to read some of them.
 _FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
-EXTENSIONS = ('.bmp', '.gif', '.pbm', '.pgm', '.png', '.pnm', '.ppm', '.tif', '.tiff', '.webp')
-EXTENSIONS += ('.jfif', '.jpe', '.jpeg', '.jpg')
+EXTENSIONS = (
+  *('.bmp', '.gif', '.pbm', '.pgm', '.png', '.pnm', '.ppm', '.tif', '.tiff', '.webp'),
+  *('.jfif', '.jpe', '.jpeg', '.jpg'),
+)
 # What systems add to folders, besides hidden files.
 _SYSTEM_NAMES = ('@eadir', '__macosx', 'desktop.ini', 'thumbs.db')
 

@@ -115,7 +115,8 @@ def scan(root: str) -> ImageFolder:
         f'{folders[split]} has a class {unknown[0]!r} that the training images do not have'
       )
   shares = {split: share for split, share in _SHARES.items() if split not in classes}
-  paths, labels = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
+  paths: dict[str, list[str]] = {split: [] for split in SPLITS}
+  labels: dict[str, list[int]] = {split: [] for split in SPLITS}
   for label, name in enumerate(class_names):
     of_class = {split: found.get(name, []) for split, found in classes.items()}
     if len(of_class['train']) <= len(shares):
@@ -127,13 +128,14 @@ def scan(root: str) -> ImageFolder:
     for split in SPLITS:
       paths[split] += of_class[split]
       labels[split] += [label] * len(of_class[split])
-  labels = {split: np.array(values, np.int32) for split, values in labels.items()}
-  return ImageFolder(class_names, paths, labels, 'test' in shares, ignored)
+  arrays = {split: np.array(values, np.int32) for split, values in labels.items()}
+  return ImageFolder(class_names, paths, arrays, 'test' in shares, ignored)
 
 
 def _split_folders(root):
   """Returns {split: folder}, {'train': root} without splits, and a count of what is not used."""
-  folders, others = {}, collections.Counter()
+  folders: dict[str, str] = {}
+  others: collections.Counter[str] = collections.Counter()
   names, files = list_folder(root)
   for name in names:
     split = _SPLIT_OF_FOLDER.get(name.lower())
@@ -194,7 +196,7 @@ def _hash(name):
 
 def _find_classes(folder, ignored):
   """Returns {class: image files} of the folders in a folder, and counts what is no image."""
-  classes = collections.defaultdict(list)
+  classes: dict[str, list[str]] = collections.defaultdict(list)
   names, files = list_folder(folder)
   ignored.update(map(_extension, files))
   for name in names:

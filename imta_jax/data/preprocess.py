@@ -5,6 +5,7 @@ Both are uint8 until `normalize` converts them to float32 on the device.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
   Returns:
     An array of the same shape, float32.
   """
-  mean, std = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
-  return (images.astype(jnp.float32) - mean) / std
+  mean_pixel, std_pixel = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
+  return (images.astype(jnp.float32) - mean_pixel) / std_pixel
 
 
 def draw_crops(keys: jax.Array, padding: int, flip: bool) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +68,7 @@ def crop_and_flip(
   return jax.vmap(crop)(images, corners, mirrored)
 
 
-def decode_random_crop(encoded, size: int, flip: bool, seed):
+def decode_random_crop(encoded: Any, size: int, flip: bool, seed: Any) -> Any:
   """Decodes a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
 
   The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
@@ -97,7 +98,7 @@ def decode_random_crop(encoded, size: int, flip: bool, seed):
   return tf.image.stateless_random_flip_left_right(image, seed + 1) if flip else image
 
 
-def decode_center_crop(encoded, size: int):
+def decode_center_crop(encoded: Any, size: int) -> Any:
   """Decodes and resizes the central square of an image, 7/8 of its shorter side.
 
   At 224 pixels this is the usual evaluation: resize the shorter side to 256, then crop the centre.

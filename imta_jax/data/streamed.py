@@ -82,8 +82,8 @@ class StreamedDataset(Dataset):
 
     Stacks begin at multiples of their size; the batch of the first step fills what lies before it.
     """
-    batches = map(partial(self._checked, 'train'), self._reader.train_batches(phase, first_step))
-    batches = ({'image': batch['image'], 'label': batch['label']} for batch in batches)
+    checked = map(partial(self._checked, 'train'), self._reader.train_batches(phase, first_step))
+    batches = ({'image': batch['image'], 'label': batch['label']} for batch in checked)
     first = next(batches)
     missing = itertools.repeat(first, first_step % self._steps_per_stack)
     for stack in in_groups(itertools.chain(missing, [first], batches), self._steps_per_stack):
@@ -107,7 +107,7 @@ def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def started_ahead(items: Iterable[Any]) -> Iterator[Any]:
   """Yields items, whose work starts when they are taken, after the next ones have been taken."""
-  pending = collections.deque()
+  pending: collections.deque[Any] = collections.deque()
   for item in items:
     pending.append(item)
     if len(pending) > _BATCHES_AHEAD:

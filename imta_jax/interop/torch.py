@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,7 @@ def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict
   }
 
 
-def load_checkpoint(path: str | os.PathLike, model: MultiExitNetwork) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], model: MultiExitNetwork) -> dict[str, Any]:
   """Loads a published checkpoint file of any PyTorch version, without running code from it.
 
   Args:
@@ -201,7 +202,7 @@ def _pairs(model: MultiExitNetwork) -> list[_Pair]:
     )
   has_phase_two = model.collaboration == 'network'
   net = 'net.' if has_phase_two else ''
-  pairs = []
+  pairs: list[_Pair] = []
   for index, (stage, exit_layers) in enumerate(zip(model.stages, model.exits, strict=True)):
     for number, layer in enumerate(stage.layers):
       ours, theirs = f'stages_{index}/layers_{number}', f'{net}blocks.{index}.{number}'
@@ -229,7 +230,7 @@ def _ignored(model):
   }
 
 
-def _layer_pairs(layer, ours: str, theirs: str) -> Iterator[_Pair]:
+def _layer_pairs(layer: nn.Module, ours: str, theirs: str) -> Iterator[_Pair]:
   if isinstance(layer, FirstLayer):
     for scale in range(len(layer.widths)):
       net = '' if layer.stem == 'imagenet' and not scale else '.net'

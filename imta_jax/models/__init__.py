@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from imta_jax.models.densenet import densenet
@@ -14,7 +16,7 @@ from imta_jax.models.msdnet import msdnet
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.models.resnet import resnet
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Callable[..., tuple[Sequence[nn.Module], Sequence[nn.Module]]]] = {
   'msdnet': msdnet,
   'resnet': resnet,
   'densenet': densenet,
@@ -72,7 +74,7 @@ def create(
       raise ValueError(f'model {name!r} has no field {field!r}: {hint}')
   if dtype not in DTYPES:
     raise ValueError(f'dtype {dtype!r} is unknown: choose one of {", ".join(map(str, DTYPES))}')
-  of_layers = {'dtype': jnp.dtype(dtype), 'batch_norm_axis': batch_norm_axis}
+  of_layers: dict[str, Any] = {'dtype': jnp.dtype(dtype), 'batch_norm_axis': batch_norm_axis}
   of_network = {field: fields.pop(field) for field in _NETWORK_FIELDS & fields.keys()}
   stages, exits = ARCHITECTURES[name](**of_layers, **fields)
   return MultiExitNetwork(stages, exits, **of_layers, **of_network)

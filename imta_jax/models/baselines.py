@@ -36,7 +36,7 @@ _SUPERCLASSES = (
 )
 
 # Fields of config.model; DEPTH stands for a number.
-_NETWORKS = {
+_NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
   'cifar': {
     'resnet-DEPTH': {'name': 'resnet'},
     'densenet-DEPTH': {'name': 'densenet', 'growth_rate': 12, 'bc': False},

@@ -114,7 +114,7 @@ def densenet(
   for block, size in enumerate(block_sizes):
     if block:
       width = width // 2 if bc else width
-      before = [Transition(width, **variables)]
+      before: list[nn.Module] = [Transition(width, **variables)]
     else:
       before = [Stem(width, stem, **variables)]
     for _ in range(size):

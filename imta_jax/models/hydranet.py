@@ -171,7 +171,7 @@ def hydranet(
   if not 1 <= top_k <= num_branches:
     raise ValueError(f'top_k {top_k} is out of range: it must be from 1 to {num_branches} branches')
   conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  stem = [Stem('cifar', conv_norm)]
+  stem: list[nn.Module] = [Stem('cifar', conv_norm)]
   for width, stride in ((16, 1), (32, 2)):
     stem += [
       Block(width, 1 if index else stride, False, False, conv_norm) for index in range(blocks)

@@ -23,6 +23,11 @@ _zeros = jax.jit(nn.initializers.zeros, static_argnums=(1, 2))
 _ones = jax.jit(nn.initializers.ones, static_argnums=(1, 2))
 
 
+# Kernel and bias of a convolution; scale, bias and running statistics of batch norm.
+OfConvolution = tuple[jax.Array, jax.Array | None]
+OfNorm = tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]
+
+
 class ConvNorm(nn.Module):
   """A convolution, batch norm and optionally ReLU.
 
@@ -51,7 +56,7 @@ class ConvNorm(nn.Module):
     return run_together([[(self, x)]], train)[0]
 
   @nn.compact
-  def parts(self, inputs: int) -> tuple['ConvParams', 'BatchNormVars']:
+  def parts(self, inputs: int) -> tuple[OfConvolution, OfNorm]:
     """Returns the variables of the layer for a number of input channels."""
     shape = (self.kernel_size, self.kernel_size, inputs, self.features)
     return (
@@ -106,7 +111,7 @@ class ConvParams(nn.Module):
   use_bias: bool
 
   @nn.compact
-  def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+  def __call__(self) -> OfConvolution:
     kernel = self.param('kernel', _normal, self.shape, jnp.float32)
     bias = self.param('bias', _zeros, self.shape[-1:], jnp.float32) if self.use_bias else None
     return kernel, bias
@@ -118,7 +123,7 @@ class BatchNormVars(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(self) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
+  def __call__(self) -> OfNorm:
     shape = (self.features,)
     return (
       self.param('scale', _ones, shape, jnp.float32),
@@ -241,7 +246,7 @@ def split_at_exits(
   unit: str,
   conv_norm: ConvNormFactory,
   begin_exit: Sequence[Callable[[], nn.Module]] = (),
-) -> tuple[list[nn.Module], list[nn.Module]]:
+) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
   """Divides a plain network into stages and gives each of them an exit.
 
   The last exit is that of the plain network, which pools the whole map. Earlier exits first apply

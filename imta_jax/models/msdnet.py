@@ -88,7 +88,7 @@ class DenseLayer(nn.Module):
           (scale, scale - 1, self._branch(scale - 1, growth // 2, 2, f'down_{scale}')),
           (scale, scale, self._branch(scale, growth // 2, 1, f'normal_{scale}')),
         ]
-    groups = {scale: [] for scale in self.scales}
+    groups: dict[int, list[Any]] = {scale: [] for scale in self.scales}
     for (scale, _, _), pair in zip(branches, self._narrow(maps, branches, train), strict=True):
       groups[scale].append(pair)
     gained = run_together(list(groups.values()), train)
@@ -189,7 +189,7 @@ def msdnet(
   ):
     if value not in choices:
       raise ValueError(f'{field} {value!r} is unknown: choose one of {", ".join(choices)}')
-  for field, value in (
+  for field, number in (
     ('num_exits', num_exits),
     ('base', base),
     ('step', step),
@@ -197,8 +197,8 @@ def msdnet(
     ('growth_rate', growth_rate),
     ('the number of scale_factors', len(scale_factors)),
   ):
-    if value < 1:
-      raise ValueError(f'{field} {value} is out of range: it must be 1 or more')
+    if number < 1:
+      raise ValueError(f'{field} {number} is out of range: it must be 1 or more')
   if not 0 <= reduction <= 1:
     raise ValueError(f'reduction {reduction} is out of range: it must be between 0 and 1')
   num_scales = len(scale_factors)
@@ -225,10 +225,11 @@ def msdnet(
     return min(num_scales, num_layers - layer + 1)
 
   conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  stages, exits = [], []
+  stages: list[Stage] = []
+  exits = []
   number, width = 0, channels
   for depth in depths:
-    layers = []
+    layers: list[nn.Module] = []
     if not stages:
       layers.append(FirstLayer([channels * f for f in scale_factors], stem, conv_norm))
     for _ in range(depth):

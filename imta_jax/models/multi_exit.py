@@ -92,7 +92,7 @@ class MultiExitNetwork(nn.Module):
 
   def classify(self, embeddings: Sequence[jax.Array], train: bool = False) -> jax.Array:
     """Computes logits [num_exits, batch, num_classes] from the embeddings of every exit."""
-    logits = []
+    logits: list[jax.Array] = []
     for classifier, embedding in zip(self.classifiers, embeddings, strict=True):
       logits.append(classifier(embedding, logits[-1] if logits else None, train))
     return jnp.stack(logits)

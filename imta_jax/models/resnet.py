@@ -95,7 +95,7 @@ def resnet(
   """
   group_sizes, bottleneck, base_width = _groups(depth, stem)
   conv_norm = partial(ConvNorm, dtype=dtype, batch_norm_axis=batch_norm_axis)
-  blocks = []
+  blocks: list[list[nn.Module]] = []
   for group, size in enumerate(group_sizes):
     for index in range(size):
       width, stride = base_width * 2**group, 2 if group and not index else 1

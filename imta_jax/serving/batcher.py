@@ -47,7 +47,8 @@ class Batcher:
     Returns:
       [image], futures of (probabilities [class], exit counted from 0).
     """
-    futures, now = [Future() for _ in images], time.monotonic()
+    futures: list[Future] = [Future() for _ in images]
+    now = time.monotonic()
     with self._changed:
       for image, future in zip(images, futures, strict=True):
         self._waiting.append((image, thresholds, future, now))

@@ -56,12 +56,12 @@ async def _files_of_form(request, body, max_files):
 
   try:
     async with Request(request.scope, receive).form(max_files=max_files) as form:
-      items = form.multi_items()
-      for field, value in items:
+      files = []
+      for field, value in form.multi_items():
         if isinstance(value, str):
           expected = 'send files alone, and options like budget= in the URL'
           raise HTTPException(422, f'part {field!r} of the form has no filename=: {expected}')
-      files = [(file.filename or field, await file.read()) for field, file in items]
+        files.append((value.filename or field, await value.read()))
   except FormParserError as error:  # Which older versions of Starlette let through.
     raise HTTPException(400, f'the form is corrupt: {error}') from error
   boundary = parse_options_header(request.headers['content-type'])[1][b'boundary']

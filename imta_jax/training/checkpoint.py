@@ -38,7 +38,7 @@ class Checkpoints:
     # Orbax needs absolute paths; paths with a scheme, such as gs://, are absolute.
     self._folder = epath.Path(folder if '://' in str(folder) else os.path.abspath(folder))
     self._accuracies: dict[int, float | None] = {}
-    self._manager = None
+    self._manager: Any = None  # Stays None in read-only mode.
     with self._opening():
       self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()))
       if not read_only:
@@ -136,7 +136,7 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
       return  # Another host may have ended, for which Orbax would wait.
     # A save that has failed fails again here, where it must not hide the first error.
@@ -297,5 +297,5 @@ def _structure(tree: Any) -> dict[str, str]:
 def _checksum(tree: Any) -> int:
   total = 0
   for leaf in jax.tree.leaves(tree):
-    total = zlib.crc32(np.ascontiguousarray(leaf), total)
+    total = zlib.crc32(np.asarray(leaf).tobytes(), total)
   return total

@@ -36,7 +36,7 @@ _DISPATCHES_IN_FLIGHT = 2
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: str | os.PathLike, *, handle_signals: bool = False
+  config: ConfigDict, workdir: str | os.PathLike[str], *, handle_signals: bool = False
 ) -> list[evaluate.Evaluation]:
   """Trains all phases, resuming where a previous run stopped, and evaluates each network.
 
@@ -99,7 +99,7 @@ class _Run:
       self.reporter.say(
         'TensorFlow is not installed: metrics go to metrics.jsonl, not to TensorBoard.'
       )
-    trained = []
+    trained: list[TrainedNetwork] = []
     for index in range(len(self.config.phases)):
       runtime.progressed()
       trained.append(self._train_phase(index, trained[-1] if trained else None))
@@ -136,7 +136,7 @@ class _Run:
     return Phase(
       self.config,
       index,
-      predecessor and (predecessor.model, predecessor.weights.variables),
+      None if predecessor is None else (predecessor.model, predecessor.weights.variables),
       donor,
       num_classes=len(self.dataset.class_names),
       image_shape=self.dataset.image_shape,
@@ -324,6 +324,7 @@ class _Session:
 
   def report_epoch(self, accuracy: np.ndarray | None) -> None:
     """Prints a line about the epoch that has ended."""
+    assert self.epoch_totals is not None  # `log` comes first.
     self.run.reporter.epoch(
       self.phase.name,
       math.ceil(self.step / self.events.steps_per_epoch),

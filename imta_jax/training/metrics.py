@@ -46,8 +46,9 @@ class Metrics:
       tensorboard_folder: Folder for TensorBoard's files; None to write none.
     """
     self._path, self._phase, self._tensorboard_folder = path, phase, tensorboard_folder
-    self._writer = None
-    self._lines, self._last_write = [], time.monotonic()
+    self._writer: Any = None
+    self._lines: list[str] = []
+    self._last_write = time.monotonic()
     self._seconds_between_writes = _SECONDS_BETWEEN_WRITES if '://' in os.fspath(path) else 0
     if jax.process_index() == 0 and path.exists():
       with accessing(path):
@@ -112,7 +113,7 @@ class Metrics:
   def __enter__(self) -> 'Metrics':
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # What could not be written fails again here, where it must not hide the first error.
     with contextlib.suppress(UsageError) if kind else contextlib.nullcontext():
       self.close()

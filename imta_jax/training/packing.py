@@ -17,8 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Tree = Any
 
 
-@flax.struct.dataclass
-class Packed:
+class Packed(flax.struct.PyTreeNode):
   """A tree of nested dictionaries of arrays as vectors.
 
   Attributes:
@@ -27,7 +26,7 @@ class Packed:
     layout: (path, shape) of each array, in the order of the vectors.
   """
 
-  vectors: Mapping[str, jax.Array]
+  vectors: Mapping[str, jax.Array | np.ndarray]
   layout: Sequence[tuple[tuple[str, ...], tuple[int, ...]]] = flax.struct.field(pytree_node=False)
 
   @property
@@ -58,7 +57,7 @@ def pack(tree: Tree) -> Packed:
   arrays = dict(sorted(flatten_dict(tree).items()))
   on_host = all(isinstance(array, np.ndarray) for array in arrays.values())
   concatenate = np.concatenate if on_host else jnp.concatenate
-  flat = {}
+  flat: dict[str, list[Any]] = {}
   for path, array in arrays.items():
     flat.setdefault(_vector_of(path), []).append(_to_flat(array))
   return Packed(

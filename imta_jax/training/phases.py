@@ -147,6 +147,7 @@ def _teacher(
   """Returns the teacher's network and variables if it is the previous phase's network."""
   if phase.loss != 'one_for_all' or phase.teacher != 'frozen':
     return None, {}
+  assert predecessor is not None  # `config.validate` refuses it in the first phase.
   model, variables = predecessor
   if phase.trained == 'last_layers':  # The student has the same backbone.
     variables = {

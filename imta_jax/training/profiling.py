@@ -38,7 +38,7 @@ class Profile:
   def __enter__(self) -> 'Profile':
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._stop()
 
   def _stop(self):

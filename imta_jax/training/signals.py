@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,9 +35,9 @@ class StopRequest:
     """
     self._handle_signals = handle_signals
     self.has_unsaved_steps = False
-    self._noted, self._signal = False, signal.SIGTERM
+    self._noted, self._signal = False, int(signal.SIGTERM)
     self._num_calls = 0
-    self._previous = {}
+    self._previous: dict[int, Any] = {}  # The handlers before, by signal.
 
   def __enter__(self) -> 'StopRequest':
     if self._handle_signals and jax.process_count() == 1:
@@ -51,7 +51,7 @@ class StopRequest:
         self._previous[number] = signal.signal(number, self._note)
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
     if self._previous:

@@ -156,7 +156,7 @@ def _loss(phase, logits, labels, teacher_logits):
 
 def _auxiliary_loss(sown, labels, num_classes):
   """Returns the mean negative log-likelihood of the labels, summed over what a network has sown."""
-  loss = 0.0
+  loss: jax.Array | float = 0.0
   for path, likelihoods in jax.tree_util.tree_leaves_with_path(sown):
     if likelihoods.shape[-1] != num_classes:
       name = jax.tree_util.keystr(path[:-1], simple=True, separator='/')
@@ -248,7 +248,7 @@ def on_devices(
   Returns:
     The pmapped function. Its results are replicated and have no axis over devices.
   """
-  step = jax.pmap(
+  mapped = jax.pmap(
     step,
     axis_name=AXIS,
     in_axes=tuple(in_axes),
@@ -260,14 +260,14 @@ def on_devices(
   # compiled program would not accept the arrays of one host, so the options are left out.
   options = {**compiler_options(), **_step_options()}
   if not options or devices is not None or jax.process_count() > 1:
-    return step
+    return mapped
   programs = {}
 
-  @functools.wraps(step)  # Keeps the attribute `lower`.
+  @functools.wraps(mapped)  # Keeps the attribute `lower`.
   def run(*arguments):
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
     if shapes not in programs:
-      programs[shapes] = step.lower(*arguments).compile(compiler_options=options)
+      programs[shapes] = mapped.lower(*arguments).compile(compiler_options=options)
     return programs[shapes](*arguments)
 
   return run

@@ -1,6 +1,7 @@
 """The train state, and the optimizer that a config describes."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -14,8 +15,7 @@ from imta_jax.training.packing import Packed, pack
 Tree = Any
 
 
-@flax.struct.dataclass
-class Weights:
+class Weights(flax.struct.PyTreeNode):
   """The variables of a network as few arrays.
 
   Attributes:
@@ -35,8 +35,7 @@ class Weights:
     return {'params': params, 'batch_stats': self.batch_stats.tree}
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Everything that a training step changes; replicated over devices.
 
   Attributes:
@@ -49,7 +48,7 @@ class TrainState:
       'accuracy' [num_exits].
   """
 
-  step: jax.Array
+  step: jax.Array | np.ndarray
   trained: Packed
   frozen: Packed
   batch_stats: Packed
@@ -63,7 +62,7 @@ class TrainState:
 
 
 def create_state(
-  variables: dict[str, Tree], trained: str, optimizer: optax.GradientTransformation
+  variables: Mapping[str, Tree], trained: str, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """Creates the state before the first step of a phase.
 

@@ -35,7 +35,7 @@ _MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.profile_steps')
 _TRAIN_AGAIN = 'remove it and run the training command again'
 
 
-def open_workdir(path: str | os.PathLike) -> epath.Path:
+def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
   """Returns the path of a workdir; absolute, as checkpoints need it."""
   if '://' not in os.fspath(path):
     return epath.Path(os.path.abspath(path))
@@ -217,7 +217,7 @@ def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
     pairs = [(f'[{index}]', *pair) for index, pair in enumerate(zip(old, new, strict=True))]
   else:
     return [] if old == new else [f'{path}: {old!r} → {new!r}']
-  return [line for key, *pair in pairs for line in differences(*pair, path + key)]
+  return [line for key, was, now in pairs for line in differences(was, now, path + key)]
 
 
 def record_environment(workdir: epath.Path) -> None:

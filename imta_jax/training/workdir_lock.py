@@ -23,7 +23,7 @@ from imta_jax.files import accessing, file_errors, write_whole
 try:
   import fcntl
 except ModuleNotFoundError:  # On Windows.
-  fcntl = None
+  fcntl = None  # type: ignore[assignment]
 
 _SECONDS_BETWEEN_HEARTBEATS, _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_EXPIRE = 20, 5, 60
 

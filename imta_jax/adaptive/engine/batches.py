@@ -97,8 +97,8 @@ class Batch(NamedTuple):
     left = exits >= 0
     answers = None
     if left.any():  # Otherwise the probabilities need not be fetched.
-      probabilities = np.asarray(probabilities)[self.rows[left]]
-      answers = Predictions(self.indices[left], probabilities, exits[left])
+      of_left = np.asarray(probabilities)[self.rows[left]]
+      answers = Predictions(self.indices[left], of_left, exits[left])
     stay = ~left
     return answers, Batch(carry, self.rows[stay], self.indices[stay], self.thresholds[stay])
 
@@ -116,7 +116,8 @@ class Queue:
 
   def __init__(self, join: Join):
     self.count = 0
-    self._join, self._parts = join, collections.deque()
+    self._join = join
+    self._parts: collections.deque[Batch] = collections.deque()
 
   def put(self, part: Batch) -> None:
     """Adds images."""
@@ -135,12 +136,12 @@ class Queue:
         self._parts.appendleft(rest)
       room -= len(taken[-1].rows)
     self.count -= size - room
-    carries, rows, indices, thresholds = zip(*taken, strict=True)
+    carries, parts, indices, thresholds = zip(*taken, strict=True)
     if len(carries) == 1 and capacity(carries[0]) == size:
       # The batch does not shrink and no other images are queued, so it needs no copy.
-      carry, rows = carries[0], rows[0]
+      carry, rows = carries[0], parts[0]
     else:
-      carry, rows = self._join(carries, rows, size), np.arange(size - room)
+      carry, rows = self._join(carries, parts, size), np.arange(size - room)
     return Batch(carry, rows, np.concatenate(indices), np.concatenate(thresholds))
 
 

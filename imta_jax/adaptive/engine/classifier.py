@@ -5,10 +5,11 @@ import decimal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..exported import read_export, thresholds_from_json
 from ..guarantee import CalibrationSet, guaranteed_thresholds
@@ -33,6 +34,14 @@ class OperatingPoint:
   accuracy: float
 
 
+class Limits(TypedDict, total=False):
+  """See `AdaptiveClassifier.choose`."""
+
+  latency: float | None
+  max_loss: float | None
+  confidence: float
+
+
 class AdaptiveClassifier:
   """Classifies images; each image leaves at the first exit that is confident enough.
 
@@ -53,7 +62,7 @@ class AdaptiveClassifier:
     self,
     stages: Sequence[Stage],
     weights: Sequence[Tree],
-    thresholds: Sequence[float],
+    thresholds: ArrayLike,
     image: jax.ShapeDtypeStruct,
     *,
     madds: Sequence[float],
@@ -89,7 +98,7 @@ class AdaptiveClassifier:
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
     self.image, self.operating_points = image, tuple(operating_points)
     self.madds, self.preprocessing = tuple(madds), preprocessing or {}
-    self.thresholds = np.asarray(thresholds, np.float32)
+    self.thresholds: np.ndarray = np.asarray(thresholds, np.float32)
     self.rule, self.validation = rule, validation
     temperatures = [1.0] * len(self.stages) if temperatures is None else temperatures
     self.temperatures = tuple(map(float, temperatures))
@@ -99,8 +108,9 @@ class AdaptiveClassifier:
       ('madds', madds),
     ):
       if np.shape(values) != (len(self.stages),):
+        given = np.asarray(values).tolist()
         raise ValueError(
-          f'{name} {values} must have one value for each of the {len(self.stages)} exits'
+          f'{name} {given} must have one value for each of the {len(self.stages)} exits'
         )
     known_exit_fractions = [
       (point.thresholds, point.exit_fractions) for point in self.operating_points
@@ -126,7 +136,7 @@ class AdaptiveClassifier:
     phase: int = -1,
     rule: str = DEFAULT_RULE,
     sweep: str = 'geometric',
-    **limits: float | None,
+    **limits: Unpack[Limits],
   ) -> 'AdaptiveClassifier':
     """Loads the network that a run has trained and evaluated.
 
@@ -191,7 +201,7 @@ class AdaptiveClassifier:
     cls,
     model: Any,
     variables: Tree,
-    thresholds: Sequence[float],
+    thresholds: ArrayLike,
     image_shape: Sequence[int],
     *,
     mean: Sequence[float] | None = None,
@@ -214,10 +224,15 @@ class AdaptiveClassifier:
 
     Returns:
       A classifier.
+
+    Raises:
+      ValueError: If only one of mean and std is given; see also the constructor.
     """
     from imta_jax.adaptive.cost import exit_costs
     from imta_jax.data.preprocess import normalize
 
+    if (mean is None) != (std is None):
+      raise ValueError('only one of mean and std is given: give both, or none')
     if madds is None:
       madds = [cost.madds for cost in exit_costs(model, image_shape, variables)]
 
@@ -225,7 +240,7 @@ class AdaptiveClassifier:
       if index:
         features, logits = carry
       else:
-        images = carry if mean is None else normalize(carry, mean, std)
+        images = carry if mean is None or std is None else normalize(carry, mean, std)
         features, logits = model.apply(weights, images, method='start'), None
       features, logits = model.apply(weights, index, features, logits, method='run_stage')
       return (features if index + 1 < model.num_exits else (), logits)
@@ -245,7 +260,7 @@ class AdaptiveClassifier:
 
   @classmethod
   def load(
-    cls, folder: Any, budget: float | None = None, **limits: float | None
+    cls, folder: Any, budget: float | None = None, **limits: Unpack[Limits]
   ) -> 'AdaptiveClassifier':
     """Loads a folder that `save` wrote.
 
@@ -322,7 +337,7 @@ class AdaptiveClassifier:
       raise ValueError(f'{given[0]} {limits[given[0]]:g}: {error}') from error
     return self
 
-  def thresholds_within(self, budget: float, costs: Sequence[float]) -> np.ndarray:
+  def thresholds_within(self, budget: float, costs: ArrayLike) -> np.ndarray:
     """The most accurate thresholds within a budget, on validation images.
 
     Args:
@@ -377,7 +392,7 @@ class AdaptiveClassifier:
 
     write_export(self, epath.Path(folder), float16=float16, without_engine=without_engine)
 
-  def predict(self, images: np.ndarray, thresholds: np.ndarray | None = None) -> Predictions:
+  def predict(self, images: ArrayLike, thresholds: ArrayLike | None = None) -> Predictions:
     """Classifies images.
 
     Args:
@@ -393,7 +408,7 @@ class AdaptiveClassifier:
     return concatenate_sorted(list(self.predict_as_completed(images, thresholds)), self.num_classes)
 
   def predict_as_completed(
-    self, images: np.ndarray, thresholds: np.ndarray | None = None
+    self, images: ArrayLike, thresholds: ArrayLike | None = None
   ) -> Iterator[Predictions]:
     """Classifies images and yields the answers of those that leave early first.
 
@@ -415,7 +430,7 @@ class AdaptiveClassifier:
       yield from self._runner.run(iter([(images, rows)]), len(images))
 
   def stream(
-    self, batches: Iterable[np.ndarray], thresholds: np.ndarray | None = None
+    self, batches: Iterable[ArrayLike], thresholds: ArrayLike | None = None
   ) -> Iterator[Predictions]:
     """Classifies a stream of images; slots of images that have exited are refilled from the queue.
 
@@ -478,7 +493,7 @@ class AdaptiveClassifier:
     self._runner.compile(largest)
     return self
 
-  def _check(self, images):
+  def _check(self, images: ArrayLike) -> np.ndarray:
     images = np.asarray(images)
     if images.shape[1:] != self.image.shape or images.dtype != self.image.dtype:
       raise ValueError(

@@ -54,11 +54,11 @@ class BatchPlan:
       *(cheapest_batches(costs, self.full_batch) for costs in stage_costs), strict=True
     )
     self._reached = {
-      np.float32(thresholds).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
+      np.asarray(thresholds, np.float32).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
       for thresholds, fractions in known_exit_fractions
     }
     # The same thresholds are used again and again, and this takes as long as part of a small stage.
-    self._expect_faster_fused = functools.lru_cache(maxsize=256)(self._expect_faster_fused)
+    self._cached_expectation = functools.lru_cache(maxsize=256)(self._expect_faster_fused)
 
   def first_batch(self, stage: int, count: int) -> int:
     """The size of the next batch.
@@ -77,7 +77,7 @@ class BatchPlan:
       thresholds: [image, exit], float32, of the images in it.
       total: Number of images that share batches in later stages, these included.
     """
-    return self._expect_faster_fused(size, thresholds.tobytes(), total)
+    return self._cached_expectation(size, thresholds.tobytes(), total)
 
   def _expect_faster_fused(self, size, thresholds, total):
     if size not in self._fused_costs:
@@ -119,7 +119,7 @@ class BatchPlan:
 
 def expected_costs(
   madds: Sequence[float], sizes: Sequence[int], platform: str
-) -> tuple[list[Costs], Costs]:
+) -> tuple[Sequence[Costs], Costs]:
   """Assumed costs of batches until they are timed, in multiply-adds.
 
   Args:
@@ -153,7 +153,7 @@ def cheapest_batches(costs: Costs, most: int) -> tuple[np.ndarray, list[int]]:
     batch to run for it.
   """
   costs = {size: cost for size, cost in costs.items() if size <= most}
-  least, first = [0], [0]
+  least, first = [0.0], [0]
   for count in range(1, most + 1):
     cost, size = min((cost + least[max(0, count - size)], -size) for size, cost in costs.items())
     least.append(cost)

@@ -4,8 +4,9 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ class Runner:
     self._fused_sizes = tuple(fused_costs)
     self.plan = BatchPlan(stage_costs, fused_costs, known_exit_fractions)
     # [stage], the input of each stage for one image.
-    self._carries = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
+    self._carries: list[Carry] = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
     for stage, of_stage in zip(stages, weights, strict=True):
       self._carries.append(jax.eval_shape(stage, of_stage, self._carries[-1]))
 
@@ -123,7 +124,8 @@ class Runner:
   def _run(self, source, total):
     """See `run`; the source is a `ReadAhead`."""
     queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
-    in_flight, num_read, is_open = collections.deque(), 0, True
+    in_flight: collections.deque[Any] = collections.deque()
+    num_read, is_open = 0, True
     while True:
       full = [i for i, queue in enumerate(queues) if queue.count >= self.plan.full_batch]
       if full:  # Run the deepest full queue, and keep one batch in flight.
@@ -135,7 +137,7 @@ class Runner:
       elif is_open and (source.is_ready() or not in_flight):  # Else read.
         item = source.take()
         if item is not None:
-          num_read += _put_images(queues[0], *item, num_read)
+          num_read += _put_images(queues[0], num_read, *item)
         is_open = item is not None and num_read < total
         continue
       elif not in_flight:  # Else flush the shallowest queue.
@@ -185,7 +187,7 @@ class Runner:
     """
     rows = np.arange(size)
     thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
-    runs = [
+    runs: list[tuple[Callable[[Batch], Any], Carry]] = [
       (partial(self._run_stage, stage), zeros(one, size)) for stage, one in enumerate(carries)
     ]
     if size in self._fused_sizes:
@@ -239,7 +241,7 @@ class Runner:
     return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
 
 
-def _put_images(queue, images, thresholds, first_index):
+def _put_images(queue, first_index, images, thresholds):
   """Queues images for the first stage, and returns their number."""
   rows = np.arange(len(images))
   queue.put(Batch(images, rows, first_index + rows, thresholds))

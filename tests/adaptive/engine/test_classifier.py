@@ -336,6 +336,8 @@ def test_a_network_in_half_precision_of_images_in_bytes(tiny_msdnet, random_vari
   answers = classifier.predict(image)
   assert answers.probabilities.dtype == np.float32
   np.testing.assert_allclose(answers.probabilities, jax.nn.softmax(logits[-1]), atol=0.02)
+  with pytest.raises(ValueError, match='only one of mean and std'):
+    AdaptiveClassifier.from_model(model, variables, [np.inf] * 2, (8, 8, 3), mean=mean)
 
 
 @pytest.mark.parametrize('images', [np.zeros((2, 8, 4, 3), np.float32), np.zeros((2, *SHAPE))])
