@@ -223,12 +223,13 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
   """Keeps the folders of this machine out of the source locations in programs."""
-  before = jax.config.jax_hlo_source_file_canonicalization_regex  # type: ignore[attr-defined]
-  jax.config.update('jax_hlo_source_file_canonicalization_regex', '.*/')
+  config: Any = jax.config  # The types of jax 0.10 lack this option.
+  before = config.jax_hlo_source_file_canonicalization_regex
+  config.update('jax_hlo_source_file_canonicalization_regex', '.*/')
   try:
     yield
   finally:
-    jax.config.update('jax_hlo_source_file_canonicalization_regex', before)
+    config.update('jax_hlo_source_file_canonicalization_regex', before)
 
 
 def _names(tree: Any) -> list[str]:
