@@ -20,6 +20,7 @@ TOUR = ROOT / 'docs/tour.ipynb'
 PAGES = [
   ROOT / 'README.md',
   ROOT / 'CONTRIBUTING.md',
+  ROOT / 'CHANGELOG.md',
   TOUR,
   *sorted((ROOT / 'docs').glob('*.md')),
   *sorted((ROOT / 'experiments').rglob('*.md')),
