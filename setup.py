@@ -86,8 +86,12 @@ setup(
     'test': [
       'httpx>=0.27.0',
       'hypothesis>=6.112.0',
+      'ipykernel>=6.29.0',
       'mypy>=1.19.0',
+      'nbclient>=0.10.0',
+      'nbformat>=5.10.0',
       'packaging>=24.2',
+      'pdoc>=16.0.0',
       'pytest>=8.3.0',
       'pytest-xdist>=3.8.0',
       'ruff>=0.17.6',

@@ -1,11 +1,8 @@
-"""How files depend on each other, and that the docs name files that exist."""
+"""How files depend on each other."""
 
 import ast
 import graphlib
-import re
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 # Users call these, and an export does without them.
@@ -60,13 +57,3 @@ def test_techniques_import_nothing_else_of_the_package():
   for module in MODULES:
     if module.startswith('imta_jax.techniques.'):
       assert not imported_modules(module)
-
-
-@pytest.mark.parametrize('page', ['README.md', *(f'docs/{p.name}' for p in ROOT.glob('docs/*.md'))])
-def test_files_named_in_the_docs_exist(page):
-  path = ROOT / page
-  text = path.read_text(encoding='utf-8')
-  links = re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text)
-  named = re.findall(r'\b(?:tests|experiments|imta_jax)/[\w/]+\.py\b', text)
-  for name, folder in [*((n, path.parent) for n in links), *((n, ROOT) for n in named)]:
-    assert (folder / name).exists(), name

@@ -48,6 +48,12 @@ def exit_costs(
 
   Returns:
     One cost per exit.
+
+  Example:
+    >>> import imta_jax
+    >>> model = imta_jax.create_model('msdnet', num_exits=2)
+    >>> imta_jax.exit_costs(model, (32, 32, 3))
+    [ExitCost(madds=6859876, params=299704), ExitCost(madds=11656904, params=544208)]
   """
   images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
   if variables is None:

@@ -160,6 +160,16 @@ def budget_sweep(
 
   Raises:
     ValueError: If the shapes of the arrays do not match, or a number is out of range.
+
+  Example:
+    >>> import imta_jax
+    >>> import numpy as np
+    >>> first_exit = [[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]
+    >>> last_exit = [[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.2, 0.8]]
+    >>> images = (np.array([first_exit, last_exit]), np.array([0, 0, 1, 1]))
+    >>> points = imta_jax.budget_sweep(*images, *images, madds=(10, 30), parameters=(0.1, 1.0))
+    >>> [(point.test_madds, point.test_accuracy) for point in points]
+    [(15.0, 0.75), (20.0, 1.0)]
   """
   validation = (validation_probabilities, validation_labels)
   test = (test_probabilities, test_labels)
@@ -199,6 +209,16 @@ def optimal_sweep(
   Raises:
     ValueError: If the shapes of the arrays do not match, or a number is out of range, as a budget
       that is less than the first exit takes.
+
+  Example:
+    >>> import imta_jax
+    >>> import numpy as np
+    >>> first_exit = [[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]
+    >>> last_exit = [[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.2, 0.8]]
+    >>> images = (np.array([first_exit, last_exit]), np.array([0, 0, 1, 1]))
+    >>> points = imta_jax.optimal_sweep(*images, *images, madds=(10, 30), budgets=(10, 20))
+    >>> [(point.test_madds, point.test_accuracy) for point in points]
+    [(10.0, 0.75), (20.0, 1.0)]
   """
   validation = (validation_probabilities, validation_labels)
   test = (test_probabilities, test_labels)

@@ -1,0 +1,1 @@
+"""Data sets, from files or TFDS to batches on the devices."""

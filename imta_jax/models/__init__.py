@@ -63,6 +63,15 @@ def create(
 
   Raises:
     ValueError: If the name, a field or a value is unknown.
+
+  Example:
+    >>> import imta_jax
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> model = imta_jax.create_model('msdnet', num_exits=3, num_classes=10)
+    >>> variables = imta_jax.initialize(model, seed=0, image_shape=(32, 32, 3))
+    >>> jax.jit(model.apply)(variables, jnp.zeros((2, 32, 32, 3))).shape
+    (3, 2, 10)
   """
   if name not in ARCHITECTURES:
     raise ValueError(f'model {name!r} is unknown: choose one of {", ".join(ARCHITECTURES)}')

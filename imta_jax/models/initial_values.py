@@ -35,6 +35,14 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 
   Raises:
     ValueError: If the network has a variable of another kind.
+
+  Example:
+    >>> import imta_jax
+    >>> import jax
+    >>> model = imta_jax.create_model('msdnet', num_exits=2)
+    >>> variables = imta_jax.initialize(model, seed=0, image_shape=(32, 32, 3))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    544208
   """
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -40,6 +40,22 @@ class MultiExitNetwork(nn.Module):
       averaged, or None.
     remat: Whether training stores only the maps between stages and recomputes the others in the
       backward pass, which takes less memory and a third more computation.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> import imta_jax
+    >>> class Stage(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, features, train):
+    ...     return (nn.relu(nn.Conv(8, (3, 3), strides=2)(features[-1])),)
+    >>> class Exit(nn.Module):
+    ...   def __call__(self, feature_map, train):
+    ...     return feature_map.mean(axis=(1, 2))
+    >>> model = imta_jax.MultiExitNetwork([Stage(), Stage()], [Exit(), Exit()], num_classes=10)
+    >>> variables = imta_jax.initialize(model, seed=0, image_shape=(32, 32, 3))
+    >>> model.apply(variables, jnp.zeros((4, 32, 32, 3))).shape
+    (2, 4, 10)
   """
 
   stages: Sequence[nn.Module]
@@ -55,6 +71,7 @@ class MultiExitNetwork(nn.Module):
 
   @property
   def num_exits(self) -> int:
+    """Number of exits."""
     return len(self.exits)
 
   def setup(self):
@@ -82,7 +99,15 @@ class MultiExitNetwork(nn.Module):
     return self.classify(self.embed(images, train), train)
 
   def embed(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-    """Computes the embedding [batch, width] of every exit: all but the last layers."""
+    """Computes the embedding of every exit: all but the last layers.
+
+    Args:
+      images: [batch, height, width, channels], normalised.
+      train: Whether batch norm uses and records the statistics of the batch.
+
+    Returns:
+      [batch, width] for each exit.
+    """
     features = self.start(images)
     embeddings = []
     for index in range(self.num_exits):
@@ -91,14 +116,26 @@ class MultiExitNetwork(nn.Module):
     return tuple(embeddings)
 
   def classify(self, embeddings: Sequence[jax.Array], train: bool = False) -> jax.Array:
-    """Computes logits [num_exits, batch, num_classes] from the embeddings of every exit."""
+    """Computes the logits of every exit from its embedding: the last layers.
+
+    Args:
+      embeddings: [batch, width] for each exit.
+      train: Whether batch norm uses and records the statistics of the batch.
+
+    Returns:
+      [num_exits, batch, num_classes], float32.
+    """
     logits: list[jax.Array] = []
     for classifier, embedding in zip(self.classifiers, embeddings, strict=True):
       logits.append(classifier(embedding, logits[-1] if logits else None, train))
     return jnp.stack(logits)
 
   def start(self, images: jax.Array) -> Features:
-    """Returns the input of the first stage, for `run_stage`."""
+    """Returns the input of the first stage, for `run_stage`.
+
+    Args:
+      images: [batch, height, width, channels], normalised.
+    """
     return (images.astype(self.dtype),)
 
   def run_stage(

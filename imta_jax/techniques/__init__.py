@@ -1,0 +1,1 @@
+"""Training techniques for networks with several exits; each file works with any Flax model."""

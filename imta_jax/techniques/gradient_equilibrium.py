@@ -23,6 +23,12 @@ def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
   Returns:
     `x` itself.
+
+  Example:
+    >>> import imta_jax
+    >>> import jax
+    >>> jax.grad(lambda x: imta_jax.scale_gradient(x, 0.5) ** 2)(3.0).item()  # Not 6.
+    3.0
   """
   del factor
   return x
@@ -55,6 +61,13 @@ def equilibrium_factors(exit: int, num_exits: int) -> tuple[float, float]:
 
   Raises:
     ValueError: If there is no such exit.
+
+  Example:
+    >>> import imta_jax
+    >>> imta_jax.equilibrium_factors(1, num_exits=5)
+    (0.2, 0.8)
+    >>> imta_jax.equilibrium_factors(5, num_exits=5)
+    (1.0, 0.0)
   """
   if not 1 <= exit <= num_exits:
     raise ValueError(f'exit {exit} does not exist: exits are numbered from 1 to {num_exits}')

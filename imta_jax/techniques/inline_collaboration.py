@@ -29,6 +29,18 @@ class CollaborativeClassifier(nn.Module):
     dtype: Type of the computation up to the dense layer, which computes the logits in float32:
       rounded to bfloat16, a percent of them would tie. Parameters are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+
+  Example:
+    >>> import imta_jax
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> embedding, previous_logits = jnp.ones((4, 16)), jnp.zeros((4, 10))
+    >>> classifier = imta_jax.CollaborativeClassifier(num_classes=10, collaboration='network')
+    >>> variables = classifier.init(jax.random.key(0), embedding, previous_logits)
+    >>> classifier.apply(variables, embedding, previous_logits).shape
+    (4, 10)
+    >>> variables['params']['dense']['kernel'].shape  # Reads 16 + 16 features.
+    (32, 10)
   """
 
   num_classes: int

