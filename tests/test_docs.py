@@ -93,7 +93,8 @@ def test_no_link_of_a_page_leads_nowhere(path):
     target = path.parent / url.path if url.path else path
     assert target.exists(), link
     assert not url.fragment or url.fragment in anchors_of(target.read_text()), link
-  for name in re.findall(r'\b(?:tests|experiments|imta_jax|docs)/[\w/]+\.py\b', text):
+  named = re.findall(r'\b(?:tests|experiments|imta_jax|docs)/[\w/]+\.py\b', text)
+  for name in named if path.name != 'CHANGELOG.md' else ():  # Which names what has gone.
     assert (ROOT / name).exists() or (path.parent / name).exists(), name
 
 
