@@ -23,8 +23,10 @@ class Reporter:
 
   def __init__(self):
     # Of a notebook, Rich would make every line an output of its own.
-    plain = {'force_jupyter': False, 'force_terminal': False} if Console().is_jupyter else {}
-    self._console = Console(quiet=jax.process_index() > 0, highlight=False, **plain)
+    force = False if Console().is_jupyter else None
+    self._console = Console(
+      quiet=jax.process_index() > 0, highlight=False, force_jupyter=force, force_terminal=force
+    )
 
   def say(self, text: str) -> None:
     """Prints a line."""
