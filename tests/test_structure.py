@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,3 +59,14 @@ def test_techniques_import_nothing_else_of_the_package():
   for module in MODULES:
     if module.startswith('imta_jax.techniques.'):
       assert not imported_modules(module)
+
+
+def test_modules_are_imported_without_the_packages_of_training_and_on_windows():
+  # Needs the extra `serve`; the builder of a TFDS data set.
+  left_out = {'imta_jax.serve', 'imta_jax.data.mnist5k'}
+  missing = ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'matplotlib', 'mlxtend')
+  program = (
+    f'import importlib, sys; sys.modules |= dict.fromkeys({(*missing, "fcntl", "resource")})\n'
+    f'for module in {sorted(MODULES.keys() - left_out)}: importlib.import_module(module)'
+  )
+  subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
