@@ -6,7 +6,7 @@
 
 Other networks are those of configs/cifar100.py.
 
-Not trained at this length yet; the paper shows its accuracies in a figure only. Cost: 300 + 180
+Not trained yet; the paper shows its accuracies in a figure only. Cost: 300 + 180
 epochs of 703 steps; 89 million multiply-adds per image at the last of 6 exits.
 Data: `tfds build cifar10`; otherwise the first run downloads it.
 """

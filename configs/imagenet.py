@@ -12,7 +12,7 @@ Top-1 accuracy with step 4 in %, by exit:
 
     paper (Table 3)   57.28  66.22  70.24  71.71  72.43
 
-Not trained at this length yet. Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per
+Not trained yet. Cost: 90 + 90 epochs of 4,809 steps; 1.36 billion multiply-adds per
 image at the last exit.
 Data: `tfds build imagenet2012`, from the archives of image-net.org.
 """

@@ -3,8 +3,9 @@
     python experiments/thresholds.py runs/mnist5k
 
 Everything is chosen on validation images and then measured on test images. Writes a table and a
-figure of the paper's geometric shares and of searched thresholds at the same 40 budgets, a table of
-exit rules, and one of thresholds with a statistical guarantee on the loss of accuracy.
+figure of the paper's geometric shares and of searched thresholds at the same 40 budgets, a figure
+of the searched ones beside single exits, a table of exit rules, and one of thresholds with a
+statistical guarantee on the loss of accuracy.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from etils import epath
 
 from imta_jax import command_line, evaluate, files
 from imta_jax.adaptive import policy
+from imta_jax.adaptive.cost import ExitCost
 from imta_jax.adaptive.guarantee import CalibrationSet, guaranteed_thresholds
 from imta_jax.adaptive.rules import RULES
 from imta_jax.adaptive.search import fit_temperatures
@@ -90,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   guarantees = compare_guarantees(splits, madds)
   files.write_csv(output / 'guarantees.csv', guarantees)
   draw(records, config.dataset.name, output / 'sweeps.png')
+  evaluate.write_figure(
+    [of_searched(records, splits, madds)],
+    output / 'early_exits.png',
+    config.dataset.name,
+    ['early exits, searched thresholds'],
+  )
   text = page(records, rules, guarantees, config.dataset.name, splits, options)
   files.write_whole(output / 'README.md', text.encode())
   print(text)
@@ -215,6 +223,30 @@ def draw(records: Sequence[Mapping[str, float]], title: str, path: epath.Path) -
   for axes in (above, below):
     axes.grid(alpha=0.3)
   save_figure(figure, path)
+
+
+def of_searched(
+  records: Sequence[Mapping[str, float]],
+  splits: Mapping[str, evaluate.Predictions],
+  madds: np.ndarray,
+) -> evaluate.Evaluation:
+  """The evaluation of the searched thresholds, for the figure that runs have of geometric ones."""
+  points = [
+    policy.OperatingPoint(
+      parameter=record['budget'],
+      thresholds=(),
+      validation_accuracy=record['optimal_validation'] / 100,
+      validation_madds=record['budget'],
+      validation_exit_fractions=(),
+      test_accuracy=record['optimal_test'] / 100,
+      test_madds=record['optimal_test_madds'],
+      test_exit_fractions=(),
+    )
+    for record in records
+  ]
+  accuracies = {(split, 1): predictions.accuracy() for split, predictions in splits.items()}
+  costs = [ExitCost(int(cost), params=0) for cost in madds]
+  return evaluate.Evaluation('searched', costs, accuracies, points)
 
 
 def page(

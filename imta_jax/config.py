@@ -227,6 +227,8 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UsageError: On the first field that does not exist or has an invalid value.
   """
+  if not isinstance(config, ConfigDict):
+    raise UsageError(f'config {config!r} is not a ConfigDict: load it with imta_jax.load_config')
   fields = to_dict(config)
   model, phases = fields.pop('model', None), fields.pop('phases', None)
   if not isinstance(model, dict) or not isinstance(model.get('name'), str):
@@ -386,7 +388,7 @@ def load(argument: str) -> ConfigDict:
   """
   path, _, config_argument = find(argument).partition(':')
   if not os.path.isfile(path):
-    raise UsageError(f'--config={argument} {expected()}')
+    raise UsageError(f'config {argument!r} {expected()}')
   config = runpy.run_path(path)['get_config'](config_argument)
   validate(config)
   return config

@@ -22,6 +22,7 @@ from imta_jax.adaptive.guarantee import CalibrationSet
 from imta_jax.adaptive.policy import (
   OperatingPoint,
   budget_sweep,
+  cheapest_as_accurate,
   exit_scores,
   scores_and_correctness,
 )
@@ -308,8 +309,8 @@ def write_figure(
   """Draws accuracy against average multiply-adds.
 
   Lines show budgeted batch classification; circles show single exits that classify all images.
-  Where a line reaches the accuracy of the last exit, its share of the last exit's multiply-adds is
-  marked.
+  Dotted lines are the accuracy of the last exit. Diamonds mark the cheapest thresholds that are as
+  accurate as the last exit on validation images, with their share of its multiply-adds.
 
   Args:
     evaluations: The networks.
@@ -321,7 +322,7 @@ def write_figure(
   axes = figure.add_subplot()
   unit, unit_name = 1e6, 'million'
   is_any_marked = False
-  for evaluation, label in zip(evaluations, labels, strict=True):
+  for index, (evaluation, label) in enumerate(zip(evaluations, labels, strict=True)):
     points = sorted(evaluation.points, key=lambda point: point.test_madds)
     (line,) = axes.plot(
       [point.test_madds / unit for point in points],
@@ -338,11 +339,12 @@ def write_figure(
       markersize=5,
       fillstyle='none',
     )
-    is_any_marked |= _mark_whole_network(axes, evaluation, points, unit, line.get_color())
+    is_any_marked |= _mark_cheapest(axes, evaluation, unit, line.get_color(), index % 2)
   gray = {'color': 'gray', 'markersize': 5}
   axes.plot([], [], 'o', fillstyle='none', label='one exit for all images', **gray)
   if is_any_marked:
-    axes.plot([], [], 'D:', label='as accurate as the last exit, at … of its cost', **gray)
+    label = 'as accurate as the last exit on validation images'
+    axes.plot([], [], 'D:', label=label, **gray)
   axes.set(
     xlabel=f'average multiply-adds per image ({unit_name})', ylabel='test accuracy (%)', title=title
   )
@@ -355,20 +357,23 @@ def write_figure(
   save_figure(figure, path)
 
 
-def _mark_whole_network(axes, evaluation, points, unit, color):
-  """Marks the first point, ordered by cost, that is as accurate as the last exit, if any is."""
-  accuracy, madds = evaluation.accuracies['test', 1][-1], evaluation.costs[-1].madds
-  reached = next((point for point in points if point.test_accuracy >= accuracy), None)
-  if reached is None or reached.test_madds >= madds:
+def _mark_cheapest(axes, evaluation, unit, color, above):
+  """Marks the cheapest point as accurate as the last exit on validation images, if there is one."""
+  point = cheapest_as_accurate(evaluation.points, evaluation.accuracies['validation', 1][-1])
+  if point is None:
     return False
-  x, y = reached.test_madds / unit, 100 * accuracy
-  axes.plot([x, madds / unit], [y, y], 'D:', color=color, markersize=5, markevery=[0])
+  madds = evaluation.costs[-1].madds
+  whole = 100 * evaluation.accuracies['test', 1][-1]
+  x, y = point.test_madds / unit, 100 * point.test_accuracy
+  axes.plot([evaluation.costs[0].madds / unit, madds / unit], [whole] * 2, ':', color=color)
+  axes.plot([x], [y], 'D', color=color, markersize=6)
   axes.annotate(
-    f'{reached.test_madds / madds:.0%}',
+    f'{point.test_madds / madds:.0%}',
     (x, y),
-    (-4, 6),
+    (0, 8 if above else -8),
     textcoords='offset points',
-    ha='right',
+    ha='center',
+    va='bottom' if above else 'top',
     color=color,
     weight='bold',
   )

@@ -162,12 +162,15 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
   Raises:
     UsageError: If the config file cannot be loaded, or a flag, a field or a value is wrong.
   """
+  if {'-h', '-help', '--help'} & set(argv[1:]):  # absl would show nothing for imta-train.
+    print(__doc__, flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag('config')))
+    raise SystemExit(0)
   try:
     remaining = flags.FLAGS(argv)
     if flags.FLAGS['config'].present and not isinstance(_CONFIG.value, ConfigDict):
       raise ValueError('not a config file: its get_config must return a ConfigDict')
     return remaining
-  except SystemExit:  # After --help, for which absl has status 1.
+  except SystemExit:  # After --helpfull, for which absl has status 1.
     raise SystemExit(0) from None
   except flags.Error as error:
     # An error in a config file is the last line of a formatted traceback.

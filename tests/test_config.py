@@ -31,6 +31,11 @@ def parent_of(config, path):
   return config, field
 
 
+def test_the_name_of_a_config_is_no_config():
+  with pytest.raises(UsageError, match="'mnist5k' is not a ConfigDict: load it with imta_jax.load"):
+    config_lib.validate('mnist5k')
+
+
 def test_default_holds_the_papers_settings_for_cifar_100():
   config = config_lib.default()
   config_lib.validate(config)

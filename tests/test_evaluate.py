@@ -270,24 +270,28 @@ def test_figure_shows_the_sweep_and_the_exits(evaluation, tmp_path, figures):
   assert figures[1].axes[0].lines[0].get_marker() == '.'
 
 
-@pytest.mark.parametrize(
-  ('accuracies', 'mark'), [((0.6, 0.7, 0.8), '60%'), ((0.6, 0.6, 0.6), None)], ids=['yes', 'no']
-)
-def test_figure_marks_the_share_of_the_cost_of_the_last_exits_accuracy(
-  evaluation, accuracies, mark, tmp_path, figures
+@pytest.mark.parametrize('is_reached', [True, False])
+def test_figure_marks_the_cheapest_thresholds_as_accurate_on_validation_images(
+  evaluation, is_reached, tmp_path, figures
 ):
   points = [
-    dataclasses.replace(evaluation.points[0], test_accuracy=accuracy, test_madds=madds)
-    for accuracy, madds in zip(accuracies, (1.2e6, 1.5e6, 1.8e6), strict=True)
+    dataclasses.replace(
+      evaluation.points[0],
+      validation_accuracy=accuracy,
+      validation_madds=madds,
+      test_accuracy=accuracy - 0.02,
+      test_madds=madds + 0.3e6,
+    )
+    for accuracy, madds in ((0.6, 0.9e6), (0.7, 1.2e6), (0.8, 1.5e6))
   ]
-  evaluation = dataclasses.replace(
-    evaluation, points=points, accuracies={('test', 1): np.array([0.5, 0.7])}
-  )
+  last = 0.7 if is_reached else 0.9
+  accuracies = {('validation', 1): np.array([0.5, last]), ('test', 1): np.array([0.5, 0.66])}
+  evaluation = dataclasses.replace(evaluation, points=points, accuracies=accuracies)
   write_figure([evaluation], epath.Path(tmp_path) / 'budget.png', 'CIFAR-100', ['phase_1'])
   (axes,) = figures[0].axes
-  assert [text.get_text() for text in axes.texts] == ([mark] if mark else [])
-  lines = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == 'D']
-  assert lines == ([[[1.5, 70.0], [2.5, 70.0]], []] if mark else [])
+  assert [text.get_text() for text in axes.texts] == (['60%'] if is_reached else [])
+  diamonds = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == 'D']
+  assert diamonds == ([[[1.5, 68.0]], []] if is_reached else [])
 
 
 @pytest.mark.parametrize('rule', RULES)

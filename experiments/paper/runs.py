@@ -144,10 +144,11 @@ def main(
     train_all(chosen, wanted, known.jobs)
   missing = [(run, seed) for run, seed in wanted if not is_finished(chosen.workdir(run.name, seed))]
   if missing:
-    lines = (shlex.join(command(chosen, run, seed)) for run, seed in missing)
+    for run, seed in missing:
+      print(shlex.join(command(chosen, run, seed)))
     raise UsageError(
       f'{len(missing)} of {len(wanted)} runs are missing in {folder}: add --train to train them '
-      'one after another with these commands\n' + '\n'.join(lines)
+      'one after another with these commands'
     )
   output = epath.Path(known.output or folder / name)
   for run in runs:

@@ -1,26 +1,24 @@
 """Loads a trained network for inference, wherever it is."""
 
 import os
-from typing import Unpack
+from typing import Any
 
 from etils import epath
 
-from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier, Limits
+from imta_jax.adaptive.engine import MANIFEST, AdaptiveClassifier
 from imta_jax.errors import UsageError
-
-_OF_WORKDIR = ('phase', 'rule', 'sweep')
-
-
-class Choices(Limits, total=False):
-  """See `AdaptiveClassifier.from_workdir`."""
-
-  phase: int
-  rule: str
-  sweep: str
 
 
 def load(
-  path: str | os.PathLike[str], budget: float | None = None, **choices: Unpack[Choices]
+  path: str | os.PathLike[str],
+  budget: float | None = None,
+  *,
+  latency: float | None = None,
+  max_loss: float | None = None,
+  confidence: float = 0.95,
+  phase: int | None = None,
+  rule: str | None = None,
+  sweep: str | None = None,
 ) -> AdaptiveClassifier:
   """Loads a network that a run has trained and evaluated, or an export.
 
@@ -29,9 +27,13 @@ def load(
 
   Args:
     path: The workdir of a run, or a folder that `AdaptiveClassifier.save` wrote.
-    budget: Average multiply-adds per image; see `AdaptiveClassifier.choose`.
-    **choices: `latency`, `max_loss` and `confidence`, see `AdaptiveClassifier.choose`; for a
-      workdir also `phase`, `rule` and `sweep`, see `AdaptiveClassifier.from_workdir`.
+    budget: Average multiply-adds per image.
+    latency: Average seconds per image, instead of a budget; see `AdaptiveClassifier.choose`.
+    max_loss: By how much the accuracy may lie below that of the last exit, instead of a budget.
+    confidence: Probability that `max_loss` is kept.
+    phase: Index of the training phase of a workdir, counted from 0; the last one by default.
+    rule: Name of the exit rule, for a workdir; see `AdaptiveClassifier.from_workdir`.
+    sweep: Where thresholds come from, for a workdir: 'geometric' or 'optimal'; likewise.
 
   Returns:
     A classifier of uint8 images.
@@ -46,13 +48,15 @@ def load(
     >>> classifier.image.shape, classifier.num_classes
     ((32, 32, 3), 100)
   """
+  limits: dict[str, Any] = {'latency': latency, 'max_loss': max_loss, 'confidence': confidence}
+  of_workdir: dict[str, Any] = {'phase': phase, 'rule': rule, 'sweep': sweep}
+  given = {name: value for name, value in of_workdir.items() if value is not None}
   if os.path.exists(os.path.join(path, MANIFEST)):
-    if of_workdir := [name for name in _OF_WORKDIR if name in choices]:
+    if given:
       raise UsageError(
-        f'{path} is an export, which has one phase, rule and sweep: leave out '
-        + ', '.join(of_workdir)
+        f'{path} is an export, which has one phase, rule and sweep: leave out {", ".join(given)}'
       )
-    return AdaptiveClassifier.load(path, budget, **choices)  # type: ignore[misc]  # Limits alone.
+    return AdaptiveClassifier.load(path, budget, **limits)
   if '://' in os.fspath(path) and (epath.Path(path) / MANIFEST).exists():
     raise UsageError(f'{path} is an export in a bucket: copy it to a local folder first')
-  return AdaptiveClassifier.from_workdir(path, budget, **choices)
+  return AdaptiveClassifier.from_workdir(path, budget, **given, **limits)

@@ -100,7 +100,8 @@ def phase_index(config: ConfigDict, phase: int) -> int:
     UsageError: If there is none.
   """
   if not -len(config.phases) <= phase < len(config.phases):
-    raise UsageError(f'phase {phase + 1} does not exist: the run has 1 to {len(config.phases)}')
+    names = ', '.join(map(phase_name, range(len(config.phases))))
+    raise UsageError(f'{phase_name(phase)} does not exist: the run has {names}')
   return phase % len(config.phases)
 
 

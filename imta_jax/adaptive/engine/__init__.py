@@ -14,7 +14,7 @@ from ..exported import FORMAT, MANIFEST, VALIDATION, manifest_checksum
 from ..guarantee import CalibrationSet
 from ..rules import DEFAULT_RULE, RULES
 from .batches import Predictions
-from .classifier import AdaptiveClassifier, Limits, OperatingPoint
+from .classifier import AdaptiveClassifier, OperatingPoint
 from .runner import BATCH_SIZES
 
 __all__ = [
@@ -28,6 +28,5 @@ __all__ = [
   'Predictions',
   'OperatingPoint',
   'CalibrationSet',
-  'Limits',
   'manifest_checksum',
 ]

@@ -5,7 +5,7 @@ import decimal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,14 +32,6 @@ class OperatingPoint:
   thresholds: tuple[float, ...]
   exit_fractions: tuple[float, ...]
   accuracy: float
-
-
-class Limits(TypedDict, total=False):
-  """See `AdaptiveClassifier.choose`."""
-
-  latency: float | None
-  max_loss: float | None
-  confidence: float
 
 
 class AdaptiveClassifier:
@@ -145,7 +137,7 @@ class AdaptiveClassifier:
     phase: int = -1,
     rule: str = DEFAULT_RULE,
     sweep: str = 'geometric',
-    **limits: Unpack[Limits],
+    **limits: Any,
   ) -> 'AdaptiveClassifier':
     """Loads the network that a run has trained and evaluated.
 
@@ -196,10 +188,7 @@ class AdaptiveClassifier:
       madds=madds,
       rule=rule,
       temperatures=temperatures if rule == 'calibrated' else None,
-      operating_points=[
-        OperatingPoint(p.thresholds, p.validation_exit_fractions, p.validation_accuracy)
-        for p in points
-      ],
+      operating_points=points,
       validation=validation,
       class_names=layout.load_class_names(workdir),
       preprocessing={'crop': config.dataset.crop if config.dataset.in_memory else 'center'},
@@ -216,6 +205,7 @@ class AdaptiveClassifier:
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     madds: Sequence[float] | None = None,
+    operating_points: Sequence[Any] = (),
     **fields: Any,
   ) -> 'AdaptiveClassifier':
     """Wraps a Flax network.
@@ -229,6 +219,8 @@ class AdaptiveClassifier:
         the classifier, otherwise they are normalised floats.
       std: [channels], likewise.
       madds: See the class; counted if not given.
+      operating_points: What `choose` selects from: see the class, or what `policy.budget_sweep`
+        or `policy.optimal_sweep` returns.
       **fields: Further arguments of the constructor.
 
     Returns:
@@ -265,12 +257,18 @@ class AdaptiveClassifier:
     exits = range(model.num_exits)
     stages = [partial(run, index) for index in exits]
     weights = [weights_of(index) for index in exits]
-    return cls(stages, weights, thresholds, image, madds=madds, **fields)
+    points = [
+      point
+      if isinstance(point, OperatingPoint)
+      else OperatingPoint(
+        point.thresholds, point.validation_exit_fractions, point.validation_accuracy
+      )
+      for point in operating_points
+    ]
+    return cls(stages, weights, thresholds, image, madds=madds, operating_points=points, **fields)
 
   @classmethod
-  def load(
-    cls, folder: Any, budget: float | None = None, **limits: Unpack[Limits]
-  ) -> 'AdaptiveClassifier':
+  def load(cls, folder: Any, budget: float | None = None, **limits: Any) -> 'AdaptiveClassifier':
     """Loads a folder that `save` wrote.
 
     Args:
@@ -517,16 +515,13 @@ class AdaptiveClassifier:
 
   def _rows(self, thresholds, count):
     """Thresholds per image, [image, exit]."""
-    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds)
-    rows = np.empty((count, len(self.stages)), np.float32)
-    try:
-      rows[:] = thresholds
-    except ValueError:
+    thresholds = np.asarray(self.thresholds if thresholds is None else thresholds, np.float32)
+    num_exits = len(self.stages)
+    if thresholds.shape not in ((num_exits,), (count, num_exits)):
       raise ValueError(
-        f'thresholds of shape {thresholds.shape} must be [{len(self.stages)}] or '
-        f'[{count}, {len(self.stages)}]'
-      ) from None
-    return rows
+        f'thresholds of shape {thresholds.shape} must be [{num_exits}] or [{count}, {num_exits}]'
+      )
+    return np.broadcast_to(thresholds, (count, num_exits))
 
 
 def _round_up(number: float) -> str:

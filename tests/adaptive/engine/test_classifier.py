@@ -19,7 +19,13 @@ from imta_jax.adaptive.engine import (
 )
 from imta_jax.adaptive.engine.batches import join_on_device, join_on_host
 from imta_jax.adaptive.engine.runner import Runner
-from imta_jax.adaptive.policy import choose_exits, exit_scores, find_thresholds, geometric_shares
+from imta_jax.adaptive.policy import (
+  budget_sweep,
+  choose_exits,
+  exit_scores,
+  find_thresholds,
+  geometric_shares,
+)
 
 SHAPE = (4, 4, 3)
 SIZES = (1, 4, 16)
@@ -336,6 +342,13 @@ def test_a_network_in_half_precision_of_images_in_bytes(tiny_msdnet, random_vari
   answers = classifier.predict(image)
   assert answers.probabilities.dtype == np.float32
   np.testing.assert_allclose(answers.probabilities, jax.nn.softmax(logits[-1]), atol=0.02)
+  # The points of a sweep are operating points.
+  probabilities, labels = np.full((2, 4, 5), 0.2), np.arange(4)
+  points = budget_sweep(probabilities, labels, probabilities, labels, (10, 20), parameters=(1.0,))
+  classifier = AdaptiveClassifier.from_model(
+    model, variables, [np.inf] * 2, (8, 8, 3), operating_points=points
+  )
+  np.testing.assert_allclose(classifier.choose(budget=1e9).thresholds, points[0].thresholds)
   with pytest.raises(ValueError, match='only one of mean and std'):
     AdaptiveClassifier.from_model(model, variables, [np.inf] * 2, (8, 8, 3), mean=mean)
 
@@ -347,8 +360,9 @@ def test_images_that_do_not_fit(classifier, images):
 
 
 def test_thresholds_or_costs_that_do_not_fit(network, classifier):
-  with pytest.raises(ValueError, match='must be'):
-    classifier.predict(network[1][:4], np.zeros(2))
+  for thresholds in (np.zeros(2), np.zeros(1), 0.5, np.zeros((1, 3))):
+    with pytest.raises(ValueError, match='must be'):
+      classifier.predict(network[1][:4], thresholds)
   with pytest.raises(ValueError, match='one value for each of the 3 exits'):
     classifier_of(network, [0.5, 0.5])
   with pytest.raises(ValueError, match='madds .* one value for each of the 3 exits'):
