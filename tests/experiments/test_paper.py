@@ -112,14 +112,12 @@ def test_a_program_writes_its_results_once_its_runs_are_there(
 
 
 @pytest.mark.parametrize('name', PROGRAMS)
-def test_a_program_names_the_commands_of_missing_runs(name, tmp_path, monkeypatch):
+def test_a_program_names_the_commands_of_missing_runs(name, tmp_path, monkeypatch, capsys):
   program = importlib.import_module(name)
   monkeypatch.setattr(sys, 'argv', [f'{name}.py', f'--runs={tmp_path}', '--seeds=1'])
-  with pytest.raises(
-    UsageError, match=f'^{len(program.RUNS)} of {len(program.RUNS)} runs'
-  ) as error:
+  with pytest.raises(UsageError, match=f'^{len(program.RUNS)} of {len(program.RUNS)} runs'):
     program.main()
-  _, *commands = str(error.value).splitlines()
+  commands = capsys.readouterr().out.splitlines()
   assert len(set(commands)) == len(program.RUNS)
   assert all(line.startswith('python -m imta_jax.main --config=configs/') for line in commands)
 
