@@ -51,6 +51,7 @@ def reference(tmp_path_factory):
   return {path: Page(path) for path in folder.rglob('*.html')}
 
 
+@pytest.mark.slow
 def test_no_link_of_the_reference_leads_nowhere(reference):
   num_local = 0
   for path, page in reference.items():
@@ -64,6 +65,7 @@ def test_no_link_of_the_reference_leads_nowhere(reference):
   assert num_local > 100
 
 
+@pytest.mark.slow
 def test_the_first_page_of_the_reference_shows_the_public_api(reference):
   (first,) = (page for path, page in reference.items() if path.name == 'imta_jax.html')
   assert set(imta_jax.__all__) <= first.anchors

@@ -42,6 +42,7 @@ def test_the_readme_is_short():
   assert len(TEXT.split()) <= 900
 
 
+@pytest.mark.slow
 def test_the_first_example_classifies_digits(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   (code,) = (block for block in PYTHON if 'imta_jax.load' in block)
