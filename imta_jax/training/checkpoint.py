@@ -42,7 +42,10 @@ class Checkpoints:
     with self._opening():
       self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_item_handlers()))
       if not read_only:
-        options = ocp.CheckpointManagerOptions(preservation_policy=_LatestAndBest(self._preference))
+        options = ocp.CheckpointManagerOptions(
+          preservation_policy=_LatestAndBest(self._preference),
+          cleanup_tmp_directories=True,  # Of runs that were killed while they saved.
+        )
         self._manager = ocp.CheckpointManager(
           self._folder, options=options, item_handlers=_item_handlers()
         )

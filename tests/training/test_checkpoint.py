@@ -206,6 +206,15 @@ def test_if_all_checkpoints_are_corrupt_there_is_none(copy, caplog):
   assert len(warnings_of(caplog)) == 3
 
 
+def test_what_killed_runs_leave_is_removed_without_a_warning(copy, caplog):
+  for step in (4, 5):  # The next run saves one of them.
+    shutil.copytree(copy / '3', copy / f'{step}.orbax-checkpoint-tmp')
+  with saved(copy, {4: 0.6}):
+    pass
+  assert sorted(path.name for path in copy.iterdir()) == ['1', '3', '4']
+  assert not [record for record in caplog.records if record.levelname == 'WARNING']
+
+
 def test_a_half_written_checkpoint_is_no_checkpoint(copy, caplog):
   shutil.copytree(copy / '3', copy / '4.orbax-checkpoint-tmp-123')
   delete_data(copy / '4.orbax-checkpoint-tmp-123')
