@@ -62,4 +62,6 @@ def test_every_command_installs_the_last_set(path):
   assert commands
   for command in commands:
     assert '-c constraints.txt' in command, command
+    (extras,) = re.findall(r'\.\[([\w,]+)\]', command)
+    assert {'train', 'test'} & set(extras.split(',')), command  # The next commands train.
   assert not re.search(r"pip install (-q )?['\"]?\.", text)  # Of this folder, without -e.

@@ -148,7 +148,7 @@ def main(
       print(shlex.join(command(chosen, run, seed)))
     raise UsageError(
       f'{len(missing)} of {len(wanted)} runs are missing in {folder}: add --train to train them '
-      'one after another with these commands'
+      'one after another with the commands above'
     )
   output = epath.Path(known.output or folder / name)
   for run in runs:
