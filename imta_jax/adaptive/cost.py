@@ -17,10 +17,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from imta_jax.models.convolution import convolve, convolve_pair
+from imta_jax.models.depthwise import convolve_depthwise
 from imta_jax.models.multi_exit import MultiExitNetwork
 
 # The names under which traced computations call them.
-_CONVOLVE, _CONVOLVE_PAIR = convolve.__name__, convolve_pair.__name__  # type: ignore[attr-defined]
+_CONVOLVE, _CONVOLVE_PAIR, _DEPTHWISE = (
+  function.__name__  # type: ignore[attr-defined]
+  for function in (convolve, convolve_pair, convolve_depthwise)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,8 @@ def _count(jaxpr: core.Jaxpr) -> int:
     elif equation.params.get('name') == _CONVOLVE_PAIR:
       pixels = out.size // out.shape[-1]
       total += pixels * sum(kernel.size for kernel in inputs[2:])
+    elif equation.params.get('name') == _DEPTHWISE:
+      total += out.size * math.prod(inputs[1].shape[:2])
     elif name == 'conv_general_dilated':
       kernel = inputs[1].shape
       _, *inputs_and_area = equation.params['dimension_numbers'].rhs_spec

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from imta_jax.models.densenet import densenet
+from imta_jax.models.efficientnet_lite import efficientnet_lite
 from imta_jax.models.googlenet import googlenet
 from imta_jax.models.hydranet import hydranet
 from imta_jax.models.msdnet import msdnet
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, Callable[..., tuple[Sequence[nn.Module], Sequence[nn.Mo
   'densenet': densenet,
   'googlenet': googlenet,
   'hydranet': hydranet,
+  'efficientnet_lite': efficientnet_lite,
 }
 # Others are refused: float16 would need loss scaling.
 DTYPES = (jnp.dtype('float32'), jnp.dtype('bfloat16'))

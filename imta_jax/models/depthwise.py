@@ -10,18 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Padding = tuple[int, int]
-
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
-def convolve_depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+def convolve_depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
   """Convolves each channel with a kernel of its own.
 
   Args:
     x: [batch, height, width, channels].
-    kernel: [side, side, 1, channels].
+    kernel: [side, side, channels, 1].
     stride: The stride in both directions.
-    padding: Number of zeros before and after, in both directions.
+    padding: Number of zeros on every side.
 
   Returns:
     [batch, height, width, channels].
@@ -61,9 +59,9 @@ _convolve.defvjp(
 def _direct(x, kernel, stride, padding):
   return jax.lax.conv_general_dilated(
     x,
-    kernel,
+    kernel.transpose(0, 1, 3, 2),
     (stride, stride),
-    (padding, padding),
+    [(padding, padding)] * 2,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=x.shape[-1],
   )
@@ -71,67 +69,62 @@ def _direct(x, kernel, stride, padding):
 
 def _shifted(x, kernel, stride, padding):
   """Adds the products of the shifted map with each tap."""
-  total = 0
-  for (i, j), shifted in _shifts(x, len(kernel), stride, padding):
-    total += shifted * kernel[i, j, 0]
-  return total
+  shifts = _shifts(x, len(kernel), stride, padding)
+  return sum(
+    (shifted * tap for shifted, tap in zip(shifts, kernel.reshape(-1, x.shape[-1]), strict=True)),
+    start=jnp.zeros((), x.dtype),
+  )
 
 
 def _shifts(x, side, stride, padding):
-  """Yields each tap with what it reads: the padded map, shifted by the tap, every stride pixels."""
-  height, width = ((n + sum(padding) - side) // stride for n in x.shape[1:3])
-  padded = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+  """Yields what each tap reads: the padded map, shifted by the tap, every `stride` pixels."""
+  last_row, last_column = ((n + 2 * padding - side) // stride * stride for n in x.shape[1:3])
+  padded = _pad(x, (padding, padding), (padding, padding))
   for i in range(side):
     for j in range(side):
-      rows, columns = (slice(k, k + stride * n + 1, stride) for k, n in ((i, height), (j, width)))
-      yield (i, j), padded[:, rows, columns]
+      yield padded[:, i : i + last_row + 1 : stride, j : j + last_column + 1 : stride]
 
 
 def _input_gradient(x, kernel, gradient, stride, padding):
   """Convolves the gradient with the taps that read each pixel, one phase of the stride at a time.
 
-  With stride 2, pixel 2 m + phase of a padded row is read by the taps phase, phase + 2, … of the
-  outputs m, m - 1, …: a convolution of stride 1 with every second tap, rotated. Phases are then
+  Pixel m × stride + phase of a padded row is read by the taps phase, phase + stride, … of the
+  outputs m, m - 1, …: a convolution of stride 1 with these taps, rotated. The phases are then
   interleaved.
   """
-  sizes = [n + sum(padding) for n in x.shape[1:3]]
+  rows, columns = (-(-(n + 2 * padding) // stride) for n in x.shape[1:3])
+  height, width = gradient.shape[1:3]
   phases = []
-  for row in range(stride):
-    of_row = []
-    for column in range(stride):
-      taps = kernel[row::stride, column::stride][::-1, ::-1]
-      full = [
-        (len_taps - 1, -(-size // stride) - n)
-        for len_taps, size, n in zip(taps.shape[:2], sizes, gradient.shape[1:3], strict=True)
+  for i in range(stride):
+    for j in range(stride):
+      taps = kernel[i::stride, j::stride][::-1, ::-1]
+      before = [side - 1 for side in taps.shape[:2]]
+      padded = _pad(gradient, (before[0], rows - height), (before[1], columns - width))
+      shifts = [
+        padded[:, row : row + rows, column : column + columns] * taps[row, column, :, 0]
+        for row in range(taps.shape[0])
+        for column in range(taps.shape[1])
       ]
-      of_row.append(_correlate(gradient, taps, full))
-    phases.append(jnp.stack(of_row, axis=3))
-  both = jnp.stack(phases, axis=2)
-  batch, rows, _, columns, _, channels = both.shape
-  padded = both.reshape(batch, rows * stride, columns * stride, channels)
-  before = padding[0]
-  return padded[:, before : before + x.shape[1], before : before + x.shape[2]]
-
-
-def _correlate(x, taps, padding):
-  """Convolves with stride 1; padding is (before, after) for rows and for columns."""
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  height, width = (n - side + 1 for n, side in zip(padded.shape[1:3], taps.shape[:2], strict=True))
-  total = 0
-  for i in range(taps.shape[0]):
-    for j in range(taps.shape[1]):
-      total += padded[:, i : i + height, j : j + width] * taps[i, j, 0]
-  return total
+      phases.append(sum(shifts[1:], start=shifts[0]))
+  batch, channels = x.shape[0], x.shape[-1]
+  grid = jnp.stack(phases).reshape(stride, stride, batch, rows, columns, channels)
+  pixels = grid.transpose(2, 3, 0, 4, 1, 5).reshape(batch, rows * stride, -1, channels)
+  return pixels[:, padding : padding + x.shape[1], padding : padding + x.shape[2]]
 
 
 def _kernel_gradient(x, kernel, gradient, stride, padding):
-  """Sums the products of gradient and shifted map: over columns for all taps in one pass, then on."""
+  """Sums the products of the gradient and the shifted maps.
+
+  One pass over the rows adds for all taps; passes tap by tap take several times as long.
+  """
   products = [
-    (shifted * gradient).astype(jnp.float32)
-    for _, shifted in _shifts(x, len(kernel), stride, padding)
+    (shifted * gradient).astype(jnp.float32) for shifted in _shifts(x, len(kernel), stride, padding)
   ]
-  sums = jax.lax.reduce(
-    products, [np.float32(0)] * len(products), lambda a, b: list(map(jnp.add, a, b)), (1,)
-  )
-  taps = jnp.stack([each.sum((0, 1)) for each in sums])
+  zeros = [np.float32(0)] * len(products)
+  of_rows = jax.lax.reduce(products, zeros, lambda a, b: list(map(jnp.add, a, b)), (1,))
+  taps = jnp.stack([of_row.sum((0, 1)) for of_row in of_rows])
   return taps.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _pad(x, rows, columns):
+  return jnp.pad(x, ((0, 0), rows, columns, (0, 0)))

@@ -15,6 +15,7 @@ import numpy as np
 
 from imta_jax.models.batch_norm import MOMENTUM, batch_norm, normalize
 from imta_jax.models.convolution import convolve, convolve_pair
+from imta_jax.models.depthwise import convolve_depthwise
 from imta_jax.models.multi_exit import Features
 
 # Flax traces an initializer whenever it reads the parameter; under jit, only once per shape.
@@ -31,7 +32,7 @@ OfNorm = tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]
 class ConvNorm(nn.Module):
   """A convolution, batch norm and optionally ReLU.
 
-  The padding is kernel_size // 2 on every side. Kernels are initialised from a normal distribution
+  Kernels are initialised from a normal distribution
   with standard deviation sqrt(2 / (kernel area × output channels)).
 
   Attributes:
@@ -40,6 +41,8 @@ class ConvNorm(nn.Module):
     stride: Stride in both directions.
     relu: Whether ReLU follows.
     use_bias: Whether the convolution has a bias.
+    depthwise: Whether each channel has a kernel of its own; `features` is then their number.
+    padding: Number of zeros on every side; None for kernel_size // 2.
     dtype: Type of the computation; parameters and batch statistics are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
@@ -49,6 +52,8 @@ class ConvNorm(nn.Module):
   stride: int = 1
   relu: bool = True
   use_bias: bool = False
+  depthwise: bool = False
+  padding: int | None = None
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
 
@@ -58,7 +63,8 @@ class ConvNorm(nn.Module):
   @nn.compact
   def parts(self, inputs: int) -> tuple[OfConvolution, OfNorm]:
     """Returns the variables of the layer for a number of input channels."""
-    shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+    outputs = 1 if self.depthwise else self.features
+    shape = (self.kernel_size, self.kernel_size, inputs, outputs)
     return (
       ConvParams(shape, self.use_bias, name='conv')(),
       BatchNormVars(self.features, name='norm')(),
@@ -186,12 +192,17 @@ def _convolve(group, params):
   """Computes the convolutions of a group of `run_together`."""
   (layer, x), *others = group
   kernels, biases = zip(*params, strict=True)
+  padding = layer.kernel_size // 2 if layer.padding is None else layer.padding
+  if layer.depthwise:
+    (kernel,) = kernels
+    dtype = layer.dtype
+    return convolve_depthwise(x.astype(dtype), kernel.astype(dtype), layer.stride, padding)
   if all(other is x for _, other in others):
     x = convolve(
       x.astype(layer.dtype),
       _join(kernels).astype(layer.dtype),
       layer.stride,
-      layer.kernel_size // 2,
+      padding,
     )
   else:
     (_, other), *_ = others
