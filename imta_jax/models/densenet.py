@@ -8,7 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, Convolution, NormRelu, split_at_exits
+from imta_jax.models.layers import (
+  ConvNorm,
+  Convolution,
+  NormRelu,
+  split_at_exits,
+  strided_convolutions,
+)
 
 # Number of layers per dense block of the ImageNet networks.
 _IMAGENET_DEPTHS = {
@@ -121,8 +127,14 @@ def densenet(
       width += growth_rate
       layers.append([*before, DenseLayer(growth_rate, bc, **variables)])
       before = []
-  begin_exit = [partial(NormRelu, batch_norm_axis)]
-  return split_at_exits(layers, exits_after, 'layers', partial(ConvNorm, **variables), begin_exit)
+
+  def last_exit():
+    return [NormRelu(batch_norm_axis)]
+
+  def early_exit():
+    return [*last_exit(), *strided_convolutions(partial(ConvNorm, **variables))]
+
+  return split_at_exits(layers, exits_after, 'layers', early_exit, last_exit)
 
 
 def num_layers(depth: int, bc: bool, stem: str) -> int:

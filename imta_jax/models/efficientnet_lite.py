@@ -28,6 +28,8 @@ _GROUPS = (
 # Factors of the channels and of the blocks per group, by variant.
 _VARIANTS = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8))
 _STEM, _HEAD = 32, 1280
+# Channels before the pooling of earlier exits.
+_EARLY_HEAD = 512
 
 
 class Layer(nn.Module):
@@ -114,8 +116,13 @@ def efficientnet_lite(
       features, first_stride = _round(width_factor * channels), stride if index == 0 else 1
       blocks.append([Block(features, kernel_size, first_stride, expansion, conv_norm)])
   blocks[0].insert(0, Layer(_STEM, 3, conv_norm, stride=2))
-  head = partial(Layer, _HEAD, 1, conv_norm)
-  return split_at_exits(blocks, exits_after, 'blocks', conv_norm, (head,))
+  return split_at_exits(
+    blocks,
+    exits_after,
+    'blocks',
+    lambda: [Layer(_EARLY_HEAD, 1, conv_norm)],
+    lambda: [Layer(_HEAD, 1, conv_norm)],
+  )
 
 
 def _round(channels):

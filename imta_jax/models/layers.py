@@ -251,17 +251,21 @@ class PooledExit(nn.Module):
     return nn.avg_pool(x, window, window).reshape(x.shape[0], -1)
 
 
+def strided_convolutions(conv_norm: ConvNormFactory) -> list[nn.Module]:
+  """Creates two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet."""
+  return [conv_norm(128, 3, stride=2), conv_norm(128, 3, stride=2)]
+
+
 def split_at_exits(
   blocks: Sequence[Sequence[nn.Module]],
   exits_after: Sequence[int],
   unit: str,
-  conv_norm: ConvNormFactory,
-  begin_exit: Sequence[Callable[[], nn.Module]] = (),
+  early_exit: Callable[[], Sequence[nn.Module]],
+  last_exit: Callable[[], Sequence[nn.Module]] = tuple,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
   """Divides a plain network into stages and gives each of them an exit.
 
-  The last exit is that of the plain network, which pools the whole map. Earlier exits first apply
-  two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet.
+  Every exit applies its layers and pools the whole map; the last one is that of the plain network.
 
       exits_after (2, 5) of 9 blocks → blocks 1 to 2, 3 to 5 and 6 to 9, each with an exit
 
@@ -270,8 +274,8 @@ def split_at_exits(
     exits_after: Blocks, counted from 1, after which an exit branches off; the last one always has
       an exit.
     unit: What the blocks are called, for the error.
-    conv_norm: Creates convolutions.
-    begin_exit: Create what every exit applies first.
+    early_exit: Creates the layers of an exit before the last one.
+    last_exit: Creates the layers of the last exit.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
@@ -285,9 +289,6 @@ def split_at_exits(
   stages, exits, start = [], [], 0
   for end in sorted({*exits_after, last}):
     stages.append(SingleMapStage(list(itertools.chain(*blocks[start:end]))))
-    layers = [create() for create in begin_exit]
-    if end < last:
-      layers += [conv_norm(128, 3, stride=2), conv_norm(128, 3, stride=2)]
-    exits.append(PooledExit(tuple(layers)))
+    exits.append(PooledExit(tuple(early_exit() if end < last else last_exit())))
     start = end
   return stages, exits
