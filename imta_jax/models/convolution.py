@@ -36,10 +36,34 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.
     [batch, height, width, outputs].
   """
   if kernel.shape[:2] == (1, 1) and stride == 1:
-    return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _product(x, kernel[0, 0])
   if kernel.shape[:2] == (3, 3) and padding == 1:
     return _convolve_3x3(stride, x, kernel)
   return _direct(x, kernel, stride, padding)
+
+
+@jax.custom_vjp
+def _product(x, matrix):
+  return jax.lax.dot_general(x, matrix, (((3,), (0,)), ((), ())))
+
+
+def _product_backward(operands, gradient):
+  def differentiate(gradient, *operands):
+    return jax.vjp(_product.fun, *operands)[1](gradient)
+
+  def on_cpu(gradient, x, matrix):
+    # XLA transposes the first operand, along with what computes it: the smaller one is faster.
+    pixels = ((0, 1, 2), (0, 1, 2))
+    if x.shape[-1] <= gradient.shape[-1]:
+      matrix_gradient = jax.lax.dot_general(x, gradient, (pixels, ((), ())))
+    else:
+      matrix_gradient = jax.lax.dot_general(gradient, x, (pixels, ((), ()))).T
+    return jax.lax.dot_general(gradient, matrix, (((3,), (1,)), ((), ()))), matrix_gradient
+
+  return jax.lax.platform_dependent(gradient, *operands, cpu=on_cpu, default=differentiate)
+
+
+_product.defvjp(lambda *operands: (_product(*operands), operands), _product_backward)
 
 
 @jax.jit

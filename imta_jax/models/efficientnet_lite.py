@@ -50,9 +50,10 @@ class Layer(nn.Module):
       stride=self.stride,
       depthwise=self.depthwise,
       padding=0,
+      relu=False,
       name='conv_norm',
     )
-    return jnp.minimum(layer(jnp.pad(x, ((0, 0), *padding, (0, 0))), train), 6)
+    return jax.lax.clamp(0.0, layer(jnp.pad(x, ((0, 0), *padding, (0, 0))), train), 6.0)
 
 
 class Block(nn.Module):
