@@ -69,6 +69,8 @@ _FIELDS = {
     # Of image files in memory, 'none' stretches the whole image to a square, 'center' takes the
     # central square. Streamed images are cropped at random in training.
     'crop': _one_of('none', 'center'),
+    # Minimum share of a streamed image that its random crop covers.
+    'crop_area': _Field(0.08, lambda value: 0 < value <= 1, 'above 0, and 1 or less'),
     'padding': _not_negative(4),  # Zero padding before the random crop of images in memory.
     'flip': True,  # Whether to mirror half of the training images.
     'augment_validation': False,  # The published code augments validation images too.
@@ -98,8 +100,13 @@ _PHASE_FIELDS = {
   'class_reduction': _one_of('sum', 'mean'),
   # OFA: the network's last exit; 'frozen': the previous phase's.
   'teacher': _one_of('online', 'frozen'),
-  'trained': _one_of('everything', 'last_layers'),  # The last layers are the classifiers.
-  # Mode of batch norm in layers that are not trained; the published code uses 'training'.
+  # What is trained; 'exits' includes the classifiers, 'last_layers' are the classifiers alone.
+  'trained': _one_of('everything', 'exits', 'last_layers'),
+  'frozen_stages': _not_negative(0),  # Of 'everything', the first stages that are not trained.
+  # Mode of batch norm in trained layers: 'evaluation' keeps the running statistics, for sets so
+  # small that those of a batch vary.
+  'batch_norm': _one_of('training', 'evaluation'),
+  # The same in layers that are not trained; the published code uses 'training'.
   'frozen_batch_norm': _one_of('evaluation', 'training'),
   'gradient_equilibrium': _one_of('all', 'coarsest', 'off'),
   # Feature partitioning: share of each coarsest map's channels that later exits train. 1 turns it

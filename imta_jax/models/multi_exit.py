@@ -86,24 +86,28 @@ class MultiExitNetwork(nn.Module):
       for _ in self.exits
     ]
 
-  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+  def __call__(self, images: jax.Array, train: bool = False, frozen_stages: int = 0) -> jax.Array:
     """Computes the logits of every exit.
 
     Args:
       images: [batch, height, width, channels], normalised.
       train: Whether batch norm uses and records the statistics of the batch.
+      frozen_stages: The number of first stages in which it does not.
 
     Returns:
       [num_exits, batch, num_classes], float32.
     """
-    return self.classify(self.embed(images, train), train)
+    return self.classify(self.embed(images, train, frozen_stages), train)
 
-  def embed(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+  def embed(
+    self, images: jax.Array, train: bool = False, frozen_stages: int = 0
+  ) -> tuple[jax.Array, ...]:
     """Computes the embedding of every exit: all but the last layers.
 
     Args:
       images: [batch, height, width, channels], normalised.
       train: Whether batch norm uses and records the statistics of the batch.
+      frozen_stages: The number of first stages in which it does not.
 
     Returns:
       [batch, width] for each exit.
@@ -111,7 +115,7 @@ class MultiExitNetwork(nn.Module):
     features = self.start(images)
     embeddings = []
     for index in range(self.num_exits):
-      features, embedding = self._advance(index, features, train)
+      features, embedding = self._advance(index, features, train, frozen_stages)
       embeddings.append(embedding)
     return tuple(embeddings)
 
@@ -158,10 +162,12 @@ class MultiExitNetwork(nn.Module):
     features, embedding = self._advance(index, features, train=False)
     return features, self.classifiers[index](embedding, previous_logits)
 
-  def _advance(self, index: int, features: Features, train: bool) -> tuple[Features, jax.Array]:
+  def _advance(
+    self, index: int, features: Features, train: bool, frozen_stages: int = 0
+  ) -> tuple[Features, jax.Array]:
     """Runs stage `index` and its exit, with GE where the exit branches off (Eq. 4 and 5)."""
     run = nn.remat(_run, static_argnums=2) if self.remat and train else _run
-    features = run(self.stages[index], features, train)
+    features = run(self.stages[index], features, train and index >= frozen_stages)
     coarsest = features[-1]
     if self.gradient_equilibrium not in GRADIENT_EQUILIBRIA:
       raise ValueError(

@@ -78,7 +78,7 @@ class Phase:
       phase, self.num_steps, steps_per_epoch, config.batch_size
     )
     optimizer = train_state.create_optimizer(phase, self.schedule)
-    self.state = train_state.create_state(variables, phase.trained, optimizer)
+    self.state = train_state.create_state(variables, phase, optimizer)
     teacher_model, self.teacher = _teacher(phase, predecessor)
     self.train_step = steps.make_train_step(self.model, teacher_model, phase, optimizer)
 

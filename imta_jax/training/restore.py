@@ -60,7 +60,7 @@ def restore_network(workdir: epath.Path, index: int) -> TrainedNetwork:
   variables = phases.initial_variables(model, config.seed, image_shape)
   # Only the structure of the optimizer's state matters.
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.0))
-  like = train_state.create_state(variables, phase.trained, optimizer)
+  like = train_state.create_state(variables, phase, optimizer)
   folder = layout.checkpoint_folder(workdir, name)
   with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
     chosen = chosen_state(checkpoints, like, phase, name, workdir)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -40,33 +41,39 @@ def make_train_step(
     A function (state, variables of the teacher, batch) → state, for `on_devices`: it takes the
     batch of one device and averages over the mapped axis.
   """
-  train = _train_everything if phase.trained == 'everything' else _train_last_layers
+  train = _train_last_layers if phase.trained == 'last_layers' else _train_all_exits
   return partial(train, model, teacher_model, phase, optimizer)
 
 
-def _train_everything(model, teacher_model, phase, optimizer, state, teacher, batch):
-  """A step of all layers."""
-  images = batch['image']
+def _train_all_exits(model, teacher_model, phase, optimizer, state, teacher, batch):
+  """A step of everything, or of the exits and those stages that are not frozen."""
+  images, frozen = batch['image'], unpack(state.frozen)
   teacher_logits = None
   if teacher_model is not None:
     teacher_logits = teacher_model.apply(unpack(teacher), images)[-1]
-  stats = _zeros(state.batch_stats)
+  train, frozen_stages = phase.batch_norm == 'training', 0
+  if phase.frozen_batch_norm == 'evaluation':
+    frozen_stages = model.num_exits if phase.trained == 'exits' else phase.frozen_stages
+  momentum = _momentum(state, lambda name: train and not _is_stage_before(name, frozen_stages))
+  stats = _given_stats(state, momentum)
 
   def forward(params):
-    variables = {'params': params, 'batch_stats': stats}
-    return model.apply(variables, images, train=True, mutable=['batch_stats', AUXILIARY])
+    variables = {'params': {**frozen, **params}, 'batch_stats': stats}
+    mutable = ['batch_stats', AUXILIARY]
+    return model.apply(variables, images, train, frozen_stages, mutable=mutable)
 
   losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
-  return _update(model, optimizer, state, *losses, adds_stats=True)
+  return _update(model, optimizer, state, *losses, momentum)
 
 
 def _train_last_layers(model, teacher_model, phase, optimizer, state, teacher, batch):
   """A step of the classifiers, on embeddings of the frozen backbone, which a teacher shares."""
   images, frozen = batch['image'], unpack(state.frozen)
-  adds_stats = phase.frozen_batch_norm == 'training'
-  stats = _zeros(state.batch_stats) if adds_stats else state.batch_stats.tree
+  train_frozen = phase.frozen_batch_norm == 'training'
+  momentum = _momentum(state, lambda name: train_frozen)
+  stats = _given_stats(state, momentum)
   variables = {'params': {**frozen, **state.trained.tree}, 'batch_stats': stats}
-  if adds_stats:
+  if train_frozen:
     embeddings, updated = model.apply(
       variables, images, train=True, mutable=['batch_stats'], method='embed'
     )
@@ -83,15 +90,39 @@ def _train_last_layers(model, teacher_model, phase, optimizer, state, teacher, b
     return model.apply(variables, embeddings, train=True, mutable=mutable, method='classify')
 
   losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
-  return _update(model, optimizer, state, *losses, adds_stats=adds_stats)
+  return _update(model, optimizer, state, *losses, momentum)
 
 
-def _zeros(stats):
-  """Old statistics for which a network returns what the batch adds to the running averages.
+def _is_stage_before(name, index):
+  kind, _, number = name.partition('_')
+  return kind == 'stages' and int(number) < index
 
-  A new average is MOMENTUM times the old one plus that; the sum is one kernel, not hundreds.
+
+def _momentum(state, adds):
+  """Returns the factors of the old running statistics: MOMENTUM in modules for which `adds` holds.
+
+  A network that is given zeros there returns what the batch adds to the running averages. A new
+  average is MOMENTUM times the old one plus that; the sum is one kernel, not hundreds. Other
+  modules are given the old statistics and return the new ones: the factor of the old ones is 0.
+
+  Returns:
+    Packed vectors like those of the statistics, or numbers if they are the same everywhere.
   """
-  return jax.tree.map(jnp.zeros_like, stats.tree)
+  stats = state.batch_stats
+  factors = {name: MOMENTUM * adds(name) for name in stats.tree}
+  if len({*factors.values()}) <= 1:
+    return stats.replace(vectors=dict.fromkeys(stats.vectors, max(factors.values(), default=0.0)))
+  return pack(
+    {
+      name: jax.tree.map(lambda leaf, f=factors[name]: np.full(leaf.shape, f, np.float32), tree)
+      for name, tree in stats.tree.items()
+    }
+  )
+
+
+def _given_stats(state, momentum):
+  """Returns what a network is given as running statistics; see `_momentum`."""
+  return jax.tree.map(lambda old, factor: old * (factor == 0), state.batch_stats, momentum).tree
 
 
 def _differentiate(model, phase, forward, state, stats, labels, teacher_logits):
@@ -108,13 +139,14 @@ def _differentiate(model, phase, forward, state, stats, labels, teacher_logits):
   return gradient, loss, (logits.argmax(-1) == labels).mean(-1), pack(stats)
 
 
-def _update(model, optimizer, state, gradient, loss, accuracy, stats, *, adds_stats):
+def _update(model, optimizer, state, gradient, loss, accuracy, stats, momentum):
   """Returns the state after a step; averages over devices keep it the same on every device."""
   gradient, loss, accuracy = jax.lax.pmean((gradient, loss, accuracy), AXIS)
   if model.batch_norm_axis is None:
     stats = jax.lax.pmean(stats, AXIS)
-  if adds_stats:
-    stats = jax.tree.map(lambda old, added: MOMENTUM * old + added, state.batch_stats, stats)
+  stats = jax.tree.map(
+    lambda old, factor, new: factor * old + new, state.batch_stats, momentum, stats
+  )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
     'steps': 1,

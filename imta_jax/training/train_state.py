@@ -62,30 +62,37 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(
-  variables: Mapping[str, Tree], trained: str, optimizer: optax.GradientTransformation
+  variables: Mapping[str, Tree], phase: ConfigDict, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """Creates the state before the first step of a phase.
 
   Args:
     variables: Variables of the network.
-    trained: 'everything' or 'last_layers'.
+    phase: Config of the phase.
     optimizer: Optimizer of the phase.
 
   Returns:
     The state.
   """
   params = variables['params']
-  is_trained = {name: trained == 'everything' or name.startswith('classifiers_') for name in params}
-  chosen = pack({name: tree for name, tree in params.items() if is_trained[name]})
+  chosen = pack({name: tree for name, tree in params.items() if is_trained(name, phase)})
   num_exits = sum(name.startswith('classifiers_') for name in params)
   return TrainState(
     step=np.zeros((), np.int32),
     trained=chosen,
-    frozen=pack({name: tree for name, tree in params.items() if not is_trained[name]}),
+    frozen=pack({name: tree for name, tree in params.items() if not is_trained(name, phase)}),
     batch_stats=pack(variables.get('batch_stats', {})),
     opt_state=optimizer.init(chosen),
     totals=empty_totals(num_exits),
   )
+
+
+def is_trained(name: str, phase: ConfigDict) -> bool:
+  """Whether a phase trains a module of the network: 'stages_0', 'exits_0', 'classifiers_0', …"""
+  kind, _, index = name.partition('_')
+  if kind == 'stages':
+    return phase.trained == 'everything' and int(index) >= phase.frozen_stages
+  return kind == 'classifiers' or phase.trained != 'last_layers'
 
 
 def empty_totals(num_exits: int) -> Tree:

@@ -195,7 +195,7 @@ def training():
   step = steps.make_train_step(model, None, phase, optimizer)
   step = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name=runtime.AXIS))
   batch = {'image': IMAGES[np.newaxis], 'label': LABELS[np.newaxis]}
-  before = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  before = train_state.create_state(initialize(model, 0, SHAPE), phase, optimizer)
   return before, step(before, {}, batch)
 
 
@@ -246,7 +246,7 @@ def test_groups_of_another_data_set_are_refused():
   model = models.create('hydranet', num_classes=4, groups=GROUPS, top_k=1)
   optimizer = optax.sgd(0.1)
   step = steps.make_train_step(model, None, config_lib.phase_one(), optimizer)
-  state = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  state = train_state.create_state(initialize(model, 0, SHAPE), config_lib.phase_one(), optimizer)
   message = '^config.model gives exits_0/group 6 classes, but the data set has 4: correct'
   with pytest.raises(UsageError, match=message):
     jax.eval_shape(

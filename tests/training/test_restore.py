@@ -70,7 +70,7 @@ def workdir(donor, tmp_path_factory):
     optimizer = train_state.create_optimizer(phase, lambda step: 0.1)
     with Checkpoints(layout.checkpoint_folder(workdir, layout.phase_name(index))) as checkpoints:
       for step, variables in enumerate((best, others), start=1):
-        state = train_state.create_state(variables, phase.trained, optimizer)
+        state = train_state.create_state(variables, phase, optimizer)
         checkpoints.save(step, state, 1 / step)
   return workdir
 

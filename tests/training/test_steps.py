@@ -9,7 +9,7 @@ from imta_jax import config as config_lib
 from imta_jax import models, runtime
 from imta_jax.models.convolution import convolve
 from imta_jax.models.initial_values import initialize
-from imta_jax.techniques.one_for_all import one_for_all_loss
+from imta_jax.techniques.one_for_all import cross_entropy, one_for_all_loss
 from imta_jax.training import steps, train_state
 from imta_jax.training.packing import pack, unpack
 
@@ -71,7 +71,7 @@ def phase_one_steps():
   model, phase = make_model(), make_phase(learning_rate=0.1, momentum=0.0, weight_decay=0.0)
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), (None, None, 0))
-  state = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  state = train_state.create_state(initialize(model, 0, SHAPE), phase, optimizer)
   states = [runtime.replicate(state)]
   for seed in range(2):
     states.append(step(states[-1], {}, make_batch(seed)))
@@ -135,7 +135,7 @@ def test_running_statistics_are_the_same_on_all_devices(axis):
   model, phase = make_model(batch_norm_axis=axis), make_phase()
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.make_train_step(model, None, phase, optimizer)
-  state = train_state.create_state(initialize(model, 0, SHAPE), 'everything', optimizer)
+  state = train_state.create_state(initialize(model, 0, SHAPE), phase, optimizer)
   parts = jax.tree.map(lambda *arrays: np.concatenate(arrays), make_batch(0), make_batch(1))
   step = jax.jit(jax.vmap(step, in_axes=(None, None, 0), axis_name=runtime.AXIS))
   after = step(state, {}, parts)
@@ -152,6 +152,49 @@ def test_running_statistics_are_the_same_on_all_devices(axis):
   expected = maps.var((0, 1, 2)) if axis else of_parts.mean(0)
   assert np.abs(maps.var((0, 1, 2)) - of_parts.mean(0)).max() > 1e-3
   np.testing.assert_allclose(var, 0.9 + 0.1 * expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'updated'),
+  [
+    ({'frozen_stages': 1}, {'stages_1', 'exits_0', 'exits_1'}),
+    ({'trained': 'exits'}, {'exits_0', 'exits_1'}),
+    ({'trained': 'exits', 'frozen_batch_norm': 'training'}, None),
+    ({'batch_norm': 'evaluation'}, set()),
+  ],
+)
+def test_batch_norm_of_frozen_stages_is_evaluated(fields, updated):
+  """Gradients, statistics and parameters are those of a network whose layers are in these modes."""
+  phase = make_phase(momentum=0.0, weight_decay=0.0, **fields)
+  model, optimizer = make_model(), train_state.create_optimizer(phase, lambda step: 0.1)
+  variables = initialize(model, 0, SHAPE)
+  # Statistics unlike those of new layers, so that a lost one is seen.
+  stats = jax.tree.map(lambda leaf: leaf + np.float32(0.5), variables['batch_stats'])
+  variables['batch_stats'] = stats
+  before = runtime.replicate(train_state.create_state(variables, phase, optimizer))
+  step = steps.on_devices(steps.make_train_step(model, None, phase, optimizer), (None, None, 0))
+  batch = make_batch()
+  after = unpack(jax.device_get(step(before, {}, batch)))
+  updated = set(stats) if updated is None else updated
+  reference = make_model(batch_norm_axis=None)
+  train = phase.batch_norm == 'training'
+  frozen = len([name for name in stats if name.startswith('stages_') and name not in updated])
+
+  @jax.jit
+  def expected(images, labels):
+    logits, new = reference.apply(variables, images, train, frozen, mutable=['batch_stats'])
+    return cross_entropy(logits, labels).sum(), new.get('batch_stats', stats)
+
+  loss, new = expected(flat(batch)['image'], flat(batch)['label'])
+  np.testing.assert_allclose(after.totals['loss'], loss, rtol=1e-4)
+  for name, tree in stats.items():
+    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (tree, new[name])), strict=True)]
+    assert all(moved) if name in updated else not any(moved)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+      after.batch_stats[name],
+      dict(new[name]),
+    )
 
 
 def backbone(tree):
@@ -173,7 +216,7 @@ def phase_two_step(request):
   step = steps.on_devices(
     steps.make_train_step(model, teacher_model, phase, optimizer), (None, None, 0)
   )
-  before = runtime.replicate(train_state.create_state(variables, 'last_layers', optimizer))
+  before = runtime.replicate(train_state.create_state(variables, phase, optimizer))
   batch = make_batch()
   after = unpack(jax.device_get(step(before, runtime.replicate(teacher), batch)))
   before = unpack(jax.device_get(before))
@@ -252,7 +295,7 @@ def test_a_loop_takes_the_steps_one_by_one():
     return steps.on_devices(loop, (None, None, 0, None), donated=(0,))
 
   def run(loop, counts):
-    state = train_state.create_state(initialize(model, 0, SHAPE), 'last_layers', optimizer)
+    state = train_state.create_state(initialize(model, 0, SHAPE), phase, optimizer)
     state = runtime.replicate(state)
     for count in counts:
       state, number = loop(state, pack({}), source, np.int32(count))
@@ -276,7 +319,7 @@ def test_frozen_parameters_are_kept_in_float32_while_steps_compute_in_bfloat16()
   optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
   step = steps.make_train_step(model, None, phase, optimizer)
   loop = steps.make_train_loop(step, lambda source, step: source, dtype=model.dtype)
-  before = train_state.create_state(initialize(model, 0, SHAPE), 'last_layers', optimizer)
+  before = train_state.create_state(initialize(model, 0, SHAPE), phase, optimizer)
   after, _ = steps.on_devices(loop, (None, None, 0, None))(
     runtime.replicate(before), pack({}), make_batch(), np.int32(2)
   )
@@ -290,7 +333,7 @@ def test_predictions_are_the_models_in_the_order_of_the_images():
   batch = make_batch()
   batch['mask'] = np.arange(batch['label'].size).reshape(batch['label'].shape) % 3 != 0
   predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
-  weights = train_state.create_state(variables, 'last_layers', optax.sgd(0.1)).weights
+  weights = train_state.create_state(variables, config_lib.phase_two(), optax.sgd(0.1)).weights
   logits, labels, mask = predict(runtime.replicate(weights), batch)
   expected = jax.jit(model.apply)(variables, flat(batch)['image'])
   assert logits.shape == (NUM_EXITS, batch['label'].size, NUM_CLASSES)

@@ -113,11 +113,11 @@ def test_everything_is_trained_or_the_classifiers_alone():
     'batch_stats': {'stages_0': {'norm': {'mean': random.normal(size=4)}}},
   }
   optimizer = optax.sgd(0.1, momentum=0.9)
-  everything = train_state.create_state(variables, 'everything', optimizer)
+  everything = train_state.create_state(variables, config_lib.phase_one(), optimizer)
   assert everything.frozen.tree == {}
   assert everything.trained.tree.keys() == variables['params'].keys()
 
-  state = train_state.create_state(variables, 'last_layers', optimizer)
+  state = train_state.create_state(variables, config_lib.phase_two(), optimizer)
   assert set(state.trained.tree) == set(classifiers)
   assert set(state.frozen.tree) == {'stages_0', 'exits_0'}
   assert jax.tree.structure(state.opt_state[0].trace) == jax.tree.structure(state.trained)
@@ -128,6 +128,24 @@ def test_everything_is_trained_or_the_classifiers_alone():
     assert made.totals['accuracy'].shape == (2,)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'frozen'),
+  [
+    ({'trained': 'exits'}, {'stages_0', 'stages_1'}),
+    ({'frozen_stages': 1}, {'stages_0'}),
+    ({'trained': 'exits', 'frozen_stages': 1}, {'stages_0', 'stages_1'}),
+  ],
+)
+def test_stages_can_be_frozen(fields, frozen):
+  phase = config_lib.phase_one()
+  phase.update(fields)
+  names = [f'{kind}_{index}' for kind in ('stages', 'exits', 'classifiers') for index in range(2)]
+  variables = {'params': {name: {'bias': np.zeros(1, np.float32)} for name in names}}
+  state = train_state.create_state(variables, phase, optax.sgd(0.1))
+  assert set(state.frozen.tree) == frozen
+  assert set(state.trained.tree) == set(names) - frozen
+
+
 def test_a_step_takes_and_returns_few_arrays():
   config = config_lib.default()
   config.model.num_exits = 2
@@ -135,6 +153,6 @@ def test_a_step_takes_and_returns_few_arrays():
     model = config_lib.create_model(config, phase, num_classes=3)
     variables = phases.initial_variables(model, 0, (32, 32, 3))
     optimizer = train_state.create_optimizer(phase, optax.constant_schedule(0.1))
-    state = train_state.create_state(variables, phase.trained, optimizer)
+    state = train_state.create_state(variables, phase, optimizer)
     teacher, source = pack(variables), 6
     assert 2 * len(jax.tree.leaves(state)) + len(jax.tree.leaves(teacher)) + source <= 50
