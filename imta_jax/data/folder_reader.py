@@ -1,6 +1,7 @@
 """Reads image files with Pillow in threads, for folders of images that are streamed."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from imta_jax.data.dataset import shuffle_number
-from imta_jax.data.image_files import ImageError, read_image, read_random_crop
+from imta_jax.data.image_files import ImageError, decode_rgb, random_crop, read_image
 from imta_jax.data.image_folder import FIX_HINT, ImageFolder, relative_name
 from imta_jax.data.streamed import in_groups, started_ahead, steps_per_epoch
 from imta_jax.errors import UsageError
+
+# Decoded training images are kept in memory up to this number of bytes per host: thousands of
+# images of 300 × 400 pixels, whose epochs need not decode them again.
+_MAX_KEPT = 2**31
 
 
 class FolderReader:
@@ -23,6 +29,8 @@ class FolderReader:
     self._folder, self._config = folder, config
     self._steps_per_epoch = steps_per_epoch(len(folder.paths['train']), config)
     self._pool = ThreadPoolExecutor(os.cpu_count())
+    self._kept: dict[str, Image.Image] = {}
+    self._room = _MAX_KEPT
 
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
@@ -72,14 +80,16 @@ class FolderReader:
   ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches of decoded images, while threads decode the next ones."""
     paths, labels = self._folder.paths[split], self._folder.labels[split]
-    side, flip = self._config.dataset.image_size, self._config.dataset.flip
+    dataset = self._config.dataset
+    side = dataset.image_size
 
     def decode(index, seed):
       if index is None:
         return np.zeros((side, side, 3), np.uint8)
       try:
         if augments:
-          return read_random_crop(paths[index], side, flip, np.random.default_rng(seed))
+          image, random = self._decoded(paths[index]), np.random.default_rng(seed)
+          return random_crop(image, side, dataset.crop_area, dataset.flip, random)
         return read_image(paths[index], (side, side, 3), 'center')
       except ImageError as error:
         raise UsageError(f'{paths[index]}: {error}: {FIX_HINT}') from error
@@ -99,3 +109,15 @@ class FolderReader:
 
     for batch in started_ahead(map(start, in_groups(images, batch_size))):
       yield finish(*batch)
+
+  def _decoded(self, path: str) -> Image.Image:
+    """Returns an image of which the smallest crops still have the pixels that a network reads."""
+    if path in self._kept:
+      return self._kept[path]
+    dataset = self._config.dataset
+    image = decode_rgb(path, math.ceil(dataset.image_size / dataset.crop_area**0.5))
+    num_bytes = 3 * image.width * image.height
+    if num_bytes <= self._room:
+      self._room -= num_bytes
+      self._kept[path] = image
+    return image

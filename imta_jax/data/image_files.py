@@ -1,6 +1,7 @@
 """Finds image files, and decodes, crops and resizes them with Pillow."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -128,39 +129,57 @@ def read_image(
     return np.asarray(image).reshape(shape)
 
 
-def read_random_crop(
-  file: str | BinaryIO, size: int, flip: bool, random: np.random.Generator
-) -> np.ndarray:
-  """Reads a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
-
-  The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3, like that of
-  imta_jax.data.preprocess.decode_random_crop.
+def decode_rgb(file: str | BinaryIO, shorter_side: int) -> Image.Image:
+  """Decodes an image like `read_image` and shrinks it if its shorter side is longer than a number.
 
   Args:
     file: A path, or an open file.
-    size: Side of the result in pixels.
-    flip: Whether to mirror half of the images.
-    random: Draws the crop.
+    shorter_side: In pixels.
 
   Returns:
-    [size, size, 3], uint8.
+    The image in RGB.
 
   Raises:
     ImageError: If the file is not an image, is corrupt or is too large.
   """
   with _open(file, MAX_PIXELS) as image:
+    scale = shorter_side / min(image.size)
+    size = [math.ceil(scale * side) for side in image.size]
+    image.draft(None, size)  # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, if that suffices.
     image = _decode(image, 'RGB')
-    box = _random_box(image.width, image.height, random)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-    if flip and random.random() < 0.5:
-      image = ImageOps.mirror(image)
-    return np.asarray(image)
+    if scale < 1:
+      image = ImageOps.contain(image, (max(size), max(size)), Image.Resampling.BILINEAR)
+    return image
 
 
-def _random_box(width, height, random):
+def random_crop(
+  image: Image.Image, size: int, min_area: float, flip: bool, random: np.random.Generator
+) -> np.ndarray:
+  """Returns a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
+
+  Its aspect ratio is from 3/4 to 4/3, like that of imta_jax.data.preprocess.decode_random_crop.
+
+  Args:
+    image: An image in RGB.
+    size: Side of the result in pixels.
+    min_area: Minimum share of the image that the crop covers.
+    flip: Whether to mirror half of the images.
+    random: Draws the crop.
+
+  Returns:
+    [size, size, 3], uint8.
+  """
+  box = _random_box(image.width, image.height, min_area, random)
+  image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+  if flip and random.random() < 0.5:
+    image = ImageOps.mirror(image)
+  return np.asarray(image)
+
+
+def _random_box(width, height, min_area, random):
   """Draws (left, top, right, bottom), after ten misses the whole image."""
   for _ in range(10):
-    area = width * height * random.uniform(0.08, 1)
+    area = width * height * random.uniform(min_area, 1)
     aspect = random.uniform(3 / 4, 4 / 3)
     box_width, box_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
     if 0 < box_width <= width and 0 < box_height <= height:

@@ -68,14 +68,15 @@ def crop_and_flip(
   return jax.vmap(crop)(images, corners, mirrored)
 
 
-def decode_random_crop(encoded: Any, size: int, flip: bool, seed: Any) -> Any:
+def decode_random_crop(encoded: Any, size: int, min_area: float, flip: bool, seed: Any) -> Any:
   """Decodes a random crop of an image, resized and possibly mirrored (Szegedy et al., 2015).
 
-  The crop covers 8 to 100 % of the image, at aspect ratios from 3/4 to 4/3.
+  Its aspect ratio is from 3/4 to 4/3.
 
   Args:
     encoded: Scalar string tensor, an encoded image.
     size: Side of the result in pixels.
+    min_area: Minimum share of the image that the crop covers.
     flip: Whether to mirror half of the images.
     seed: [2] integer tensor that determines the crop and the mirroring.
 
@@ -90,7 +91,7 @@ def decode_random_crop(encoded: Any, size: int, flip: bool, seed: Any) -> Any:
     seed=seed,
     min_object_covered=0,
     aspect_ratio_range=(3 / 4, 4 / 3),
-    area_range=(0.08, 1.0),
+    area_range=(min_area, 1.0),
     max_attempts=10,
     use_image_if_no_bounding_boxes=True,
   )

@@ -258,7 +258,9 @@ class TfdsReader:
     def decode(index, encoded):
       number = index * jax.process_count() + jax.process_index()
       image_seed = tf.stack([tf.constant(seed, tf.int64), number])
-      return preprocess.decode_random_crop(encoded, dataset.image_size, dataset.flip, image_seed)
+      return preprocess.decode_random_crop(
+        encoded, dataset.image_size, dataset.crop_area, dataset.flip, image_seed
+      )
 
     return decode
 

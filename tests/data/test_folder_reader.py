@@ -1,5 +1,6 @@
 """Streamed folders of images: every image once, the same order after resuming, broken files."""
 
+import collections
 import itertools
 import shutil
 from functools import partial
@@ -63,17 +64,39 @@ def test_each_phase_and_epoch_crops_an_image_anew(config, root, tmp_path, monkey
   folder = image_folder.scan(str(shutil.copytree(root, tmp_path / 'images')))
   draws = []
 
-  def note(path, size, flip, random):
+  def note(path, size, min_area, flip, random):
     if path in folder.paths['train']:  # Readers of other tests may still read ahead.
       draws.append((path, random.random()))
     return np.zeros((size, size, 3), np.uint8)
 
-  monkeypatch.setattr(folder_reader, 'read_random_crop', note)
+  monkeypatch.setattr(FolderReader, '_decoded', lambda self, path: path)
+  monkeypatch.setattr(folder_reader, 'random_crop', note)
   reader = FolderReader(folder, config)
   steps = len(folder.paths['train']) // BATCH_SIZE
   for phase in range(2):
     list(itertools.islice(reader.train_batches(phase, 0), 2 * steps))
   assert len({draw for _, draw in draws}) == len(draws) > 3 * len({path for path, _ in draws})
+
+
+@pytest.mark.parametrize('room', [0, 40_000, 2**31])
+def test_images_are_decoded_once_while_there_is_room(room, config, root, monkeypatch):
+  monkeypatch.setattr(folder_reader, '_MAX_KEPT', room)
+  folder, decoded = image_folder.scan(str(root)), collections.Counter()
+  decode = folder_reader.decode_rgb
+
+  def count(path, shorter_side):
+    decoded[path] += 1
+    return decode(path, shorter_side)
+
+  monkeypatch.setattr(folder_reader, 'decode_rgb', count)
+  epochs = 4
+  reader = FolderReader(folder, config)
+  batches = take(reader.train_batches(0, 0), epochs * (NUM_TRAIN // BATCH_SIZE))
+  assert len(batches) == epochs * (NUM_TRAIN // BATCH_SIZE)
+  repeated = sum(count > 1 for count in decoded.values())
+  assert repeated == 0 if room == 2**31 else repeated > NUM_TRAIN // 4
+  # 20 to 49 × 24 pixels each.
+  assert len(reader._kept) == len(decoded) if room == 2**31 else len(reader._kept) * 1_440 <= room
 
 
 def test_batches_after_resuming_are_the_same(config, root):
@@ -126,7 +149,8 @@ def test_center_crops_are_evaluated_unless_validation_is_augmented(
     return np.zeros((16, 16, 3), np.uint8)
 
   monkeypatch.setattr(folder_reader, 'read_image', lambda path, shape, crop: note(crop, path))
-  monkeypatch.setattr(folder_reader, 'read_random_crop', partial(note, 'random'))
+  monkeypatch.setattr(FolderReader, '_decoded', lambda self, path: path)
+  monkeypatch.setattr(folder_reader, 'random_crop', partial(note, 'random'))
   config.dataset.augment_validation = augment
   list(FolderReader(folder, config).evaluation_batches(split))
   assert crops == {expected}

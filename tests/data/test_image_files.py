@@ -15,10 +15,11 @@ from PIL import Image
 from imta_jax.data import preprocess
 from imta_jax.data.image_files import (
   ImageError,
+  decode_rgb,
   find_images,
   image_size_and_channels,
+  random_crop,
   read_image,
-  read_random_crop,
 )
 from imta_jax.errors import UsageError
 
@@ -97,7 +98,7 @@ PORTABLE_GREYMAPS = {
 )
 def test_sixteen_bits_are_scaled_to_eight(content):
   np.testing.assert_allclose(read(content)[..., 0], SIXTEEN_BITS / 257, atol=0.6)
-  crop = read_random_crop(io.BytesIO(content), 8, False, np.random.default_rng(0))
+  crop = random_crop(decode_rgb(io.BytesIO(content), 8), 8, 0.08, False, np.random.default_rng(0))
   assert 0 < crop.mean() < 255 and crop.std() > 20
 
 
@@ -120,7 +121,7 @@ TRANSPARENT = {
 def test_transparent_images_are_composited_on_white(content, channels):
   image = read(content, (6, 5, channels))
   np.testing.assert_allclose(image, np.stack([GREY] * channels, axis=-1), atol=1)
-  crop = read_random_crop(io.BytesIO(content), 8, False, np.random.default_rng(0))
+  crop = random_crop(decode_rgb(io.BytesIO(content), 8), 8, 0.08, False, np.random.default_rng(0))
   assert crop.std() > 20
 
 
@@ -337,3 +338,15 @@ def test_folders_are_searched_by_extension_in_order(tmp_path):
   of_folder = ['b/1.jpg', 'b/2.PNG', 'b/a/0.tif', 'b/c/3.webp']
   names = [path.removeprefix(f'{tmp_path}/') for path in found]
   assert names == [*of_folder, 'odd.xyz', 'a.png', 'a.png', *of_folder]
+
+
+@pytest.mark.parametrize('format', ['PNG', 'JPEG'])
+def test_large_images_are_shrunk_and_small_ones_kept(format):
+  columns = np.linspace(0, 255, 400)
+  pixels = np.broadcast_to(columns[np.newaxis, :, np.newaxis], (300, 400, 3)).astype(np.uint8)
+  file = io.BytesIO(encoded(pixels, format))
+  assert decode_rgb(file, 300).size == decode_rgb(file, 1_000).size == (400, 300)
+  image = decode_rgb(file, 90)
+  assert image.size == (120, 90)
+  expected = np.linspace(0, 255, 120)
+  np.testing.assert_allclose(np.asarray(image)[45, :, 0], expected, atol=3)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imta_jax.data import preprocess
-from imta_jax.data.image_files import read_random_crop
+from imta_jax.data import image_files, preprocess
 
 
 def keys(count, seed=0):
@@ -110,12 +109,14 @@ def kind(request):
   return request.param
 
 
-def crop_with_tensorflow(encoded, seed, size=16, flip=False):
-  return preprocess.decode_random_crop(encoded, size, flip, np.array(seed, np.int64)).numpy()
+def crop_with_tensorflow(encoded, seed, size=16, min_area=0.08, flip=False):
+  seed = np.array(seed, np.int64)
+  return preprocess.decode_random_crop(encoded, size, min_area, flip, seed).numpy()
 
 
-def crop_with_pillow(encoded, seed, size=16, flip=False):
-  return read_random_crop(io.BytesIO(encoded), size, flip, np.random.default_rng(seed))
+def crop_with_pillow(encoded, seed, size=16, min_area=0.08, flip=False):
+  image = image_files.decode_rgb(io.BytesIO(encoded), 1_000)
+  return image_files.random_crop(image, size, min_area, flip, np.random.default_rng(seed))
 
 
 @pytest.fixture(params=[crop_with_tensorflow, crop_with_pillow])
@@ -136,12 +137,13 @@ def test_random_crops_are_functions_of_the_seed(kind, random_crop):
     assert np.any(first != random_crop(encoded, other, flip=True))
 
 
-def test_random_crops_are_parts_of_the_image_at_fair_aspect_ratios(kind, random_crop):
+@pytest.mark.parametrize('min_area', [0.08, 0.6])
+def test_random_crops_are_parts_of_the_image_at_fair_aspect_ratios(kind, min_area, random_crop):
   height, width = 80, 120
   encoded = encode(ramp(height, width), kind)
   areas = []
   for seed in range(40):
-    image = random_crop(encoded, (0, seed), size=32).astype(float)
+    image = random_crop(encoded, (0, seed), 32, min_area).astype(float)
     # Red and green at the middle of the sides give the part that was cropped.
     left, right = image[:, 1, 0].mean(), image[:, -2, 0].mean()
     top, bottom = image[1, :, 1].mean(), image[-2, :, 1].mean()
@@ -149,7 +151,7 @@ def test_random_crops_are_parts_of_the_image_at_fair_aspect_ratios(kind, random_
     down = (bottom - top) / 255 * (height - 1) * 32 / 29
     assert 0.6 < across / down < 1.7
     areas.append(across * down / (height * width))
-  assert 0.05 < min(areas) < 0.3
+  assert 0.9 * min_area - 0.03 < min(areas) < 1.1 * min_area + 0.2
   assert 0.6 < max(areas) <= 1.1
 
 

@@ -175,8 +175,8 @@ def test_training_and_validation_images_are_apart(config):
 def test_no_two_hosts_share_the_seed_of_a_crop(config, as_host, monkeypatch, count):
   import tensorflow as tf
 
-  def show_seed(encoded, size, flip, seed):
-    del encoded, flip
+  def show_seed(encoded, size, min_area, flip, seed):
+    del encoded, min_area, flip
     return tf.cast(tf.fill((size, size, 3), seed[1] + 3 * (seed[0] % 40)), tf.uint8)
 
   monkeypatch.setattr(preprocess, 'decode_random_crop', show_seed)
@@ -191,8 +191,8 @@ def test_no_two_hosts_share_the_seed_of_a_crop(config, as_host, monkeypatch, cou
 def test_validation_is_augmented_where_asked_and_test_never(config, collect, monkeypatch):
   import tensorflow as tf
 
-  def black(encoded, size, flip, seed):
-    del encoded, flip, seed
+  def black(encoded, size, min_area, flip, seed):
+    del encoded, min_area, flip, seed
     return tf.zeros((size, size, 3), tf.uint8)
 
   monkeypatch.setattr(preprocess, 'decode_random_crop', black)
