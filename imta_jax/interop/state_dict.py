@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from imta_jax.errors import UsageError
 
@@ -26,7 +25,7 @@ def to_variables(
   *,
   ignored: Collection[str] = (),
   optional: Collection[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
   """Renames, transposes and checks the arrays of a state dict.
 
   Args:
@@ -37,7 +36,7 @@ def to_variables(
     optional: Our names that may be missing or have another shape: the last layer's.
 
   Returns:
-    {'params': …, 'batch_stats': …}, float32 NumPy arrays.
+    {our name: float32 array}.
 
   Raises:
     UsageError: If names or shapes differ, or a value is not a finite floating-point number.
@@ -65,7 +64,7 @@ def to_variables(
         f"expected {shape}; fix the model's fields"
       )
     variables[ours] = _finite(theirs, value)
-  return unflatten_dict(variables, sep='/')
+  return variables
 
 
 def _finite(name, value):
@@ -96,4 +95,6 @@ def from_torch(value: np.ndarray, ours: str) -> np.ndarray:
 
 def to_torch(value: np.ndarray) -> np.ndarray:
   """Transposes kernels back, but for those of depthwise convolutions."""
-  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.transpose()
+  if value.ndim == 4:
+    return value.transpose(3, 2, 0, 1)
+  return value.transpose() if value.ndim == 2 else value

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from imta_jax.errors import UsageError
 from imta_jax.interop.state_dict import to_torch, to_variables, without_prefix
@@ -46,7 +46,8 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
   """
   names = {pair.ours: pair.theirs for pair in _pairs(model)}
   shapes = flatten_dict(_shapes(model), sep='/')
-  return to_variables(without_prefix(state), names, shapes, ignored=_ignored(model))
+  variables = to_variables(without_prefix(state), names, shapes, ignored=_ignored(model))
+  return unflatten_dict(variables, sep='/')
 
 
 def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict[str, np.ndarray]:
