@@ -78,8 +78,9 @@ _FIELDS = {
   # Whether batch statistics are over the images of all devices, which takes an exchange between
   # devices per batch norm. Needed with few images per device.
   'global_batch_norm': True,
-  # Workdir or export of a trained network, from which phase I takes the variables whose names and
-  # shapes agree. Read at every start of the run.
+  # Workdir or export of a trained network, a file of pretrained weights or the name of a package
+  # with them (imta_jax/interop/pretrained.py), from which phase I takes the variables whose names
+  # and shapes agree. Read at every start of the run.
   'init_from': str,
   # Training steps per device-side loop. Default: up to the next event for sets in memory on
   # accelerators; otherwise 1.

@@ -23,7 +23,7 @@ SHOWN = {
   'imta_jax.adaptive': 'engine policy rules guarantee search cost',
   'imta_jax.data': 'dataset pipeline image_folder image_files preprocess prepare',
   'imta_jax.models': 'create defaults multi_exit initial_values msdnet resnet densenet googlenet '
-  'hydranet layers',
+  'hydranet efficientnet_lite vit layers',
 }
 FIELDS_OF_FLAX = {'name', 'parent'}
 

@@ -1,13 +1,10 @@
 """Checkpoints of the paper's published PyTorch code ↔ Flax variables.
 
 The published MSDNet numbers its modules by position, whereas ours have names. Networks of phase I
-and of phase II (collaboration 'network') can be converted. `from_state_dict` and `to_state_dict`
-work on NumPy arrays; only `load_checkpoint` needs torch.
+and of phase II (collaboration 'network') can be converted. PyTorch is not needed.
 """
 
 import os
-import textwrap
-import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,12 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from imta_jax.errors import UsageError
+from imta_jax.interop.state_dict import to_torch, to_variables, without_prefix
+from imta_jax.interop.torch_file import read_state_dict
 from imta_jax.models.msdnet import DenseLayer, FirstLayer, Transition
 from imta_jax.models.multi_exit import MultiExitNetwork
-
-_COUNTER = 'num_batches_tracked'
-# Where files keep the weights that are not at the top level.
-_KEYS = ('state_dict', 'model_state_dict', 'model', 'net')
 
 
 class _Pair(NamedTuple):
@@ -49,38 +44,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: MultiExitNetwork) ->
     UsageError: If the checkpoint does not match the network, or has values that are no finite
       floating-point numbers.
   """
-  while len({name.partition('.')[0] for name in state}) == 1 and all('.' in name for name in state):
-    state = {name.partition('.')[2]: value for name, value in state.items()}
-  pairs = _pairs(model)
+  names = {pair.ours: pair.theirs for pair in _pairs(model)}
   shapes = flatten_dict(_shapes(model), sep='/')
-  expected = {pair.theirs for pair in pairs} | _ignored(model)
-  surplus = [name for name in state if name not in expected and not name.endswith(_COUNTER)]
-  missing = [pair.theirs for pair in pairs if pair.theirs not in state]
-  if missing or surplus:
-    wrong = [f'lacks {name!r}' for name in missing[:1]]
-    wrong += [f'also has {name!r}' for name in surplus[:1]]
-    raise UsageError(
-      f"the checkpoint does not match the network: it {' and '.join(wrong)}; fix the model's "
-      'fields, or the names'
-    )
-  variables = {}
-  for pair in pairs:
-    value, shape = _from_torch(np.asarray(state[pair.theirs])), shapes[pair.ours].shape
-    if value.shape != shape:
-      raise UsageError(
-        f'the checkpoint does not match the network: {pair.theirs!r} has shape {value.shape}, '
-        f"expected {shape}; fix the model's fields"
-      )
-    # Complex numbers, for example, would be cut to their real parts.
-    if jnp.issubdtype(value.dtype, np.floating):
-      with np.errstate(over='ignore'):
-        value = value.astype(np.float32)
-    if value.dtype != np.float32 or not np.isfinite(value).all():
-      raise UsageError(
-        f'the checkpoint has {pair.theirs!r} of type {value.dtype}, which is no array of finite '
-        'floating-point numbers: use one from before its training diverged'
-      )
-    variables[pair.ours] = value
+  variables = to_variables(without_prefix(state), names, shapes, ignored=_ignored(model))
   return unflatten_dict(variables, sep='/')
 
 
@@ -101,7 +67,7 @@ def to_state_dict(variables: Mapping[str, Any], model: MultiExitNetwork) -> dict
   """
   flat = flatten_dict(variables, sep='/')
   return {
-    pair.theirs: _to_torch(np.asarray(flat[pair.ours]))
+    pair.theirs: to_torch(np.asarray(flat[pair.ours]))
     for pair in _pairs(model)
     if pair.ours in flat
   }
@@ -118,75 +84,9 @@ def load_checkpoint(path: str | os.PathLike[str], model: MultiExitNetwork) -> di
     {'params': …, 'batch_stats': …}, float32 NumPy arrays.
 
   Raises:
-    UsageError: If torch is not installed, or the file is not a checkpoint of this network.
+    UsageError: If the file is not a checkpoint of this network.
   """
-  try:
-    import torch
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-  except ImportError:
-    raise UsageError(
-      f'reading {os.fspath(path)} requires PyTorch 2.6 or later: pip install --upgrade torch'
-    ) from None
-  if not os.path.isfile(path):  # Reading a pipe would wait.
-    raise UsageError(f'{os.fspath(path)} does not exist or is not a regular file')
-  try:
-    is_zip = zipfile.is_zipfile(path)  # Since PyTorch 1.6.
-    names = get_unsafe_globals_in_checkpoint(path) if is_zip else _BESIDE_WEIGHTS
-    with safe_globals([(_Ignored, name) for name in names]):
-      content = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:
-    raise UsageError(
-      f'{os.fspath(path)} is not a checkpoint that can be read without running code from it '
-      f'({type(error).__name__}): save only the state_dict'
-    ) from error
-  content = content if isinstance(content, dict) else {}
-  for state in (*map(content.get, _KEYS), content):
-    tensors = {
-      name: _to_numpy(name, value)
-      for name, value in (state.items() if isinstance(state, dict) else ())
-      if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
-    if tensors:
-      return from_state_dict(tensors, model)
-  found = ', '.join(map(repr, content)) or 'none'
-  raise UsageError(
-    f'{os.fspath(path)} has no tensors under {", ".join(_KEYS)} or at the top level, whose keys '
-    f'are {textwrap.shorten(found, 200, placeholder=" …")}: save a state_dict'
-  )
-
-
-# What older files, whose names cannot be listed, may contain besides weights.
-_BESIDE_WEIGHTS = (
-  'argparse.Namespace',
-  'numpy.core.multiarray.scalar',
-  'numpy._core.multiarray.scalar',
-  'numpy.dtype',
-  'pathlib.PosixPath',
-)
-
-
-class _Ignored:
-  """Placeholder for the classes and functions that a checkpoint names, none of which is called.
-
-  Files with NumPy numbers or an argparse.Namespace beside the weights can thus be read.
-  """
-
-  def __init__(self, *args):
-    pass
-
-  def __setstate__(self, state):
-    pass
-
-
-def _to_numpy(name, tensor):
-  try:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  except (TypeError, RuntimeError) as error:
-    raise UsageError(
-      f'the checkpoint has {name!r}, which is not a plain tensor ({tensor.layout}, {tensor.dtype}, '
-      f'{tensor.device}): save dense tensors'
-    ) from error
+  return from_state_dict(read_state_dict(path), model)
 
 
 def _shapes(model):
@@ -275,12 +175,3 @@ def _dense_pairs(ours: str, theirs: str) -> list[_Pair]:
     _Pair(f'params/{ours}/kernel', f'{theirs}.weight'),
     _Pair(f'params/{ours}/bias', f'{theirs}.bias'),
   ]
-
-
-def _from_torch(value: np.ndarray) -> np.ndarray:
-  """Transposes (out, in, height, width) to (height, width, in, out), and (out, in) to (in, out)."""
-  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.transpose()
-
-
-def _to_torch(value: np.ndarray) -> np.ndarray:
-  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.transpose()

@@ -16,6 +16,7 @@ from imta_jax.models.hydranet import hydranet
 from imta_jax.models.msdnet import msdnet
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.models.resnet import resnet
+from imta_jax.models.vit import vit
 
 ARCHITECTURES: dict[str, Callable[..., tuple[Sequence[nn.Module], Sequence[nn.Module]]]] = {
   'msdnet': msdnet,
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, Callable[..., tuple[Sequence[nn.Module], Sequence[nn.Mo
   'googlenet': googlenet,
   'hydranet': hydranet,
   'efficientnet_lite': efficientnet_lite,
+  'vit': vit,
 }
 # Others are refused: float16 would need loss scaling.
 DTYPES = (jnp.dtype('float32'), jnp.dtype('bfloat16'))
@@ -53,7 +55,7 @@ def create(
   """Creates a network.
 
   Args:
-    name: 'msdnet', 'resnet', 'densenet', 'googlenet' or 'hydranet'.
+    name: 'msdnet', 'resnet', 'densenet', 'googlenet', 'hydranet', 'efficientnet_lite' or 'vit'.
     dtype: Type of the computation, 'float32' or 'bfloat16'.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged; None for
       statistics per device.

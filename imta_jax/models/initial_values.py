@@ -21,12 +21,14 @@ def initialize(model: nn.Module, seed: int, image_shape: Sequence[int]) -> dict[
 
   The distributions are those of `model.init`: convolution kernels are normal with standard
   deviation sqrt(2 / (kernel area × output channels)), dense kernels are uniform in
-  ±1/sqrt(inputs), biases and running means are 0, scales and running variances are 1. Layers may be
-  stacked along another, first axis. The values of a layer depend only on the seed and its name, so
+  ±1/sqrt(inputs), biases and running means are 0, scales and running variances are 1, class tokens
+  and positions are normal with standard deviation 0.02. Layers may be stacked along another, first
+  axis. The values of a layer depend only on the seed and its name, so
   networks that share layers start with the same values there.
 
   Args:
-    model: The network; its variables must be kernels, biases or variables of batch norm.
+    model: The network; its variables must be kernels, biases, variables of batch norm, class tokens
+      or positions.
     seed: The random seed.
     image_shape: (height, width, channels).
 
@@ -89,6 +91,8 @@ def _draw(path, shape, seed):
   if kind == 'kernel' and len(shape) in (2, 3):
     limit = np.float32(1 / np.sqrt(shape[-2]))
     return limit * (2 * random.random(shape, np.float32) - 1)
+  if kind in ('class_token', 'positions'):
+    return np.float32(0.02) * random.standard_normal(shape, np.float32)
   if kind in ('scale', 'var'):
     return np.ones(shape, np.float32)
   if kind in ('bias', 'mean'):

@@ -262,10 +262,11 @@ def split_at_exits(
   unit: str,
   early_exit: Callable[[], Sequence[nn.Module]],
   last_exit: Callable[[], Sequence[nn.Module]] = tuple,
+  exit_type: Callable[[tuple[nn.Module, ...]], nn.Module] = PooledExit,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
   """Divides a plain network into stages and gives each of them an exit.
 
-  Every exit applies its layers and pools the whole map; the last one is that of the plain network.
+  The last exit is that of the plain network.
 
       exits_after (2, 5) of 9 blocks → blocks 1 to 2, 3 to 5 and 6 to 9, each with an exit
 
@@ -276,6 +277,7 @@ def split_at_exits(
     unit: What the blocks are called, for the error.
     early_exit: Creates the layers of an exit before the last one.
     last_exit: Creates the layers of the last exit.
+    exit_type: Creates an exit from its layers; by default, it pools the whole map.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
@@ -289,6 +291,6 @@ def split_at_exits(
   stages, exits, start = [], [], 0
   for end in sorted({*exits_after, last}):
     stages.append(SingleMapStage(list(itertools.chain(*blocks[start:end]))))
-    exits.append(PooledExit(tuple(early_exit() if end < last else last_exit())))
+    exits.append(exit_type(tuple(early_exit() if end < last else last_exit())))
     start = end
   return stages, exits

@@ -15,6 +15,7 @@ _IMAGENET_DEPTHS = {
   18: ((2, 2, 2, 2), False),
   34: ((3, 4, 6, 3), False),
   50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
 }
 
 
@@ -80,8 +81,8 @@ def resnet(
   """Creates the stages and exits of a ResNet; see `split_at_exits`.
 
   Args:
-    depth: 20, 32, 44, 56, 110 or another 6n + 2 for the stem 'cifar'; 18, 34 or 50 for the stem
-      'imagenet'.
+    depth: 20, 32, 44, 56, 110 or another 6n + 2 for the stem 'cifar'; 18, 34, 50 or 101 for the
+      stem 'imagenet'.
     exits_after: Blocks, counted from 1, after which an exit branches off; the last block always
       has an exit. Empty for the plain network.
     stem: 'cifar' for small images; 'imagenet' first divides the resolution by 4.

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -132,7 +133,7 @@ class _Run:
   def _set_up_phase(self, index: int, predecessor: TrainedNetwork | None) -> Phase:
     donor = None
     if predecessor is None and self.config.init_from is not None:
-      donor = load_variables(self.config.init_from)
+      donor = functools.partial(load_variables, self.config.init_from)
     return Phase(
       self.config,
       index,

@@ -1,8 +1,9 @@
 """Sets up a training phase: its network, optimizer, initial state, teacher and steps."""
 
+import collections
 import functools
-import textwrap
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -41,7 +42,7 @@ class Phase:
     config: ConfigDict,
     index: int,
     predecessor: tuple[MultiExitNetwork, Variables] | None = None,
-    donor: Variables | None = None,
+    donor: Callable[[MultiExitNetwork, tuple[int, int, int]], Variables] | None = None,
     *,
     num_classes: int,
     image_shape: tuple[int, int, int],
@@ -54,8 +55,8 @@ class Phase:
       index: Index of the phase, counted from 0.
       predecessor: Network and variables of the previous phase, from which it starts; None for the
         first phase.
-      donor: Variables of config.init_from, from which the first phase starts; None if that is not
-        set.
+      donor: Loads the variables of config.init_from, from which the first phase starts, for its
+        network and image shape; None if that is not set.
       num_classes: Number of classes of the data set.
       image_shape: (height, width, channels) of the images.
       steps_per_epoch: Training steps per epoch.
@@ -72,7 +73,7 @@ class Phase:
     if predecessor is not None:
       variables = transplant(predecessor[1], variables)
     elif donor is not None:
-      variables, self.loaded = start_from(donor, variables)
+      variables, self.loaded = start_from(donor(self.model, image_shape), variables)
     self.num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
     self.schedule = train_state.create_schedule(
       phase, self.num_steps, steps_per_epoch, config.batch_size
@@ -119,26 +120,48 @@ def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
     fresh: Initial variables of the new network.
 
   Returns:
-    Variables with the structure of `fresh`, and what was loaded: 'loaded 118 of 124 arrays; new:
-    params/classifiers_0/dense/kernel (128, 10), …; unused: 4 of the trained network'.
+    Variables with the structure of `fresh`, and what was loaded: 'loaded 294 of 326 arrays; new:
+    exits_0 to exits_3, classifiers_0 to classifiers_4 (12 classes); unused: 2 of the trained
+    network'.
 
   Raises:
     UsageError: If nothing agrees.
   """
   variables = transplant(donor, fresh)
   flat_donor, flat, flat_fresh = (flatten_dict(v, sep='/') for v in (donor, variables, fresh))
-  new = [f'{name} {leaf.shape}' for name, leaf in flat_fresh.items() if flat[name] is leaf]
+  new = [name for name, leaf in flat_fresh.items() if flat[name] is leaf]
   if len(new) == len(flat_fresh):
     raise UsageError(
       'the network of config.init_from has no layer in common with this one: give config.model the '
       'fields of that network'
     )
-  names = textwrap.shorten(', '.join(new) or 'none', 400, placeholder=' …')
   unused = len(flat_donor.keys() - flat.keys())
-  loaded = len(flat) - len(new)
   return variables, (
-    f'loaded {loaded} of {len(flat)} arrays; new: {names}; unused: {unused} of the trained network'
+    f'loaded {len(flat) - len(new)} of {len(flat)} arrays; new: {_summary(new, flat)}; unused: '
+    f'{unused} of the trained network'
   )
+
+
+def _summary(new: Sequence[str], flat: Mapping[str, Any]) -> str:
+  """Summarises new variables by their stages, exits and classifiers."""
+  totals = collections.Counter(name.split('/')[1] for name in flat)
+  counts = collections.Counter(name.split('/')[1] for name in new)
+  parts = []
+  for kind in dict.fromkeys(module.rpartition('_')[0] for module in totals):
+    of_kind = [module for module in totals if module.rpartition('_')[0] == kind]
+    for is_new, run in itertools.groupby(of_kind, lambda module: counts[module] == totals[module]):
+      first, *others = run
+      if is_new:
+        parts.append(f'{first} to {others[-1]}' if others else first)
+      else:
+        parts += [
+          f'{counts[module]} of {totals[module]} arrays of {module}'
+          for module in (first, *others)
+          if counts[module]
+        ]
+    if kind == 'classifiers' and any(module in counts for module in of_kind):
+      parts[-1] += f' ({len(flat[f"params/{of_kind[-1]}/dense/bias"])} classes)'
+  return ', '.join(parts) or 'none'
 
 
 def _teacher(

@@ -1,4 +1,4 @@
-"""Restores trained networks from the workdirs of runs, and their variables also from exports."""
+"""Restores trained networks from workdirs; variables also from exports and pretrained weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from imta_jax import config as config_lib
 from imta_jax.adaptive import exported
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.errors import UsageError
+from imta_jax.interop import pretrained
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.training import checkpoint, phases, steps, train_state
 from imta_jax.training import workdir as layout
@@ -89,27 +90,34 @@ def chosen_state(
   return chosen
 
 
-def load_variables(folder: str) -> Mapping[str, Any]:
+def load_variables(
+  source: str, model: MultiExitNetwork, image_shape: tuple[int, int, int]
+) -> Mapping[str, Any]:
   """Loads the variables of a trained network.
 
   Args:
-    folder: The workdir of a run, whose last phase counts, or an export.
+    source: The workdir of a run, whose last phase counts; an export; or pretrained weights, see
+      `pretrained.load_weights`.
+    model: The network to which pretrained weights are converted; not read otherwise.
+    image_shape: (height, width, channels) of its images.
 
   Returns:
     {'params': …, 'batch_stats': …}, float32.
 
   Raises:
-    UsageError: If the folder is neither, or corrupt.
+    UsageError: If the source is none of these, is corrupt, or has weights of another network.
   """
-  path = epath.Path(folder)
+  if pretrained.is_weights(source):
+    return pretrained.load_weights(source, model, image_shape)
+  path = epath.Path(source)
   if not (path / exported.MANIFEST).exists():
     last = len(layout.load_config(path).phases) - 1
     return restore_network(path, last).weights.variables
   try:
-    manifest, _, weights, _ = exported.read_export(folder)
+    manifest, _, weights, _ = exported.read_export(source)
   except ValueError as error:
     raise UsageError(str(error)) from error
   names = manifest.get('variables', [])
   if list(map(len, names)) != list(map(len, weights)):
-    raise UsageError(f'{folder} does not name all of its variables: export it again')
+    raise UsageError(f'{source} does not name all of its variables: export it again')
   return unflatten_dict(dict(zip(sum(names, []), sum(weights, []), strict=True)), sep='/')

@@ -60,7 +60,8 @@ def test_fields_reach_the_network():
     (
       'msdnt',
       {},
-      "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet, hydranet",
+      "model 'msdnt' is unknown: choose one of msdnet, resnet, densenet, googlenet, hydranet, "
+      'efficientnet_lite, vit',
     ),
     *(
       ('msdnet', {'dtype': dtype}, f"dtype '{dtype}' is unknown: choose one of float32, bfloat16")
