@@ -29,7 +29,7 @@ _GROUPS = (
 _VARIANTS = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8))
 _STEM, _HEAD = 32, 1280
 # Channels before the pooling of earlier exits.
-_EARLY_HEAD = 512
+_EARLY_HEAD = 256
 
 
 class Layer(nn.Module):
@@ -121,7 +121,7 @@ def efficientnet_lite(
     blocks,
     exits_after,
     'blocks',
-    tuple,
+    lambda: [Layer(_EARLY_HEAD, 1, conv_norm)],
     lambda: [Layer(_HEAD, 1, conv_norm)],
   )
 
