@@ -141,6 +141,14 @@ def test_positions_of_another_grid_are_resampled(draw, tmp_path):
   np.testing.assert_allclose(rows.mean(), 0.5, atol=1e-6)
 
 
+@pytest.mark.parametrize('shape', [(1, 0, 384), (1, 1, 384), (1, 3, 384), (2, 17, 384), (17, 384)])
+def test_positions_that_are_no_square_grid_are_refused(draw, tmp_path, shape):
+  state = draw('vit_small')
+  state['pos_embed'] = np.zeros(shape, np.float32)
+  safetensors.save_file(state, tmp_path / 'x.safetensors')
+  refused(str(tmp_path / 'x.safetensors'), 'vit_small', "'pos_embed' has shape")
+
+
 def test_an_npz_with_stacked_blocks_is_read(draw, tmp_path):
   # As big_vision writes it, beside AugReg's layout.
   stacked, blocks = {}, {}
@@ -292,5 +300,16 @@ def test_sources_are_told_by_their_names():
     *pretrained.PACKAGES,
   ):
     assert pretrained.is_weights(name)
-  for name in ('runs/flowers', 'gs://bucket/run', 'export', 'efficientnet-lite3'):
+  for name in ('runs/flowers', 'gs://bucket/run', 'export'):
     assert not pretrained.is_weights(name)
+
+
+def test_other_names_are_refused(tmp_path):
+  (tmp_path / 'model.ckpt').write_bytes(b'')
+  assert pretrained.is_weights(str(tmp_path / 'model.ckpt'))
+  refused(
+    str(tmp_path / 'model.ckpt'), 'lite0', 'not a file of weights: its name must end in .pth, '
+  )
+  refused(
+    'efficientnet-lite3', 'lite3', 'has no package: choose one of efficientnet-lite0, .* file'
+  )
