@@ -30,7 +30,7 @@ BACKBONES = {
   'vit_small_npz': ('vit', {'size': 's'}, 48),
   **{
     f'lite{variant}': ('efficientnet_lite', {'variant': variant}, side)
-    for variant, side in enumerate((64, 75, 66, 70, 75))
+    for variant, side in enumerate((75, 64, 66, 70, 75))
   },
 }
 

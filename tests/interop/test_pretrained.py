@@ -25,7 +25,7 @@ from imta_jax.training.phases import start_from
 DATA = Path(__file__).parents[1] / 'data'
 # Palace, monastery, lakeside, lampshade and mushroom: the flower has no class.
 PHOTOGRAPHED = [698, 663, 975, 619, 947]
-QUICK = ('resnet18', 'resnet50', 'vit_small', 'vit_small_npz', 'lite0', 'lite1')
+QUICK = ('resnet18', 'resnet50', 'vit_small', 'vit_small_npz', 'lite0')
 
 
 @pytest.fixture(scope='module')
