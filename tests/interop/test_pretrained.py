@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -285,6 +286,7 @@ def test_the_file_of_a_package_is_found_without_running_it(monkeypatch, tmp_path
   (folder / '__init__.py').write_text('raise RuntimeError')
   shutil.copy(DATA / 'torch_legacy.pth', folder / 'models/efficientnet-lite0-1.pth')
   monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, folder.name, raising=False)
   model, image_shape = create('lite0')
   with pytest.raises(UsageError, match=r'efficientnet-lite0-1\.pth: the checkpoint does not match'):
     load_weights('efficientnet-lite0', model, image_shape)
