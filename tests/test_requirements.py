@@ -35,11 +35,10 @@ def read_pins(name):
 def test_the_last_set_lies_within_all_ranges(requirements):
   pins = read_pins('constraints.txt')
   names = {canonicalize_name(requirement.name) for requirement in requirements}
-  assert names - set(pins) == {'torch'}
+  assert names <= set(pins)
   for requirement in requirements:
-    if requirement.name != 'torch':
-      version = pins[canonicalize_name(requirement.name)]
-      assert requirement.specifier.contains(version), f'{requirement}: {version}'
+    version = pins[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version), f'{requirement}: {version}'
 
 
 def test_every_range_begins_with_the_oldest_set(requirements):
@@ -52,7 +51,7 @@ def test_every_range_begins_with_the_oldest_set(requirements):
     else:
       without_bound.add(str(requirement))
   # The extras for accelerators follow jax.
-  assert without_bound == {'jax<0.11', 'jax[cuda13]', 'jax[tpu]', 'torch'}
+  assert without_bound == {'jax<0.11', 'jax[cuda13]', 'jax[tpu]'}
 
 
 @pytest.mark.parametrize('path', ['README.md', 'docs/tpu-pods.md', 'docs/gpu-clusters.md'])

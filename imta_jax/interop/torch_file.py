@@ -3,11 +3,12 @@
 A file is a pickle that refers to storages: the entries of a zip archive since PyTorch 1.6, blocks
 behind the pickle in earlier versions. Of the functions and classes that a pickle may name, only
 those that rebuild tensors have an effect; all others become placeholders. Arrays are views of the
-bytes that were read, so a file cannot ask for more memory than its size.
+bytes that were read, each not larger than its storage, so a small file cannot take much memory.
 """
 
 import collections
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -116,7 +117,8 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
   numbers = (offset, *shape, *strides)
   if not all(type(number) is int and 0 <= number < 2**40 for number in numbers):
     raise ValueError('a tensor has a malformed shape')
-  if 0 not in shape and offset + last >= storage.num_elements:
+  is_outside = 0 not in shape and offset + last >= storage.num_elements
+  if is_outside or math.prod(shape) > storage.num_elements:  # Copies of views could be huge.
     raise ValueError('a tensor exceeds its storage')
   return _Tensor(storage, offset, shape, strides)
 

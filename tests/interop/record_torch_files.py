@@ -29,7 +29,6 @@ def main() -> None:
       'whole': base.view(2, 3, 4),
       'transposed': base.view(4, 6).t(),
       'part': base[5:17:3],
-      'expanded': base[2:3].expand(10**6, 10**6),
       'parameter': torch.nn.Parameter(base[:2].clone()),
       'scalar': torch.tensor(2.5),
       'empty': torch.zeros(0, 3),

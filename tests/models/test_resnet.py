@@ -25,7 +25,7 @@ def count(params):
 
 
 @pytest.mark.parametrize(
-  ('depth', 'num_params'), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)]
+  ('depth', 'num_params'), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032), (101, 44_549_160)]
 )
 def test_imagenet_networks_have_the_known_number_of_parameters(depth, num_params):
   shape, params = trace((224, 224, 3), depth=depth, stem='imagenet', num_classes=1000)
@@ -96,7 +96,10 @@ def test_a_block_whose_convolutions_are_zero_is_its_shortcut(projects):
   [
     ({'depth': 21}, r'depth 21 is not one of the CIFAR ResNets: use 6n \+ 2'),
     ({'depth': 2}, 'depth 2 is not one of the CIFAR ResNets'),
-    ({'depth': 20, 'stem': 'imagenet'}, 'depth 20 is not .* ImageNet .*choose one of 18, 34, 50$'),
+    (
+      {'depth': 20, 'stem': 'imagenet'},
+      'depth 20 is not .* ImageNet .*choose one of 18, 34, 50, 101$',
+    ),
     ({'stem': 'mnist'}, "stem 'mnist' is unknown: use 'cifar' or 'imagenet'"),
     ({'depth': 20, 'exits_after': (0,)}, r'exits_after \(0,\) must be .* from 1 to 9$'),
     ({'depth': 20, 'exits_after': (3, 3)}, r'exits_after \(3, 3\) must be different blocks'),
