@@ -59,7 +59,9 @@ def _normalize_backward(relu, operands, gradients):
   return tuple(map_gradients), mean_gradient, var_gradient, products * inverse, totals
 
 
-_normalize.defvjp(lambda relu, *operands: (_normalize(relu, *operands), operands), _normalize_backward)
+_normalize.defvjp(
+  lambda relu, *operands: (_normalize(relu, *operands), operands), _normalize_backward
+)
 
 
 @partial(jax.jit, static_argnames=('relu', 'axis_name'))

@@ -12,8 +12,9 @@ from imta_jax.models.layers import (
   ConvNorm,
   Convolution,
   NormRelu,
+  PooledExit,
   split_at_exits,
-  strided_convolutions,
+  strided_exit,
 )
 
 # Number of layers per dense block of the ImageNet networks.
@@ -128,13 +129,14 @@ def densenet(
       layers.append([*before, DenseLayer(growth_rate, bc, **variables)])
       before = []
 
-  def last_exit():
-    return [NormRelu(batch_norm_axis)]
-
-  def early_exit():
-    return [*last_exit(), *strided_convolutions(partial(ConvNorm, **variables))]
-
-  return split_at_exits(layers, exits_after, 'layers', early_exit, last_exit)
+  norm = partial(NormRelu, batch_norm_axis)
+  return split_at_exits(
+    layers,
+    exits_after,
+    'layers',
+    lambda: strided_exit(partial(ConvNorm, **variables), [norm()]),
+    lambda: PooledExit((norm(),)),
+  )
 
 
 def num_layers(depth: int, bc: bool, stem: str) -> int:

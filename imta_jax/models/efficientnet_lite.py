@@ -13,7 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, ConvNormFactory, split_at_exits
+from imta_jax.models.layers import (
+  ConvNorm,
+  ConvNormFactory,
+  PooledExit,
+  StatisticsExit,
+  split_at_exits,
+)
 
 # Of each group: blocks, side of the kernel, stride, expansion and channels.
 _GROUPS = (
@@ -28,8 +34,6 @@ _GROUPS = (
 # Factors of the channels and of the blocks per group, by variant.
 _VARIANTS = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8))
 _STEM, _HEAD = 32, 1280
-# Channels before the pooling of earlier exits.
-_EARLY_HEAD = 256
 
 
 class Layer(nn.Module):
@@ -121,8 +125,8 @@ def efficientnet_lite(
     blocks,
     exits_after,
     'blocks',
-    lambda: [Layer(_EARLY_HEAD, 1, conv_norm)],
-    lambda: [Layer(_HEAD, 1, conv_norm)],
+    lambda: StatisticsExit(dtype, batch_norm_axis),
+    lambda: PooledExit((Layer(_HEAD, 1, conv_norm),)),
   )
 
 

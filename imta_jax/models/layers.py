@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imta_jax.models.batch_norm import MOMENTUM, batch_norm, normalize
+from imta_jax.models.batch_norm import EPSILON, MOMENTUM, batch_norm, normalize
 from imta_jax.models.convolution import convolve, convolve_pair
 from imta_jax.models.depthwise import convolve_depthwise
 from imta_jax.models.multi_exit import Features
@@ -251,18 +251,41 @@ class PooledExit(nn.Module):
     return nn.avg_pool(x, window, window).reshape(x.shape[0], -1)
 
 
-def strided_convolutions(conv_norm: ConvNormFactory) -> list[nn.Module]:
-  """Creates two 3×3 convolutions with stride 2 and 128 channels, like the exits of MSDNet."""
-  return [conv_norm(128, 3, stride=2), conv_norm(128, 3, stride=2)]
+class StatisticsExit(nn.Module):
+  """An exit of few weights: mean and standard deviation of each channel, and their batch norm.
+
+  Standard deviations tell textures apart long before the means of a pretrained network do.
+
+  Attributes:
+    dtype: Type of the computation; the statistics are float32.
+    batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
+  """
+
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps [batch, height, width, channels] to an embedding [batch, 2 × channels]."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=(1, 2))
+    variance = jnp.square(x - mean[:, jnp.newaxis, jnp.newaxis]).mean(axis=(1, 2))
+    statistics = jnp.concatenate([mean, jnp.sqrt(variance + EPSILON)], axis=-1)
+    norm = BatchNormVars(statistics.shape[-1], name='norm')()
+    return _normalize(self, (statistics,), [norm], False, train)[0].astype(self.dtype)
+
+
+def strided_exit(conv_norm: ConvNormFactory, first_layers: Sequence[nn.Module] = ()) -> PooledExit:
+  """Creates an exit like those of MSDNet: two 3×3 convolutions with stride 2 and 128 channels."""
+  return PooledExit((*first_layers, conv_norm(128, 3, stride=2), conv_norm(128, 3, stride=2)))
 
 
 def split_at_exits(
   blocks: Sequence[Sequence[nn.Module]],
   exits_after: Sequence[int],
   unit: str,
-  early_exit: Callable[[], Sequence[nn.Module]],
-  last_exit: Callable[[], Sequence[nn.Module]] = tuple,
-  exit_type: Callable[[tuple[nn.Module, ...]], nn.Module] = PooledExit,
+  early_exit: Callable[[], nn.Module],
+  last_exit: Callable[[], nn.Module] = PooledExit,
 ) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
   """Divides a plain network into stages and gives each of them an exit.
 
@@ -275,9 +298,8 @@ def split_at_exits(
     exits_after: Blocks, counted from 1, after which an exit branches off; the last one always has
       an exit.
     unit: What the blocks are called, for the error.
-    early_exit: Creates the layers of an exit before the last one.
-    last_exit: Creates the layers of the last exit.
-    exit_type: Creates an exit from its layers; by default, it pools the whole map.
+    early_exit: Creates an exit before the last one.
+    last_exit: Creates the last exit; by default, it pools the whole map.
 
   Returns:
     Stages and exits for a MultiExitNetwork.
@@ -291,6 +313,6 @@ def split_at_exits(
   stages, exits, start = [], [], 0
   for end in sorted({*exits_after, last}):
     stages.append(SingleMapStage(list(itertools.chain(*blocks[start:end]))))
-    exits.append(exit_type(tuple(early_exit() if end < last else last_exit())))
+    exits.append(early_exit() if end < last else last_exit())
     start = end
   return stages, exits

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imta_jax.models.layers import ConvNorm, ConvNormFactory, split_at_exits, strided_convolutions
+from imta_jax.models.layers import ConvNorm, ConvNormFactory, split_at_exits, strided_exit
 
 # Number of blocks per group of the ImageNet networks, and whether they have bottlenecks.
 _IMAGENET_DEPTHS = {
@@ -102,7 +102,7 @@ def resnet(
       width, stride = base_width * 2**group, 2 if group and not index else 1
       blocks.append([Block(width, stride, bottleneck, stem == 'imagenet', conv_norm)])
   blocks[0].insert(0, Stem(stem, conv_norm))
-  return split_at_exits(blocks, exits_after, 'blocks', partial(strided_convolutions, conv_norm))
+  return split_at_exits(blocks, exits_after, 'blocks', partial(strided_exit, conv_norm))
 
 
 def num_blocks(depth: int, stem: str) -> int:

@@ -134,7 +134,7 @@ def vit(
   blocks: list[list[nn.Module]] = [[Block(heads, dtype)] for _ in range(_BLOCKS)]
   blocks[0].insert(0, Embed(width, dtype))
 
-  def exit_layers() -> list[nn.Module]:
-    return [layer_norm(dtype)]
+  def class_token_exit() -> nn.Module:
+    return ClassTokenExit((layer_norm(dtype),))
 
-  return split_at_exits(blocks, exits_after, 'blocks', exit_layers, exit_layers, ClassTokenExit)
+  return split_at_exits(blocks, exits_after, 'blocks', class_token_exit, class_token_exit)
