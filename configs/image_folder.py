@@ -28,7 +28,10 @@ MAX_IN_MEMORY = 100_000
 # Photographs have colours and at least so many pixels on their shorter sides.
 SMALLEST_PHOTOGRAPHS = 96
 DEFAULT_NETWORK = 'efficientnet-lite0'
-FINE_TUNING_EPOCHS = (6.0, 6.0, 6.0)
+# Each phase of fine-tuning takes at least so many epochs and so many steps.
+MIN_EPOCHS, MIN_STEPS = 4, 100
+# Larger batches take no less time on CPUs, and many times the memory of small images.
+MAX_BATCH_SIZE = 24
 # Bounds of the size of images in memory: for photographs, and the minimum of the networks.
 LARGEST_IN_MEMORY, SMALLEST = 64, 20
 # Divisible by many numbers of devices.
@@ -91,19 +94,22 @@ def fine_tuned(network, num_images):
     in_memory=False,
     crop_area=0.5,
   )
-  exits, together, collaboration = (
+  choose_batch_sizes(config, num_images)
+  for field in ('batch_size', 'evaluation_batch_size'):
+    config[field] = min(config[field], MAX_BATCH_SIZE)
+  exits, everything, last_layers = (
     config_lib.phase_one(),
     config_lib.phase_one(),
     config_lib.phase_two(),
   )
   exits.update(trained='exits', learning_rate=0.05)
-  together.update(frozen_stages=1, batch_norm='evaluation', learning_rate=0.01)
-  collaboration.update(learning_rate=0.02)
-  config.phases = [exits, together, collaboration]
-  for phase, epochs in zip(config.phases, FINE_TUNING_EPOCHS, strict=True):
+  # Early layers fit any photographs, and take most of the time.
+  everything.update(frozen_stages=1, batch_norm='evaluation', learning_rate=0.003)
+  last_layers.update(learning_rate=0.02)
+  config.phases = [exits, everything, last_layers]
+  epochs = float(max(MIN_EPOCHS, round(MIN_STEPS * config.batch_size / num_images['train'])))
+  for phase in config.phases:
     phase.update(epochs=epochs, schedule='cosine')
-  choose_batch_sizes(config, num_images)
-  config.batch_size = min(config.batch_size, 24)
   return config
 
 
