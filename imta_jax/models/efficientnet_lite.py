@@ -37,7 +37,7 @@ _STEM, _HEAD = 32, 1280
 
 
 class Layer(nn.Module):
-  """A convolution padded as by TensorFlow, batch norm and ReLU6."""
+  """A convolution, batch norm and ReLU6."""
 
   features: int
   kernel_size: int
@@ -47,17 +47,16 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    padding = [_same_padding(size, self.kernel_size, self.stride) for size in x.shape[1:3]]
     layer = self.conv_norm(
       self.features,
       self.kernel_size,
       stride=self.stride,
       depthwise=self.depthwise,
-      padding=0,
+      padding='same',
       relu=False,
       name='conv_norm',
     )
-    return jax.lax.clamp(0.0, layer(jnp.pad(x, ((0, 0), *padding, (0, 0))), train), 6.0)
+    return jax.lax.clamp(0.0, layer(x, train), 6.0)
 
 
 class Block(nn.Module):
@@ -134,9 +133,3 @@ def _round(channels):
   """Rounds to a multiple of 8, but not down by more than a tenth."""
   rounded = max(8, int(channels + 4) // 8 * 8)
   return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-def _same_padding(size, side, stride):
-  """Zeros before and after, so that there are ceil(size / stride) outputs."""
-  total = max((math.ceil(size / stride) - 1) * stride + side - size, 0)
-  return total // 2, total - total // 2

@@ -42,7 +42,7 @@ class ConvNorm(nn.Module):
     relu: Whether ReLU follows.
     use_bias: Whether the convolution has a bias.
     depthwise: Whether each channel has a kernel of its own; `features` is then their number.
-    padding: Number of zeros on every side; None for kernel_size // 2.
+    padding: 'half': kernel_size // 2 zeros on every side; 'same': as TensorFlow pads.
     dtype: Type of the computation; parameters and batch statistics are float32.
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.
   """
@@ -53,7 +53,7 @@ class ConvNorm(nn.Module):
   relu: bool = True
   use_bias: bool = False
   depthwise: bool = False
-  padding: int | None = None
+  padding: str = 'half'
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
 
@@ -192,7 +192,7 @@ def _convolve(group, params):
   """Computes the convolutions of a group of `run_together`."""
   (layer, x), *others = group
   kernels, biases = zip(*params, strict=True)
-  padding = layer.kernel_size // 2 if layer.padding is None else layer.padding
+  padding = _padding(layer, x)
   if layer.depthwise:
     (kernel,) = kernels
     dtype = layer.dtype
@@ -208,6 +208,18 @@ def _convolve(group, params):
     (_, other), *_ = others
     x = convolve_pair(*(array.astype(layer.dtype) for array in (x, other, *kernels)))
   return x + _join(biases).astype(layer.dtype) if layer.use_bias else x
+
+
+def _padding(layer, x):
+  """Returns the zeros (above, below) and (to the left, to the right) of a map."""
+  if layer.padding == 'half':
+    return ((layer.kernel_size // 2,) * 2,) * 2
+  # As many as ceil(size / stride) outputs read.
+  totals = [
+    max((-(-size // layer.stride) - 1) * layer.stride + layer.kernel_size - size, 0)
+    for size in x.shape[1:3]
+  ]
+  return tuple((total // 2, total - total // 2) for total in totals)
 
 
 def _join(arrays):

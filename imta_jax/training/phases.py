@@ -62,10 +62,15 @@ class Phase:
       steps_per_epoch: Training steps per epoch.
 
     Raises:
-      UsageError: If a field of config.model is wrong, the network does not fit the images, or the
-        donor has nothing in common with it.
+      UsageError: If a field of config.model is wrong, the network does not fit the images, the
+        donor has nothing in common with it, or the first phase freezes layers that have no donor.
     """
     phase = config.phases[index]
+    if index == 0 and phase.trained != 'everything' and config.init_from is None:
+      raise UsageError(
+        f'config.phases[0].trained is {phase.trained!r}, but there are no weights to start from: set '
+        'config.init_from to a file of weights, a workdir or an export'
+      )
     self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
     self.model = config_lib.create_model(config, phase, num_classes)
     self._image_shape = image_shape

@@ -65,6 +65,30 @@ def test_given_statistics_are_applied():
     np.testing.assert_allclose(y, np.maximum(expected, 0), atol=1e-5)
 
 
+@pytest.mark.parametrize('relu', [True, False])
+def test_gradients_with_given_statistics_are_exact(relu):
+  random = np.random.default_rng(1)
+  mean, var = random.normal(size=7).astype(np.float32), np.linspace(0.1, 3, 7, dtype=np.float32)
+  gradient = tuple(random.standard_normal(x.shape).astype(np.float32) for x in MAPS)
+
+  def plain(maps, mean, var, scale, bias):
+    results = []
+    for x, part in zip(maps, (slice(5), slice(5, 7)), strict=True):
+      y = (x - mean[part]) / jnp.sqrt(var[part] + 1e-5) * scale[part] + bias[part]
+      results.append(nn.relu(y) if relu else y)
+    return tuple(results)
+
+  with jax.enable_x64(True):
+    operands = jax.tree.map(np.float64, (MAPS, mean, var, SCALE, BIAS))
+    expected = jax.vjp(plain, *operands)[1](jax.tree.map(np.float64, gradient))
+  pullback = jax.vjp(lambda *operands: normalize(*operands, relu), MAPS, mean, var, SCALE, BIAS)[1]
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3),
+    pullback(gradient),
+    expected,
+  )
+
+
 def test_types_do_not_depend_on_x64():
   operands = jax.tree.map(jnp.asarray, (MAPS, SCALE, BIAS))
   expected = batch_norm(*operands, True, None)

@@ -13,7 +13,7 @@ def reference(x, kernel, stride, padding):
     x,
     kernel.transpose(0, 1, 3, 2),
     (stride, stride),
-    [(padding, padding)] * 2,
+    padding,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=x.shape[-1],
   )
@@ -22,7 +22,15 @@ def reference(x, kernel, stride, padding):
 # Even and odd sizes, with and without pixels that no output reads.
 @pytest.mark.parametrize('size', [(8, 8), (9, 12), (7, 10)])
 @pytest.mark.parametrize(
-  ('side', 'stride', 'padding'), [(3, 1, 1), (5, 1, 2), (3, 2, 1), (3, 2, 0), (5, 2, 2), (5, 2, 0)]
+  ('side', 'stride', 'padding'),
+  [
+    (3, 1, ((1, 1), (1, 1))),
+    (5, 1, ((2, 2), (2, 2))),
+    (3, 2, ((0, 1), (1, 1))),
+    (3, 2, ((0, 0), (0, 0))),
+    (5, 2, ((1, 2), (2, 2))),
+    (5, 2, ((2, 2), (0, 1))),
+  ],
 )
 def test_result_and_gradients(size, side, stride, padding):
   random = np.random.default_rng(0)
@@ -41,6 +49,7 @@ def test_result_and_gradients(size, side, stride, padding):
 
 def test_half_precision_stays_half():
   x, kernel = jnp.ones((1, 8, 8, 4), jnp.bfloat16), jnp.ones((3, 3, 4, 1), jnp.bfloat16)
-  y, pullback = jax.vjp(lambda x, kernel: convolve_depthwise(x, kernel, 1, 1), x, kernel)
+  padding = ((1, 1), (1, 1))
+  y, pullback = jax.vjp(lambda x, kernel: convolve_depthwise(x, kernel, 1, padding), x, kernel)
   assert {array.dtype for array in (y, *pullback(y))} == {jnp.dtype('bfloat16')}
   np.testing.assert_array_equal(y[0, 1:-1, 1:-1], 9.0)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from imta_jax.models.layers import ConvNorm, run_together, split_features
+from imta_jax.models.layers import ConvNorm, StatisticsExit, run_together, split_features
 
 RANDOM = np.random.default_rng(0)
 FINE = RANDOM.standard_normal((4, 7, 6, 5)).astype(np.float32)
@@ -48,3 +48,24 @@ def test_layers_together_are_the_layers_one_by_one(train):
     for together in (False, True)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+
+
+def test_an_exit_reads_normalised_means_and_standard_deviations():
+  model = StatisticsExit()
+  variables = model.init(jax.random.key(0), FINE)
+  embedding, updated = model.apply(variables, FINE, train=True, mutable=['batch_stats'])
+  x = FINE.astype(np.float64)
+  statistics = np.concatenate([x.mean((1, 2)), np.sqrt(x.var((1, 2)) + 1e-5)], axis=-1)
+  mean, var = statistics.mean(0), statistics.var(0)
+  np.testing.assert_allclose(embedding, (statistics - mean) / np.sqrt(var + 1e-5), atol=2e-3)
+  np.testing.assert_allclose(updated['batch_stats']['norm']['mean'], 0.1 * mean, rtol=1e-4)
+  np.testing.assert_allclose(
+    model.apply(variables, FINE), statistics / np.sqrt(1 + 1e-5), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_the_gradient_of_an_exit_of_constant_maps_is_finite():
+  model, maps = StatisticsExit(), np.ones((2, 4, 4, 3), np.float32)
+  variables = model.init(jax.random.key(0), maps)
+  gradient = jax.grad(lambda maps: (model.apply(variables, maps) ** 2).sum())(maps)
+  assert np.isfinite(gradient).all()

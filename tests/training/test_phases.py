@@ -7,6 +7,7 @@ import pytest
 
 from imta_jax import config as config_lib
 from imta_jax import runtime
+from imta_jax.errors import UsageError
 from imta_jax.models.initial_values import initialize
 from imta_jax.techniques.one_for_all import one_for_all_loss
 from imta_jax.training import steps
@@ -119,6 +120,17 @@ def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(trained, pred
   np.testing.assert_allclose(after.totals['loss'], expected, rtol=1e-4)
   if trained == 'last_layers':
     assert set(phase.teacher['params']) == {f'classifiers_{index}' for index in range(2)}
+
+
+@pytest.mark.parametrize('trained', ['exits', 'last_layers'])
+def test_a_first_phase_does_not_freeze_random_layers(trained):
+  config = make_config()
+  config.phases[0].trained = trained
+  message = rf"^config.phases\[0\].trained is '{trained}', but there are no weights to start from"
+  with pytest.raises(UsageError, match=message):
+    set_up(config, 0)
+  config.init_from = 'weights.npz'
+  assert set_up(config, 0).state.frozen.tree
 
 
 def test_an_online_teacher_needs_no_variables(predecessor):
