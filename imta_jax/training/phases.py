@@ -68,8 +68,8 @@ class Phase:
     phase = config.phases[index]
     if index == 0 and phase.trained != 'everything' and config.init_from is None:
       raise UsageError(
-        f'config.phases[0].trained is {phase.trained!r}, but there are no weights to start from: set '
-        'config.init_from to a file of weights, a workdir or an export'
+        f'config.phases[0].trained is {phase.trained!r}, but there are no weights to start from: '
+        'set config.init_from to a file of weights, a workdir or an export'
       )
     self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
     self.model = config_lib.create_model(config, phase, num_classes)
