@@ -191,6 +191,35 @@ def test_accuracies_follow_from_the_committed_results(name, phase, label):
   assert re.sub(' +', ' ', f'{label} | {" | ".join(cells)} |') in RESULTS_PAGE
 
 
+def flowers(seed):
+  """Accuracies of the exits, then accuracy and relative cost for two budgets, in %."""
+  exits, points = (
+    [row for row in read_csv(f'flowers/seed_{seed}', table) if row['network'] == 'phase_3']
+    for table in ('exits.csv', 'budget.csv')
+  )
+  last = float(exits[-1]['madds'])
+  figures = [100 * float(row['test_top1']) for row in exits]
+  for share in (0.6, 0.4):
+    within = [point for point in points if float(point['validation_madds']) <= share * last]
+    point = max(within, key=lambda point: float(point['validation_madds']))
+    figures += [100 * float(point['test_accuracy']), 100 * float(point['test_madds']) / last]
+  return figures
+
+
+def test_the_flowers_follow_from_the_committed_results():
+  page = (RESULTS / 'flowers/README.md').read_text(encoding='utf-8')
+  rows = [flowers(seed) for seed in range(3)]
+  mean = np.mean(rows, axis=0)
+  for name, row in zip((0, 1, 2, 'mean'), [*rows, mean], strict=True):
+    exits = ' | '.join(f'{figure:.1f}' for figure in row[:5])
+    budgets = ' | '.join(f'{row[i]:.1f} at {row[i + 1]:.0f} %' for i in (5, 7))
+    assert f'| {name} | {exits} | {budgets} |' in page
+  assert f'classifies {mean[4]:.1f} % of 240' in TEXT and f'exits at {mean[8]:.0f} % of' in TEXT
+  assert f'{mean[7]:.1f}' == f'{mean[4]:.1f}'
+  accuracies = '  '.join(f'{figure:.1f}' for figure in mean[:5])
+  assert f'ours    {accuracies}\n' in (ROOT / 'configs/image_folder.py').read_text()
+
+
 def test_table_2_follows_from_the_committed_results():
   lines = iter(RESULTS_PAGE.partition('| CIFAR-100, 5 exits |')[2].splitlines()[2:])
   records = read_csv('table_2', 'table.csv')

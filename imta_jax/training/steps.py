@@ -63,7 +63,7 @@ def _train_all_exits(model, teacher_model, phase, optimizer, state, teacher, bat
     return model.apply(variables, images, train, frozen_stages, mutable=mutable)
 
   losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
-  return _update(model, optimizer, state, *losses, momentum)
+  return _update(model, optimizer, state, *losses, momentum=momentum)
 
 
 def _train_last_layers(model, teacher_model, phase, optimizer, state, teacher, batch):
@@ -90,7 +90,7 @@ def _train_last_layers(model, teacher_model, phase, optimizer, state, teacher, b
     return model.apply(variables, embeddings, train=True, mutable=mutable, method='classify')
 
   losses = _differentiate(model, phase, forward, state, stats, batch['label'], teacher_logits)
-  return _update(model, optimizer, state, *losses, momentum)
+  return _update(model, optimizer, state, *losses, momentum=momentum)
 
 
 def _is_stage_before(name, index):
@@ -139,7 +139,7 @@ def _differentiate(model, phase, forward, state, stats, labels, teacher_logits):
   return gradient, loss, (logits.argmax(-1) == labels).mean(-1), pack(stats)
 
 
-def _update(model, optimizer, state, gradient, loss, accuracy, stats, momentum):
+def _update(model, optimizer, state, gradient, loss, accuracy, stats, *, momentum):
   """Returns the state after a step; averages over devices keep it the same on every device."""
   gradient, loss, accuracy = jax.lax.pmean((gradient, loss, accuracy), AXIS)
   if model.batch_norm_axis is None:
