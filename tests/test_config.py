@@ -116,7 +116,7 @@ def test_default_is_made_anew():
         ('phases.0.loss', 'cross_entropy, one_for_all'),
         ('phases.0.class_reduction', 'sum, mean'),
         ('phases.1.teacher', 'online, frozen'),
-        ('phases.0.trained', 'everything, last_layers'),
+        ('phases.0.trained', 'everything, exits, last_layers'),
         ('phases.0.frozen_batch_norm', 'evaluation, training'),
         ('phases.0.gradient_equilibrium', 'all, coarsest, off'),
         ('phases.0.collaboration', 'off, identity, network'),

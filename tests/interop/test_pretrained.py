@@ -110,9 +110,9 @@ def test_the_summary_names_new_exits_and_classes(write):
   fresh = initialize(model, 0, image_shape)
   _, summary = start_from(load_weights(write('lite0'), model, image_shape), fresh)
   count = len(jax.tree.leaves(fresh))
-  # Of each early exit: a kernel, batch norm, and a dense layer; of the last exit, a dense layer.
+  # Of each early exit: batch norm and a dense layer; of the last exit, a dense layer.
   assert summary == (
-    f'loaded {count - 3 * (5 + 2) - 2} of {count} arrays; new: exits_0 to exits_2, '
+    f'loaded {count - 3 * (4 + 2) - 2} of {count} arrays; new: exits_0 to exits_2, '
     'classifiers_0 to classifiers_3 (12 classes); unused: 0 of the trained network'
   )
 
