@@ -123,8 +123,6 @@ def _count(jaxpr: core.Jaxpr) -> int:
       total += out.size  # A dense layer's bias.
     elif name == 'max' and any(isinstance(v, core.Literal) and v.val == 0 for v in equation.invars):
       total += out.size  # ReLU.
-    elif name == 'clamp':
-      total += out.size  # ReLU6.
     elif name in ('reduce_window_max', 'reduce_window_sum'):
       total += out.size * math.prod(equation.params['window_dimensions'])
     else:
