@@ -86,7 +86,7 @@ def has_weights():
 
 
 def fine_tuned(network, num_images):
-  """Trains the exits of a pretrained network, then all its layers, then phase II of the paper."""
+  """Trains the exits of a pretrained network, then all but its first stage, then phase II."""
   if network not in BACKBONES:
     raise UsageError(
       f'config argument network is {network!r}: choose one of {", ".join(BACKBONES)}'
@@ -174,7 +174,7 @@ def choose_lengths(config, num_train):
 
 
 def choose_batch_sizes(config, num_images):
-  """Chooses batch sizes for images that are kept in memory: at least two batches per epoch."""
+  """Chooses batch sizes for so many images: at least two batches per epoch."""
   largest = max(2, num_images['train'] // 2)
   config.batch_size = max(size for size in BATCH_SIZES if size <= largest)
   held_out = max(num_images['validation'], num_images['test'])

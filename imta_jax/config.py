@@ -104,8 +104,8 @@ _PHASE_FIELDS = {
   # What is trained; 'exits' includes the classifiers, 'last_layers' are the classifiers alone.
   'trained': _one_of('everything', 'exits', 'last_layers'),
   'frozen_stages': _not_negative(0),  # Of 'everything', the first stages that are not trained.
-  # Mode of batch norm in trained layers: 'evaluation' keeps the running statistics, for sets so
-  # small that those of a batch vary.
+  # Mode of batch norm in what 'everything' and 'exits' train: 'evaluation' keeps the running
+  # statistics, for sets so small that those of a batch vary.
   'batch_norm': _one_of('training', 'evaluation'),
   # The same in layers that are not trained; the published code uses 'training'.
   'frozen_batch_norm': _one_of('evaluation', 'training'),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import imta_jax
 from imta_jax import config as config_lib
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +223,10 @@ def test_the_flowers_follow_from_the_committed_results():
   assert f'ours    {accuracies}\n' in (ROOT / 'configs/image_folder.py').read_text()
   card = (RESULTS / 'flowers/export/README.md').read_text(encoding='utf-8')
   assert f'{rows[0][5]:.1f} % at {rows[0][6]:.0f} %' in card
+  classifier = imta_jax.load(RESULTS / 'flowers/export')
+  assert classifier.class_names[0] == 'bluebell'
+  costs = ', '.join(f'{madds / 1e6:.0f}' for madds in classifier.madds[:4])
+  assert f'{costs} and\n  {classifier.madds[4] / 1e6:.0f} million multiply-adds' in card
 
 
 def test_table_2_follows_from_the_committed_results():

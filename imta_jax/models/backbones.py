@@ -1,6 +1,8 @@
 """Networks whose pretrained weights are public, with exits at places whose costs grow evenly.
 
-model = imta_jax.create_model('resnet', **BACKBONES['resnet-50'].fields, num_classes=12)
+    model = imta_jax.create_model('resnet', **BACKBONES['resnet-50'].fields, num_classes=12)
+
+`imta_jax.interop.pretrained` loads the weights.
 """
 
 import dataclasses

@@ -32,8 +32,8 @@ OfNorm = tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]
 class ConvNorm(nn.Module):
   """A convolution, batch norm and optionally ReLU.
 
-  Kernels are initialised from a normal distribution
-  with standard deviation sqrt(2 / (kernel area × output channels)).
+  Kernels are initialised from a normal distribution with standard deviation
+  sqrt(2 / (kernel area × output channels)).
 
   Attributes:
     features: Number of output channels.

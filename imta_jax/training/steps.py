@@ -122,7 +122,9 @@ def _momentum(state, adds):
 
 def _given_stats(state, momentum):
   """Returns what a network is given as running statistics; see `_momentum`."""
-  return jax.tree.map(lambda old, factor: old * (factor == 0), state.batch_stats, momentum).tree
+  return jax.tree.map(
+    lambda old, factor: jnp.where(factor == 0, old, 0), state.batch_stats, momentum
+  ).tree
 
 
 def _differentiate(model, phase, forward, state, stats, labels, teacher_logits):
@@ -145,7 +147,10 @@ def _update(model, optimizer, state, gradient, loss, accuracy, stats, *, momentu
   if model.batch_norm_axis is None:
     stats = jax.lax.pmean(stats, AXIS)
   stats = jax.tree.map(
-    lambda old, factor, new: factor * old + new, state.batch_stats, momentum, stats
+    lambda old, factor, new: jnp.where(factor == 0, new, factor * old + new),
+    state.batch_stats,
+    momentum,
+    stats,
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   sums = {
