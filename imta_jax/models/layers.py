@@ -33,7 +33,8 @@ class ConvNorm(nn.Module):
   """A convolution, batch norm and optionally ReLU.
 
   Kernels are initialised from a normal distribution with standard deviation
-  sqrt(2 / (kernel area × output channels)).
+  sqrt(2 / (kernel area × output channels)). With variables of `folding.fold_batch_norm` there is no
+  batch norm.
 
   Attributes:
     features: Number of output channels.
@@ -61,13 +62,14 @@ class ConvNorm(nn.Module):
     return run_together([[(self, x)]], train)[0]
 
   @nn.compact
-  def parts(self, inputs: int) -> tuple[OfConvolution, OfNorm]:
+  def parts(self, inputs: int) -> tuple[OfConvolution, OfNorm | None]:
     """Returns the variables of the layer for a number of input channels."""
+    is_folded = not self.is_initializing() and 'norm' not in self.variables['params']
     outputs = 1 if self.depthwise else self.features
     shape = (self.kernel_size, self.kernel_size, inputs, outputs)
     return (
-      ConvParams(shape, self.use_bias, name='conv')(),
-      BatchNormVars(self.features, name='norm')(),
+      ConvParams(shape, self.features if self.use_bias or is_folded else 0, name='conv')(),
+      None if is_folded else BatchNormVars(self.features, name='norm')(),
     )
 
 
@@ -111,16 +113,16 @@ class NormRelu(nn.Module):
 
 
 class ConvParams(nn.Module):
-  """The parameters of a convolution: the kernel, and the bias or None."""
+  """The parameters of a convolution: the kernel, and the bias or, if it has no width, None."""
 
   shape: Sequence[int]
-  use_bias: bool
+  bias_width: int
 
   @nn.compact
   def __call__(self) -> OfConvolution:
     kernel = self.param('kernel', _normal, self.shape, jnp.float32)
-    bias = self.param('bias', _zeros, self.shape[-1:], jnp.float32) if self.use_bias else None
-    return kernel, bias
+    width = self.bias_width
+    return kernel, self.param('bias', _zeros, (width,), jnp.float32) if width else None
 
 
 class BatchNormVars(nn.Module):
@@ -161,6 +163,8 @@ def run_together(groups: Sequence[Group], train: bool) -> list[jax.Array]:
   parts = [layer.parts(x.shape[-1]) for group in groups for layer, x in group]
   remaining = iter(params for params, _ in parts)
   maps = tuple(_convolve(group, [next(remaining) for _ in group]) for group in groups)
+  if parts[0][1] is None:
+    return [nn.relu(x) if layers[0].relu else x for x in maps]
   return _normalize(layers[0], maps, [norm for _, norm in parts], layers[0].relu, train)
 
 
@@ -196,8 +200,8 @@ def _convolve(group, params):
   if layer.depthwise:
     (kernel,) = kernels
     dtype = layer.dtype
-    return convolve_depthwise(x.astype(dtype), kernel.astype(dtype), layer.stride, padding)
-  if all(other is x for _, other in others):
+    x = convolve_depthwise(x.astype(dtype), kernel.astype(dtype), layer.stride, padding)
+  elif all(other is x for _, other in others):
     x = convolve(
       x.astype(layer.dtype),
       _join(kernels).astype(layer.dtype),
@@ -207,7 +211,7 @@ def _convolve(group, params):
   else:
     (_, other), *_ = others
     x = convolve_pair(*(array.astype(layer.dtype) for array in (x, other, *kernels)))
-  return x + _join(biases).astype(layer.dtype) if layer.use_bias else x
+  return x if biases[0] is None else x + _join(biases).astype(layer.dtype)
 
 
 def _padding(layer, x):

@@ -44,7 +44,7 @@ class Embed(nn.Module):
       )
     rows, columns = height // PATCH, width // PATCH
     shape = (PATCH, PATCH, channels, self.width)
-    kernel, bias = ConvParams(shape, use_bias=True, name='patches')()
+    kernel, bias = ConvParams(shape, self.width, name='patches')()
     assert bias is not None
     patches = x.reshape(batch, rows, PATCH, columns, PATCH, channels).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(batch, rows * columns, -1)

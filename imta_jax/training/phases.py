@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imta_jax import config as config_lib
 from imta_jax.adaptive.cost import ExitCost, exit_costs
 from imta_jax.errors import UsageError, first_line
+from imta_jax.models.folding import unfold_batch_norm
 from imta_jax.models.initial_values import initialize, transplant
 from imta_jax.models.multi_exit import MultiExitNetwork
 from imta_jax.training import steps, train_state
@@ -121,7 +122,7 @@ def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
   Classifiers of networks with and without ISC have the rows of the embedding in common.
 
   Args:
-    donor: Variables of the trained network, which may have other exits or classes.
+    donor: Variables of the trained network, which may have other exits or classes, and be folded.
     fresh: Initial variables of the new network.
 
   Returns:
@@ -132,6 +133,7 @@ def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
   Raises:
     UsageError: If nothing agrees.
   """
+  donor = unfold_batch_norm(donor, fresh)
   variables = transplant(donor, fresh)
   flat_donor, flat, flat_fresh = (flatten_dict(v, sep='/') for v in (donor, variables, fresh))
   new = [name for name, leaf in flat_fresh.items() if flat[name] is leaf]

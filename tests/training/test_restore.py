@@ -16,6 +16,7 @@ from imta_jax.adaptive import exported
 from imta_jax.adaptive.engine import AdaptiveClassifier
 from imta_jax.errors import UsageError
 from imta_jax.interop.torch import to_state_dict
+from imta_jax.models.folding import fold_batch_norm, unfold_batch_norm
 from imta_jax.models.initial_values import initialize
 from imta_jax.training import phases, restore, train_state
 from imta_jax.training import workdir as layout
@@ -39,7 +40,9 @@ def create(num_classes, **fields):
 
 @pytest.fixture(scope='module')
 def donor(random_variables):
-  return random_variables(create(5), SHAPE)
+  """Variables that a network keeps when it is exported, in which batch norm only adds."""
+  variables = random_variables(create(5), SHAPE)
+  return unfold_batch_norm(fold_batch_norm(variables), variables)
 
 
 @pytest.fixture(scope='module')

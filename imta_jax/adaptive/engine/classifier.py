@@ -208,7 +208,7 @@ class AdaptiveClassifier:
     operating_points: Sequence[Any] = (),
     **fields: Any,
   ) -> 'AdaptiveClassifier':
-    """Wraps a Flax network.
+    """Wraps a Flax network in its inference form, see imta_jax.models.folding.
 
     Args:
       model: An imta_jax.models.multi_exit.MultiExitNetwork.
@@ -231,11 +231,13 @@ class AdaptiveClassifier:
     """
     from imta_jax.adaptive.cost import exit_costs
     from imta_jax.data.preprocess import normalize
+    from imta_jax.models.folding import fold_batch_norm
 
     if (mean is None) != (std is None):
       raise ValueError('only one of mean and std is given: give both, or none')
     if madds is None:
       madds = [cost.madds for cost in exit_costs(model, image_shape, variables)]
+    variables = fold_batch_norm(variables)
 
     def run(index, weights, carry):
       if index:
