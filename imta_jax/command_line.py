@@ -41,6 +41,9 @@ def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
   warnings.filterwarnings('ignore', module='PIL')  # They do not name the file; errors do.
+  # OpenVINO reports to its makers in a process of its own.
+  warnings.filterwarnings('ignore', message='os.fork', category=RuntimeWarning)
+  warnings.formatwarning = lambda message, *_, **__: f'warning: {message}\n'
   jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:
     try:
@@ -94,7 +97,7 @@ def printable(text: str) -> str:
 
 
 # The arguments that `open_classifier` takes besides the network.
-_CHOICES = ('phase', 'rule', 'sweep', 'budget', 'latency', 'max_loss', 'confidence')
+_CHOICES = ('phase', 'rule', 'sweep', 'budget', 'latency', 'max_loss', 'confidence', 'runtime')
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +138,11 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     type=float,
     default=0.95,
     help='the probability with which --max_loss is kept; default: %(default)s',
+  )
+  parser.add_argument(
+    '--runtime',
+    help="what runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which are faster "
+    'and start sooner; default: xla, or for a server the fastest that is installed',
   )
 
 

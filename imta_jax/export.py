@@ -4,8 +4,8 @@
     python -m imta_jax.export runs/cifar100 exported --budget=40e6
 
 The folder contains each stage as StableHLO (from jax.export, for any batch size, for CPUs, GPUs and
-TPUs), the weights, thresholds for 40 budgets, and adaptive/, which needs JAX, NumPy and
-flatbuffers:
+TPUs) and in ONNX (for OpenVINO and ONNX Runtime, if onnx is installed), the weights, thresholds for
+40 budgets, and adaptive/, which needs JAX, NumPy and flatbuffers:
 
     import sys; sys.path.insert(0, 'exported')
     from adaptive.engine import AdaptiveClassifier
@@ -21,6 +21,7 @@ import io
 import json
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -43,8 +44,14 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   flags = {
-    'without_engine': 'leave out adaptive/, for use where imta_jax is installed',
-    'float16': 'store kernels in float16, which halves the size; they compute in float32',
+    'without_engine': {
+      'action': 'store_true',
+      'help': 'leave out adaptive/, for use where imta_jax is installed',
+    },
+    'float16': {
+      'action': 'store_true',
+      'help': 'store kernels in float16, which halves the size; they compute in float32',
+    },
   }
   export_network(__doc__, write_export, arguments, flags)
 
@@ -53,7 +60,7 @@ def export_network(
   description: str,
   write: Callable[..., int],
   arguments: Sequence[str] | None = None,
-  flags: Mapping[str, str] = types.MappingProxyType({}),
+  flags: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> None:
   """Runs the command line of an export.
 
@@ -62,7 +69,7 @@ def export_network(
     write: A function of (classifier, folder, source) and the flags, as keywords, that writes an
       export and returns its size in bytes.
     arguments: The command-line arguments.
-    flags: Names of further flags, with their help.
+    flags: Names of further flags, with what argparse's `add_argument` takes.
 
   Raises:
     UsageError: If there is no such network, no thresholds are within the budget, or the folder is
@@ -75,8 +82,8 @@ def export_network(
   parser.add_argument(
     'output', type=command_line.output_folder, help='folder to write; must be empty or absent'
   )
-  for flag, text in flags.items():
-    parser.add_argument(f'--{flag}', action='store_true', help=text)
+  for flag, fields in flags.items():
+    parser.add_argument(f'--{flag}', **fields)
   options = parser.parse_args(arguments)
   folder = options.output
   check_empty(folder)
@@ -114,7 +121,7 @@ def write_export(
   check_empty(folder)
   weights = [jax.tree.leaves(stage) for stage in classifier.weights]
   contents = {f'stage_{k}.jax': content for k, content in enumerate(_stages(classifier), start=1)}
-  fields = {
+  fields: dict[str, Any] = {
     'format': engine.FORMAT,
     'stages': list(contents),
     'weights': 'weights.npz',
@@ -122,6 +129,14 @@ def write_export(
     'variables': [_names(stage) for stage in classifier.weights],
     'platforms': list(PLATFORMS),
   }
+  try:
+    models = classifier.onnx_models()
+  except ValueError as error:
+    warnings.warn(f'exported for XLA only, which is slower on CPUs: {error}', stacklevel=2)
+  else:
+    onnx_stages = {f'stage_{k}.onnx': content for k, content in enumerate(models, start=1)}
+    contents |= onnx_stages
+    fields['onnx_stages'] = list(onnx_stages)
   contents['weights.npz'] = _npz(
     {
       f'{stage}/{index}': np.asarray(leaf, np.float16 if float16 and leaf.ndim > 1 else leaf.dtype)

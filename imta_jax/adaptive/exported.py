@@ -34,6 +34,7 @@ SOURCES = (
   'adaptive/engine/__init__.py',
   'adaptive/engine/batches.py',
   'adaptive/engine/classifier.py',
+  'adaptive/engine/onnx_programs.py',
   'adaptive/engine/plan.py',
   'adaptive/engine/programs.py',
   'adaptive/engine/read_ahead.py',
@@ -94,14 +95,15 @@ _FOREIGN_CALL = re.compile(r'custom_call(?! @shape_assertion\()')
 
 def read_export(
   folder: Any,
-) -> tuple[dict[str, Any], list[Callable], list[list], CalibrationSet | None]:
+) -> tuple[dict[str, Any], list[Callable], list[list], CalibrationSet | None, list[bytes]]:
   """Reads an export and verifies its checksums.
 
   Args:
     folder: The export.
 
   Returns:
-    The manifest, the stages, the weights of each stage, and the validation images' scores, if any.
+    The manifest, the stages, the weights of each stage, the validation images' scores, if any, and
+    the stages in ONNX, if any.
 
   Raises:
     ValueError: If the folder is not an export, a file has changed, or the files do not match.
@@ -112,7 +114,13 @@ def read_export(
     contents[name] = _read(folder, name)
     if hashlib.sha256(contents[name]).hexdigest() != checksum:
       raise _corrupt(folder, name, 'has changed since it was written')
-  if not {*manifest['stages'], manifest['weights']} <= contents.keys():
+  onnx_names = manifest.get('onnx_stages', [])
+  if not matches_schema(onnx_names, [_is_text]) or len(onnx_names) not in (
+    0,
+    len(manifest['stages']),
+  ):
+    raise _corrupt(folder, MANIFEST, 'has no valid onnx_stages')
+  if not {*manifest['stages'], manifest['weights'], *onnx_names} <= contents.keys():
     raise _corrupt(folder, MANIFEST, 'lacks the checksums of stages or weights')
   programs = [_program(folder, name, contents[name]) for name in manifest['stages']]
   name = manifest['weights']
@@ -121,7 +129,8 @@ def read_export(
   validation = None
   if VALIDATION in contents:
     validation = _validation(folder, _arrays(folder, VALIDATION, contents[VALIDATION]), manifest)
-  return manifest, [partial(_call, program) for program in programs], weights, validation
+  stages = [partial(_call, program) for program in programs]
+  return manifest, stages, weights, validation, [contents[name] for name in onnx_names]
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

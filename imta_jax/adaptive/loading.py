@@ -19,6 +19,7 @@ def load(
   phase: int | None = None,
   rule: str | None = None,
   sweep: str | None = None,
+  runtime: str | None = None,
 ) -> AdaptiveClassifier:
   """Loads a network that a run has trained and evaluated, or an export.
 
@@ -34,13 +35,16 @@ def load(
     phase: Index of the training phase of a workdir, counted from 0; the last one by default.
     rule: Name of the exit rule, for a workdir; see `AdaptiveClassifier.from_workdir`.
     sweep: Where thresholds come from, for a workdir: 'geometric' or 'optimal'; likewise.
+    runtime: What runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which are faster
+      and start sooner. By default it is XLA until `AdaptiveClassifier.compile` compares those that
+      are installed.
 
   Returns:
     A classifier of uint8 images.
 
   Raises:
-    ValueError: If there is no such network, a file is corrupt, or no thresholds are within the
-      budget.
+    ValueError: If there is no such network, a file is corrupt, no thresholds are within the
+      budget, or the runtime cannot run the network here.
 
   Example:
     >>> import imta_jax
@@ -49,6 +53,7 @@ def load(
     ((32, 32, 3), 100)
   """
   limits: dict[str, Any] = {'latency': latency, 'max_loss': max_loss, 'confidence': confidence}
+  limits['runtime'] = runtime
   of_workdir: dict[str, Any] = {'phase': phase, 'rule': rule, 'sweep': sweep}
   given = {name: value for name, value in of_workdir.items() if value is not None}
   if os.path.exists(os.path.join(path, MANIFEST)):

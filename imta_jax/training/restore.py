@@ -114,7 +114,7 @@ def load_variables(
     last = len(layout.load_config(path).phases) - 1
     return restore_network(path, last).weights.variables
   try:
-    manifest, _, weights, _ = exported.read_export(source)
+    manifest, _, weights, *_ = exported.read_export(source)
   except ValueError as error:
     raise UsageError(str(error)) from error
   names = manifest.get('variables', [])

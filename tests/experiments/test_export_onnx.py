@@ -13,9 +13,8 @@ from etils import epath
 
 from imta_jax import models
 from imta_jax.adaptive.engine import AdaptiveClassifier
-from imta_jax.errors import UsageError
 
-pytest.importorskip('jax2onnx')
+onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 
@@ -25,16 +24,8 @@ def classifier(request, make_classifier):
   return make_classifier(request.param)
 
 
-def test_a_version_of_jax_that_cannot_be_exported_is_refused(tiny_export, monkeypatch, tmp_path):
-  monkeypatch.setattr(jax, '__version_info__', (0, 11, 0))
-  with pytest.raises(UsageError, match='jax2onnx does not support jax .*imta_jax.onnx'):
-    export_onnx.write_export(AdaptiveClassifier.load(tiny_export), epath.Path(tmp_path / 'onnx'))
-
-
 @pytest.fixture(scope='module')
 def exported(classifier, tmp_path_factory):
-  if jax.__version_info__ >= (0, 11):
-    pytest.skip('jax2onnx does not support this version of jax')
   folder = tmp_path_factory.mktemp('onnx') / 'exported_onnx'
   export_onnx.write_export(classifier, epath.Path(folder))
   return folder
@@ -45,7 +36,6 @@ def test_each_stage_gives_our_results(classifier, exported, images):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason='jax2onnx does not support it')
 @pytest.mark.parametrize(('name', 'fields'), [('efficientnet_lite', {}), ('vit', {'size': 'ti'})])
 def test_networks_with_pretrained_weights_give_our_results(
   name, fields, random_variables, tmp_path

@@ -188,9 +188,9 @@ def test_a_folder_that_is_neither_is_refused(tmp_path):
 
 def test_an_export_without_names_is_refused(export, tmp_path, monkeypatch):
   (tmp_path / 'manifest.json').write_text('{}')
-  manifest, _, weights, _ = exported.read_export(export)
+  manifest, _, weights, *_ = exported.read_export(export)
   manifest.pop('variables')
-  monkeypatch.setattr(exported, 'read_export', lambda folder: (manifest, [], weights, None))
+  monkeypatch.setattr(exported, 'read_export', lambda folder: (manifest, [], weights, None, []))
   with pytest.raises(UsageError, match='does not name all of its variables: export it again'):
     restore.load_variables(str(tmp_path), create(3), SHAPE)
 

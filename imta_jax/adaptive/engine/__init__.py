@@ -15,7 +15,7 @@ from ..guarantee import CalibrationSet
 from ..rules import DEFAULT_RULE, RULES
 from .batches import Predictions
 from .classifier import AdaptiveClassifier, OperatingPoint
-from .runner import BATCH_SIZES
+from .programs import BATCH_SIZES
 
 __all__ = [
   'BATCH_SIZES',

@@ -2,7 +2,9 @@
 
 import dataclasses
 import decimal
+import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +17,16 @@ from ..exported import read_export, thresholds_from_json
 from ..guarantee import CalibrationSet, guaranteed_thresholds
 from ..rules import DEFAULT_RULE, get_rule
 from .batches import Predictions, concatenate_sorted
-from .programs import Stage, Tree
-from .runner import BATCH_SIZES, Runner
+from .onnx_programs import OnnxPrograms, check_runtime, installed_runtimes, read_models
+from .programs import BATCH_SIZES, Programs, Stage, Tree, XlaPrograms
+from .runner import Runner
+
+# The runtime of the programs that JAX compiles.
+XLA = 'xla'
+
+
+# `compile` compares runtimes by an image alone and by a batch.
+_TRIAL_SIZES = (1, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,7 @@ class AdaptiveClassifier:
     num_classes: Number of classes.
     image: Shape (height, width, channels) and type of an image.
     preprocessing: How image files are turned into such images; see imta_jax.predict.
+    runtime: What runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime'.
 
   Example:
     >>> import imta_jax
@@ -73,7 +84,9 @@ class AdaptiveClassifier:
     validation: CalibrationSet | None = None,
     class_names: Sequence[str] = (),
     preprocessing: dict[str, Any] | None = None,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = None,
+    runtime: str | None = None,
+    onnx_models: Sequence[bytes] | None = None,
   ):
     """Creates a classifier from stages; see also `from_workdir`, `from_model` and `load`.
 
@@ -90,11 +103,16 @@ class AdaptiveClassifier:
       validation: See the class.
       class_names: See the class.
       preprocessing: See the class.
-      batch_sizes: The batch sizes that may be compiled; 1 must be among them.
+      batch_sizes: The batch sizes that may be compiled, with 1 among them; default: those of the
+        runtime.
+      runtime: See the class. By default it is XLA, until `compile` finds a faster one that is
+        installed.
+      onnx_models: Of each stage a serialised ONNX model without weights, for the other runtimes;
+        by default they are written when they are needed.
 
     Raises:
       ValueError: If there is no such rule, not one threshold, temperature and count of
-        multiply-adds per exit, or not one name per class.
+        multiply-adds per exit, not one name per class, or the runtime cannot run the network.
     """
     self.stages, self.weights = tuple(stages), jax.device_put(tuple(weights))
     self.image, self.operating_points = image, tuple(operating_points)
@@ -113,14 +131,19 @@ class AdaptiveClassifier:
         raise ValueError(
           f'{name} {given} must have one value for each of the {len(self.stages)} exits'
         )
-    known_exit_fractions = [
+    self._known_exit_fractions = [
       (point.thresholds, point.exit_fractions) for point in self.operating_points
     ]
-    scores = [partial(get_rule(rule), temperature=t) for t in self.temperatures]
-    self._runner = Runner(
-      self.stages, self.weights, scores, image, self.madds, known_exit_fractions, batch_sizes
-    )
-    self.num_classes = self._runner.num_classes
+    self._scores = [partial(get_rule(rule), temperature=t) for t in self.temperatures]
+    # [stage], the input of each stage for one image.
+    self._carries: list[Any] = []
+    carry: Any = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
+    for stage, of_stage in zip(self.stages, self.weights, strict=True):
+      self._carries.append(carry)
+      carry = jax.eval_shape(stage, of_stage, carry)
+    self._batch_sizes, self._onnx_models, self._is_chosen = batch_sizes, onnx_models, bool(runtime)
+    self._use(runtime or XLA)
+    self.num_classes = carry[1].shape[-1]
     self.class_names = tuple(class_names) or tuple(map(str, range(self.num_classes)))
     if len(self.class_names) != self.num_classes:
       raise ValueError(
@@ -137,6 +160,7 @@ class AdaptiveClassifier:
     phase: int = -1,
     rule: str = DEFAULT_RULE,
     sweep: str = 'geometric',
+    runtime: str | None = None,
     **limits: Any,
   ) -> 'AdaptiveClassifier':
     """Loads the network that a run has trained and evaluated.
@@ -152,6 +176,7 @@ class AdaptiveClassifier:
       sweep: Where operating points come from: 'geometric' shares as in the paper
         (`policy.budget_sweep`), or the 'optimal' ones on validation images
         (`policy.optimal_sweep`).
+      runtime: See the constructor.
       **limits: `latency`, `max_loss` and `confidence`; see `choose`.
 
     Returns:
@@ -192,6 +217,7 @@ class AdaptiveClassifier:
       validation=validation,
       class_names=layout.load_class_names(workdir),
       preprocessing={'crop': config.dataset.crop if config.dataset.in_memory else 'center'},
+      runtime=runtime,
     ).choose(budget, **limits)
 
   @classmethod
@@ -270,12 +296,15 @@ class AdaptiveClassifier:
     return cls(stages, weights, thresholds, image, madds=madds, operating_points=points, **fields)
 
   @classmethod
-  def load(cls, folder: Any, budget: float | None = None, **limits: Any) -> 'AdaptiveClassifier':
+  def load(
+    cls, folder: Any, budget: float | None = None, *, runtime: str | None = None, **limits: Any
+  ) -> 'AdaptiveClassifier':
     """Loads a folder that `save` wrote.
 
     Args:
       folder: The export.
       budget: See `choose`.
+      runtime: See the constructor.
       **limits: `latency`, `max_loss` and `confidence`; see `choose`.
 
     Returns:
@@ -284,7 +313,7 @@ class AdaptiveClassifier:
     Raises:
       ValueError: If the folder is not an export, a file has changed, or the files do not match.
     """
-    manifest, stages, weights, validation = read_export(folder)
+    manifest, stages, weights, validation, onnx_models = read_export(folder)
     operating_points = [
       OperatingPoint(
         thresholds_from_json(row['thresholds']), tuple(row['exit_fractions']), row['accuracy']
@@ -304,6 +333,8 @@ class AdaptiveClassifier:
       madds=manifest['madds'],
       class_names=manifest['class_names'],
       preprocessing=manifest['preprocessing'],
+      runtime=runtime,
+      onnx_models=onnx_models,
     ).choose(budget, **limits)
 
   def choose(
@@ -438,7 +469,7 @@ class AdaptiveClassifier:
     images = self._check(images)
     rows = self._rows(thresholds, len(images))
     if len(images) == 1:
-      yield self._runner.run_one(images, rows)
+      yield self._runner.run_together(images, rows)
     else:
       yield from self._runner.run(iter([(images, rows)]), len(images))
 
@@ -479,18 +510,18 @@ class AdaptiveClassifier:
     # With row i, all images leave at exit i.
     rows = np.where(np.eye(num_exits, dtype=bool), np.float32(-np.inf), np.float32(np.inf))
     thresholds = [np.broadcast_to(row, (batch_size, num_exits)) for row in rows]
-    run = self._runner.all_stages
-    jax.block_until_ready(run(images, thresholds[0]))  # Compiles.
+    run = self._runner.run_together
+    run(images, thresholds[-1])  # Compiles.
     seconds = np.zeros((repeats, num_exits))
     for repeat, exit in np.ndindex(seconds.shape):
       start = time.perf_counter()
-      jax.block_until_ready(run(images, thresholds[exit]))
+      run(images, thresholds[exit])
       seconds[repeat, exit] = time.perf_counter() - start
     # Later exits cannot take less time; where they seem to, the clock was disturbed.
     return np.maximum.accumulate(np.median(seconds, axis=0)) / batch_size
 
   def compile(self, largest: int | None = None) -> 'AdaptiveClassifier':
-    """Compiles everything that `predict` and `stream` can need, and times it.
+    """Chooses the fastest runtime, compiles what `predict` and `stream` can need, and times it.
 
     Afterwards images are processed in the batch sizes that are fastest on this machine. Before,
     batch sizes are chosen by multiply-adds and thus the same on every machine, as are the last bits
@@ -503,8 +534,71 @@ class AdaptiveClassifier:
     Returns:
       This classifier.
     """
+    if not self._is_chosen:
+      self._use_fastest()
     self._runner.compile(largest)
     return self
+
+  def _use_fastest(self):
+    """Changes to the runtime that takes the least time for images that do not leave early."""
+    seconds = {}
+    for runtime in (XLA, *(installed_runtimes() if jax.default_backend() == 'cpu' else ())):
+      try:
+        self._use(runtime)
+        seconds[runtime] = math.prod(map(self._runner.time_all_stages, _TRIAL_SIZES))
+      except ValueError as error:
+        warnings.warn(str(error), stacklevel=3)
+    fastest = min(seconds, key=seconds.__getitem__)
+    if fastest != self.runtime:
+      self._use(fastest)
+
+  def _use(self, runtime):
+    """Prepares the programs of a runtime.
+
+    Raises:
+      ValueError: If it does not exist, is not installed, or cannot run the network.
+    """
+    programs: Programs
+    if runtime == XLA:
+      sizes = self._batch_sizes or BATCH_SIZES
+      programs = XlaPrograms(self.stages, self.weights, self._scores, self._carries, sizes)
+    else:
+      check_runtime(runtime)
+      programs = OnnxPrograms(
+        runtime,
+        read_models(self.onnx_models()),
+        self.weights,
+        self._scores,
+        self._carries,
+        self._batch_sizes,
+      )
+    self.runtime = runtime
+    self._runner = Runner(programs, self.madds, self._known_exit_fractions)
+
+  def onnx_models(self) -> Sequence[bytes]:
+    """The stages in ONNX, for batches of any size.
+
+    Returns:
+      Of each stage a serialised model, whose inputs `k/i` are leaf i of the weights of stage k,
+      counted from 0; see imta_jax.interop.onnx_graph.write_stages.
+
+    Raises:
+      ValueError: If the network cannot be written in ONNX, `onnx` is not installed, or this was
+        loaded from an export without them.
+    """
+    if self._onnx_models is None:
+      try:
+        from imta_jax.interop.onnx_graph import write_stages
+      except ImportError as error:
+        raise ValueError(f'{error}: pip install onnx') from error
+      try:
+        models = write_stages(self.stages, self.weights, self.image, with_weights=False)
+      except Exception as error:  # What stages do may be anything.
+        raise ValueError(f'the network cannot be written in ONNX: {error}') from error
+      self._onnx_models = [model.SerializeToString() for model in models]
+    if not self._onnx_models:
+      raise ValueError('this export has no stages in ONNX: pip install onnx and export it again')
+    return self._onnx_models
 
   def _check(self, images: ArrayLike) -> np.ndarray:
     images = np.asarray(images)

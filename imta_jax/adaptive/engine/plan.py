@@ -8,12 +8,6 @@ import numpy as np
 # Batch size → cost of a batch, in any unit.
 Costs = Mapping[int, float]
 
-# Assumed cost of running a program besides its images, until programs are timed, in multiply-adds
-# that take as long: measured as 20 to 40 million on two CPU cores, where small batches fill no
-# vectors; estimated for accelerators, where it is the time of the host relative to a faster device.
-_OVERHEAD = {'cpu': 4e7}
-_OVERHEAD_OF_ACCELERATORS = 1e9
-
 # The fused program is compiled for batch sizes at which it is expected to save at least this part
 # of the cost of a batch.
 _LEAST_TO_SPARE = 0.1
@@ -35,6 +29,7 @@ class BatchPlan:
     stage_costs: Sequence[Costs],
     fused_costs: Costs,
     known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+    stops_early: bool = True,
   ):
     """Creates the plan.
 
@@ -43,7 +38,9 @@ class BatchPlan:
       fused_costs: Cost of a batch in the fused program if no image leaves before the last exit.
       known_exit_fractions: Pairs (thresholds [exit], fraction of the images that leave at each
         exit [exit]).
+      stops_early: Whether the fused program stops when all images have left.
     """
+    self._stops_early = stops_early
     self._stage_costs, self._fused_costs = tuple(stage_costs), fused_costs
     image_costs = {
       size: sum(costs[size] for costs in stage_costs) / size for size in stage_costs[0]
@@ -90,7 +87,7 @@ class BatchPlan:
       reached = np.mean([self.reached_stages(row) for row in thresholds], axis=0)
     costs = np.array([costs[size] for costs in self._stage_costs])
     # Every row runs a stage that any image reaches; each stage costs less than as its own program.
-    runs = 1 - (1 - reached) ** count
+    runs = 1 - (1 - reached) ** count if self._stops_early else np.ones(len(costs))
     spared = (costs.sum() - self._fused_costs[size]) / max(1, len(costs) - 1)
     fused = costs[0] + np.dot(costs[1:] - spared, runs[1:])
     # Stage by stage, only the images that reach a stage run it.
@@ -118,25 +115,25 @@ class BatchPlan:
 
 
 def expected_costs(
-  madds: Sequence[float], sizes: Sequence[int], platform: str
+  madds: Sequence[float], sizes: Sequence[int], overhead: float, compiles_slowly: bool = True
 ) -> tuple[Sequence[Costs], Costs]:
   """Assumed costs of batches until they are timed, in multiply-adds.
 
   Args:
     madds: [exit], of an image that leaves there.
     sizes: All batch sizes.
-    platform: The platform of JAX: cpu, gpu or tpu.
+    overhead: Cost of running a program besides its images.
+    compiles_slowly: Whether the fused program is left out where it is not worth compiling.
 
   Returns:
-    Costs of each stage, and of the fused program at the sizes where it is worth compiling.
+    Costs of each stage, and of the fused program.
   """
-  overhead = _OVERHEAD.get(platform, _OVERHEAD_OF_ACCELERATORS)
   stages = [{size: overhead + size * work for size in sizes} for work in np.diff(madds, prepend=0)]
   spared = (len(madds) - 1) * overhead
   fused = {
     size: overhead + size * madds[-1]
     for size in sizes
-    if size == 1 or spared > _LEAST_TO_SPARE * size * madds[-1]
+    if size == 1 or not compiles_slowly or spared > _LEAST_TO_SPARE * size * madds[-1]
   }
   return stages, fused
 

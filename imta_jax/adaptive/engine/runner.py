@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,28 +14,22 @@ import numpy as np
 
 from .batches import (
   Batch,
-  Carry,
   Predictions,
   Queue,
   capacity,
-  compile_join_on_device,
-  join_on_device,
   join_on_host,
   zeros,
 )
 from .plan import BatchPlan, expected_costs
-from .programs import Score, Stage, Tree, all_stages_program, stage_program
+from .programs import Programs
 from .read_ahead import ReadAhead
 
-# The batch sizes that are compiled. Remaining images use smaller batches.
-BATCH_SIZES = (1, 4, 16, 64, 256)
-
 # How often `Runner.compile` times the programs, in turns; the shortest time counts.
-_TIMINGS = 5
+_TIMINGS = 3
 
 # In a turn, batches of each size run for at least this long: a busy machine interrupts long batches
 # more often than short ones, but a second of long ones as often as a second of short ones.
-_SECONDS_A_TURN = 0.2
+_SECONDS_A_TURN = 0.1
 
 # One turn suffices for batches that take this many seconds.
 _LONG = 1.0
@@ -44,62 +39,64 @@ class Runner:
   """Runs each stage for the images that need it.
 
   Attributes:
-    stages: The program of each stage, see `stage_program`.
-    all_stages: The fused program, see `all_stages_program`.
-    join: Joins rows of several carries.
+    programs: The compiled programs.
     plan: The batch sizes to use.
   """
 
   def __init__(
     self,
-    stages: Sequence[Stage],
-    weights: Sequence[Tree],
-    scores: Sequence[Score],
-    image: jax.ShapeDtypeStruct,
+    programs: Programs,
     madds: Sequence[float],
     known_exit_fractions: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
-    batch_sizes: Sequence[int] = BATCH_SIZES,
   ):
-    """Prepares the programs, which are compiled when first run.
+    """Plans by multiply-adds.
 
     Args:
-      stages: Functions (weights, carry) → carry. The first reads images, the others
-        (features, logits [batch, class]), which all of them give.
-      weights: The weights of each stage.
-      scores: The exit rule at each exit; see `rules`.
-      image: Shape (height, width, channels) and type of an image.
+      programs: The programs, which are compiled when first run.
       madds: [exit], multiply-adds of an image that leaves there.
       known_exit_fractions: See `BatchPlan`.
-      batch_sizes: The batch sizes that may be compiled; 1 must be among them.
     """
-    platform = jax.default_backend()
-    self.stages = list(map(stage_program, stages, weights, scores))
-    self.all_stages = all_stages_program(stages, weights, scores)
-    self.join = join_on_host if platform == 'cpu' else join_on_device
-    self._batch_sizes, self._known_exit_fractions = tuple(sorted(batch_sizes)), known_exit_fractions
-    stage_costs, fused_costs = expected_costs(madds, self._batch_sizes, platform)
+    self.programs = programs
+    self._known_exit_fractions, self._lock = known_exit_fractions, threading.Lock()
+    stage_costs, fused_costs = expected_costs(
+      madds, programs.batch_sizes, programs.overhead, programs.compiles_slowly
+    )
     self._fused_sizes = tuple(fused_costs)
-    self.plan = BatchPlan(stage_costs, fused_costs, known_exit_fractions)
-    # [stage], the input of each stage for one image.
-    self._carries: list[Carry] = [jax.ShapeDtypeStruct((1, *image.shape), image.dtype)]
-    for stage, of_stage in zip(stages, weights, strict=True):
-      self._carries.append(jax.eval_shape(stage, of_stage, self._carries[-1]))
+    self.plan = self._plan(stage_costs, fused_costs)
 
-  @property
-  def num_classes(self) -> int:
-    """The number of classes."""
-    _, logits = self._carries[-1]
-    return logits.shape[-1]
+  def _plan(self, stage_costs, fused_costs):
+    stops_early = self.programs.stops_early
+    return BatchPlan(stage_costs, fused_costs, self._known_exit_fractions, stops_early)
 
-  def run_one(self, images: np.ndarray, thresholds: np.ndarray) -> Predictions:
-    """Runs a single image as one program.
+  def run_together(self, images: np.ndarray, thresholds: np.ndarray) -> Predictions:
+    """Runs images as a batch that does not shrink, until all have left.
 
     Args:
-      images: [1, height, width, channels].
-      thresholds: [1, exit].
+      images: [image, height, width, channels].
+      thresholds: [image, exit].
     """
-    probabilities, exits = map(np.asarray, self.all_stages(images, thresholds))
-    return Predictions(np.zeros(1, np.int64), probabilities, exits.astype(np.int64))
+    rows = np.arange(len(images))
+    if self.programs.stops_early or self.plan.is_faster_fused(len(rows), thresholds, len(rows)):
+      probabilities, exits = self.programs.run_all_stages(images, thresholds)
+      return Predictions(rows, np.asarray(probabilities), np.asarray(exits, np.int64))
+    with self._lock:  # Stages write their results where they wrote those of the call before.
+      probabilities, exits = self._run_in_turn(images, thresholds)
+    return Predictions(rows, probabilities, exits)
+
+  def _run_in_turn(self, images, thresholds):
+    """Runs stages until all images have left; returns what `Programs.run_all_stages` does."""
+    carry, last = images, len(self.programs.carries) - 1
+    for index in range(last + 1):
+      carry, here, leaves = self.programs.run_stage(index, carry, thresholds[:, index], keep=False)
+      leaves = np.asarray(leaves) | (index == last)
+      if index == 0:
+        probabilities, exits = np.array(here), np.where(leaves, 0, -1)
+      else:
+        leaves &= exits < 0
+        probabilities[leaves], exits[leaves] = np.asarray(here)[leaves], index
+      if (exits >= 0).all():
+        break
+    return probabilities, exits
 
   def run(
     self, source: Iterator[tuple[np.ndarray, np.ndarray]], total: float
@@ -123,7 +120,7 @@ class Runner:
 
   def _run(self, source, total):
     """See `run`; the source is a `ReadAhead`."""
-    queues = [Queue(join_on_host), *(Queue(self.join) for _ in self.stages)]
+    queues = [Queue(join_on_host), *(Queue(self.programs.join) for _ in self.programs.carries)]
     in_flight: collections.deque[Any] = collections.deque()
     num_read, is_open = 0, True
     while True:
@@ -159,46 +156,62 @@ class Runner:
     """
     sizes = [
       size
-      for smaller, size in itertools.pairwise((0, *self._batch_sizes))
+      for smaller, size in itertools.pairwise((0, *self.programs.batch_sizes))
       if largest is None or smaller < largest
     ]
-    carries = self._carries[: len(self.stages)]
-    if self.join is join_on_device:
-      for carry in carries[1:]:
-        compile_join_on_device(carry, sizes)
-    costs = {size: np.full(len(carries) + 1, np.inf) for size in sizes}
+    self.programs.compile_joins(sizes)
+    costs = {size: np.full(len(self.programs.carries) + 1, np.inf) for size in sizes}
     for turn in range(1 + _TIMINGS):  # The first turn compiles.
       for size, least in costs.items():
         if turn < 2 or least.sum() < _LONG:
-          costs[size] = np.minimum(least, self._time(carries, size))
-    stage_costs = [{size: costs[size][stage] for size in sizes} for stage in range(len(carries))]
+          costs[size] = np.minimum(least, self._time(size))
+    stages = range(len(self.programs.carries))
+    stage_costs = [{size: costs[size][stage] for size in sizes} for stage in stages]
     fused_costs = {size: costs[size][-1] for size in sizes if size in self._fused_sizes}
-    self.plan = BatchPlan(stage_costs, fused_costs, self._known_exit_fractions)
+    self.plan = self._plan(stage_costs, fused_costs)
 
-  def _time(self, carries: Sequence[Carry], size: int) -> np.ndarray:
+  def time_all_stages(self, size: int) -> float:
+    """Seconds that the program of all stages takes for a batch that no image leaves early."""
+    image, *_ = self.programs.carries
+    images = np.zeros((size, *image.shape[1:]), image.dtype)
+    thresholds = np.full((size, len(self.programs.carries)), np.inf, np.float32)
+    seconds = []
+    for _ in range(1 + _TIMINGS):  # The first one compiles.
+      start = time.perf_counter()
+      jax.block_until_ready(self.programs.run_all_stages(images, thresholds))
+      seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+  def _time(self, size: int) -> np.ndarray:
     """Times batches of which no image leaves before the last exit.
 
     Args:
-      carries: [stage], the input of each stage for one image.
       size: Images per batch.
 
     Returns:
       Seconds of each stage and of the fused program; 0 if it is not used at this size.
     """
-    rows = np.arange(size)
-    thresholds = np.full((size, len(self.stages)), np.inf, np.float32)
-    runs: list[tuple[Callable[[Batch], Any], Carry]] = [
-      (partial(self._run_stage, stage), zeros(one, size)) for stage, one in enumerate(carries)
-    ]
+    rows, (images, *others) = np.arange(size), self.programs.carries
+    thresholds = np.full((size, len(others) + 1), np.inf, np.float32)
+    pixels = np.zeros((size, *images.shape[1:]), images.dtype)
+    carries = [pixels, *(zeros(one, size) for one in others)]
+
+    def run(stage):
+      if size == 1:  # As `run_together` runs it.
+        np.asarray(self.programs.run_stage(stage, carries[stage], thresholds[:, stage], False)[-1])
+        return
+      # The carries of a previous stage are joined.
+      carry = self.programs.join([carries[stage]], [rows], size) if stage else pixels
+      self._run_stage(stage, Batch(carry, rows, rows, thresholds))()
+
+    runs: list[Callable[[], Any]] = [partial(run, stage) for stage in range(len(carries))]
     if size in self._fused_sizes:
-      runs.append((self._run_all_stages, runs[0][1]))
+      runs.append(lambda: self._run_all_stages(Batch(pixels, rows, rows, thresholds))())
     seconds, count = np.zeros(len(carries) + 1), 0
     while seconds.sum() < _SECONDS_A_TURN:
-      for index, (run, carry) in enumerate(runs):
+      for index, run_it in enumerate(runs):
         start = time.perf_counter()
-        # The carries of a previous stage are joined.
-        joined = self.join([carry], [rows], size) if isinstance(carry, tuple) else carry
-        run(Batch(joined, rows, rows, thresholds))()
+        run_it()
         seconds[index] += time.perf_counter() - start
       count += 1
     return seconds / count
@@ -226,18 +239,18 @@ class Runner:
       A function that waits for the results: the answers of images that leave, or None, and a batch
       of the remaining images.
     """
-    carry, probabilities, leaves = self.stages[index](batch.carry, batch.bounds(index))
+    carry, probabilities, leaves = self.programs.run_stage(index, batch.carry, batch.bounds(index))
 
     def results():
       # The last exit takes all images, NaN included.
-      leaving = np.asarray(leaves) | (index + 1 == len(self.stages))
+      leaving = np.asarray(leaves) | (index + 1 == len(self.programs.carries))
       return batch.divide(carry, probabilities, np.where(leaving, index, -1))
 
     return results
 
   def _run_all_stages(self, batch):
     """Starts all stages on a batch of images; see `_run_stage`."""
-    probabilities, exits = self.all_stages(batch.carry, batch.bounds())
+    probabilities, exits = self.programs.run_all_stages(batch.carry, batch.bounds())
     return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
 
 

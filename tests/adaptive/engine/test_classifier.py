@@ -18,6 +18,7 @@ from imta_jax.adaptive.engine import (
   programs,
 )
 from imta_jax.adaptive.engine.batches import join_on_device, join_on_host
+from imta_jax.adaptive.engine.onnx_programs import installed_runtimes
 from imta_jax.adaptive.engine.runner import Runner
 from imta_jax.adaptive.policy import (
   budget_sweep,
@@ -34,7 +35,7 @@ SMALL, LARGE = (1.0, 2.0, 3.0), (1e9, 2e9, 3e9)
 
 
 def first_stage(weights, images):
-  features = jnp.tanh(images.reshape(len(images), -1) @ weights['kernel'])
+  features = jnp.tanh(images.reshape(-1, 48) @ weights['kernel'])
   return features, features @ weights['classifier']
 
 
@@ -67,19 +68,36 @@ def network():
 
 
 def classifier_of(network, thresholds, stages=STAGES, **fields):
-  fields = {'madds': LARGE, 'batch_sizes': SIZES} | fields
+  fields = {'madds': LARGE, 'batch_sizes': SIZES, 'runtime': 'xla'} | fields
   image = jax.ShapeDtypeStruct(SHAPE, np.float32)
   return AdaptiveClassifier(stages, network[0], thresholds, image, **fields)
 
 
-@pytest.fixture(scope='module', params=['as one', 'by stages', 'by stages on the device'])
+@pytest.fixture(
+  scope='module',
+  params=[
+    ('xla', 'as one'),
+    ('xla', 'by stages'),
+    ('xla', 'by stages on the device'),
+    ('openvino', 'as one'),
+    ('openvino', 'by stages'),
+    ('onnxruntime', 'by stages'),
+  ],
+)
 def classifier(network, request):
+  runtime, how = request.param
+  skip_unless_installed(runtime)
   thresholds = find_thresholds(network[2], geometric_shares(1.0, 3))
-  madds = SMALL if request.param == 'as one' else LARGE
-  classifier = classifier_of(network, thresholds, madds=madds)
-  if request.param == 'by stages on the device':  # As on accelerators.
-    classifier._runner.join = join_on_device
+  madds = SMALL if how == 'as one' else LARGE
+  classifier = classifier_of(network, thresholds, madds=madds, runtime=runtime)
+  if how == 'by stages on the device':  # As on accelerators.
+    classifier._runner.programs.join = join_on_device
   return classifier
+
+
+def skip_unless_installed(runtime):
+  if runtime not in ('xla', *installed_runtimes()):
+    pytest.skip(f'{runtime} is not installed')
 
 
 def assert_follows_policy(answers, probabilities, thresholds):
@@ -189,10 +207,9 @@ def test_who_leaves_early_is_answered_before_others_go_on(network):
   thresholds = find_thresholds(probabilities, [1 / 3] * 3)
   classifier = classifier_of(network, thresholds)
   stages = []
-  for index, run in enumerate(classifier._runner.stages):
-    classifier._runner.stages[index] = lambda carry, bounds, index=index, run=run: (
-      stages.append(index) or run(carry, bounds)
-    )
+  programs = classifier._runner.programs
+  run = programs.run_stage
+  programs.run_stage = lambda index, *args: stages.append(index) or run(index, *args)
   parts = []
   for answers in classifier.predict_as_completed(images[:16]):
     parts.append(answers)
@@ -253,7 +270,7 @@ def test_stream_runs_later_stages_on_full_batches(network):
 
 
 def test_compiling_again_for_more_images(network, monkeypatch):
-  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: np.ones(4))
+  monkeypatch.setattr(Runner, '_time', lambda self, size: np.ones(4))
   classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1)
   thresholds = np.full((16, 3), np.inf, np.float32)
   assert not classifier._runner.plan.is_faster_fused(16, thresholds, 16)
@@ -278,7 +295,7 @@ def compilations():
 def test_nothing_is_left_to_compile(network, compilations, join):
   _, images, probabilities = network
   classifier = classifier_of(network, find_thresholds(probabilities, [1 / 3] * 3))
-  classifier._runner.join = join
+  classifier._runner.programs.join = join
   classifier.compile()
   assert compilations
   compilations.clear()
@@ -293,13 +310,19 @@ def test_nothing_is_left_to_compile(network, compilations, join):
 def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   _, images, probabilities = network
   times = {1: 1.0, 4: 2.0, 16: 9.0}
-  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: np.full(4, times[size]))
+  monkeypatch.setattr(Runner, '_time', lambda self, size: np.full(4, times[size]))
   thresholds = find_thresholds(probabilities, [1 / 3] * 3)
   classifier = classifier_of(network, thresholds).compile()
   sizes = []
-  stages = classifier._runner.stages
-  first = stages[0]
-  stages[0] = lambda carry, bounds: sizes.append(len(carry)) or first(carry, bounds)
+  programs = classifier._runner.programs
+  run = programs.run_stage
+
+  def counted(index, carry, thresholds):
+    if index == 0:
+      sizes.append(len(carry))
+    return run(index, carry, thresholds)
+
+  programs.run_stage = counted
   assert_follows_policy(classifier.predict(images[:16]), probabilities[:, :16], thresholds)
   assert sizes == [4, 4, 4, 4]
 
@@ -309,7 +332,7 @@ def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
 )
 def test_compiled_for_no_more_images_than_asked_for(network, monkeypatch, largest, sizes):
   seen = set()
-  monkeypatch.setattr(Runner, '_time', lambda self, carries, size: seen.add(size) or np.ones(4))
+  monkeypatch.setattr(Runner, '_time', lambda self, size: seen.add(size) or np.ones(4))
   classifier_of(network, [0.5] * 3).compile(largest)
   assert seen == set(sizes)
 

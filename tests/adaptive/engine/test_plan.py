@@ -68,13 +68,22 @@ def test_images_of_several_thresholds_share_a_batch():
   assert plan.is_faster_fused(16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
 
 
-def test_one_program_is_for_batches_in_which_programs_cost_much(monkeypatch):
-  monkeypatch.setattr('imta_jax.adaptive.engine.plan._OVERHEAD', {'cpu': 8, 'gpu': 31})
-  stages, fused = expected_costs([10, 30], SIZES, 'cpu')
+def test_one_program_is_for_batches_in_which_programs_cost_much():
+  stages, fused = expected_costs([10, 30], SIZES, 8)
   assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
   assert fused == {1: 38}
-  _, fused = expected_costs([10, 30], SIZES, 'gpu')
-  assert list(fused) == [1, 4]
+  assert list(expected_costs([10, 30], SIZES, 31)[1]) == [1, 4]
+  assert list(expected_costs([10, 30], SIZES, 8, compiles_slowly=False)[1]) == [1, 4, 16]
+
+
+def test_one_program_that_does_not_stop_early_costs_all_stages():
+  # A program of all stages costs 5 + 3; the first stage of its own 5 + 1, and no image goes on.
+  stages, fused = [{1: 6.0}] * 3, {1: 8.0}
+  known = [((0.9, 0.8, 0.7), (1, 0, 0))]
+  thresholds = np.float32([known[0][0]])
+  assert not BatchPlan(stages, fused, known, stops_early=False).is_faster_fused(1, thresholds, 1)
+  everyone_stays = np.full((1, 3), np.inf, np.float32)
+  assert BatchPlan(stages, fused, known, False).is_faster_fused(1, everyone_stays, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""Programs for CPUs that OpenVINO or ONNX Runtime run, from stages that are written in ONNX.
+
+On CPUs their convolutions are faster than those of XLA. Shapes that are known in advance make
+OpenVINO faster still, so it compiles a program per batch size, in a fraction of a second.
+"""
+
+import importlib.util
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .batches import Carry, join_on_host
+from .programs import Score, Tree, lower
+
+# Runtime → the packages that it needs.
+RUNTIMES = {'openvino': ('onnx', 'openvino'), 'onnxruntime': ('onnx', 'onnxruntime')}
+
+# Programs of small batches take little longer per image, so that few rows are padding.
+_BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+# With weights of more bytes, each of which OpenVINO copies into each program, there are fewer.
+_LARGE, _FEW_BATCH_SIZES = 2**25, (1, 4, 16, 64)
+
+
+# The types of attributes of the nodes that `read_models` accepts: FLOAT, INT, STRING, FLOATS, INTS.
+_PLAIN = (1, 2, 3, 6, 7)
+
+
+def installed_runtimes() -> list[str]:
+  """The runtimes whose packages are installed, the usually fastest first."""
+  return [
+    runtime
+    for runtime, packages in RUNTIMES.items()
+    if all(importlib.util.find_spec(package) for package in packages)
+  ]
+
+
+def check_runtime(runtime: str) -> None:
+  """Raises ValueError if a runtime does not exist, or cannot be used here."""
+  if runtime not in RUNTIMES:
+    raise ValueError(f'runtime {runtime!r} is unknown: choose xla, {" or ".join(RUNTIMES)}')
+  if jax.default_backend() != 'cpu':
+    raise ValueError(f'runtime {runtime!r} is for CPUs: leave it out on a {jax.default_backend()}')
+  if runtime not in installed_runtimes():
+    raise ValueError(
+      f'runtime {runtime!r} is not installed: pip install {" ".join(RUNTIMES[runtime])}'
+    )
+
+
+def read_models(contents: Sequence[bytes]) -> list[Any]:
+  """Parses the models of an export.
+
+  Raises:
+    ValueError: If one is corrupt, or refers to a file or to operators beyond those of ONNX.
+  """
+  import onnx
+  from google.protobuf.message import DecodeError
+
+  models = []
+  for content in contents:
+    try:
+      model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+      raise ValueError('a stage in ONNX is corrupt: export again') from error
+    domains = {entry.domain for entry in (*model.opset_import, *model.graph.node)}
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    has_files = any(array.external_data for array in model.graph.initializer)
+    has_parts = any(attribute.type not in _PLAIN for attribute in attributes)
+    if domains != {''} or model.functions or has_files or has_parts:
+      raise ValueError('a stage in ONNX refers to what is outside of it: do not use this export')
+    models.append(model)
+  return models
+
+
+class OnnxPrograms:
+  """Programs of a runtime; see `programs.Programs`.
+
+  A carry is a tuple: maps, logits and probabilities.
+  """
+
+  join = staticmethod(join_on_host)
+  stops_early = compiles_slowly = False
+  overhead = 4e6  # Measured as 0.1 ms, in which two cores compute as many multiply-adds.
+
+  def __init__(
+    self,
+    runtime: str,
+    models: Sequence[Any],
+    weights: Sequence[Tree],
+    scores: Sequence[Score],
+    carries: Sequence[Carry],
+    batch_sizes: Sequence[int] | None = None,
+  ):
+    """Prepares the programs.
+
+    Args:
+      runtime: One of RUNTIMES; it must be installed.
+      models: Of each stage an onnx.ModelProto without weights; see
+        imta_jax.interop.onnx_graph.write_stages.
+      weights: The weights of each stage.
+      scores: The exit rule at each exit; see `rules`.
+      carries: [stage], the input of each stage for one image: see `XlaPrograms`.
+      batch_sizes: See `Programs`; default: as many as pay.
+    """
+    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in weights]
+    size = sum(leaf.nbytes for of_stage in leaves for leaf in of_stage)
+    default = _BATCH_SIZES if size <= _LARGE else _FEW_BATCH_SIZES
+    self.batch_sizes = tuple(sorted(batch_sizes or default))
+    self._runtime, self._models, self._leaves, self._scores = runtime, models, leaves, scores
+    images, *others = carries
+    flat = [jax.tree.leaves(carry) for carry in others]
+    self.carries = [images, *((*arrays, arrays[-1]) for arrays in flat)]
+    # [stage], the names of what it reads: the images, or all that the stage before gives.
+    self._names = [['images'], *(_results(index, model) for index, model in enumerate(models))]
+    self._programs: dict[Any, Callable[..., list[np.ndarray]]] = {}
+    self._lock = threading.Lock()
+
+  def run_stage(
+    self, index: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+  ) -> tuple[Carry, np.ndarray, np.ndarray]:
+    results = self._run(index, index + 1, carry, self._names[index + 1], keep)
+    probabilities = results[-1]
+    before = carry[-1] if index else probabilities
+    leaves = self._scores[index](probabilities, before) >= lower(thresholds)
+    return tuple(results), probabilities, leaves
+
+  def run_all_stages(
+    self, images: np.ndarray, thresholds: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    names = [names[-1] for names in self._names[1:]]
+    with self._lock:
+      probabilities = np.stack(self._run(0, len(names), images, names, keep=False))
+    befores = probabilities[[0, *range(len(names) - 1)]]
+    scores = [
+      score(*pair) for score, *pair in zip(self._scores, probabilities, befores, strict=True)
+    ]
+    leaves = np.stack(scores) >= lower(thresholds.T)
+    leaves[-1] = True  # NaN included.
+    exits = leaves.argmax(axis=0)
+    return probabilities[exits, np.arange(len(images))], exits
+
+  def compile_joins(self, sizes: Sequence[int]) -> None:
+    pass
+
+  def _run(self, first, last, carry, names, keep):
+    """Runs the stages `first` to `last` - 1, and returns some of their results."""
+    arrays = carry if first else (carry,)
+    size = len(arrays[0]) if self._runtime == 'openvino' else None
+    program = self._programs.get((first, last, size))
+    if program is None:
+      model = _join_stages(self._models[first:last], self._leaves[first:last], first, names)
+      program = _onnxruntime_program(model) if size is None else _openvino_program(model, size)
+      self._programs[first, last, size] = program
+    return program(dict(zip(self._names[first], arrays, strict=True)), keep)
+
+
+def _results(index, model):
+  """Names of what a stage gives: its outputs, then probabilities."""
+  return [*(value.name for value in model.graph.output), f'stage_{index + 1}_probabilities']
+
+
+def _join_stages(models, weights, first, outputs):
+  """Joins stages that follow each other, and gives them weights and probabilities.
+
+  Args:
+    models: The stages, whose names differ.
+    weights: [stage, leaf].
+    first: The number of the first stage, counted from 0.
+    outputs: Names of the results.
+
+  Returns:
+    An onnx.ModelProto.
+  """
+  from onnx import TensorProto, helper, numpy_helper
+
+  nodes, constants, values = [], [], {}
+  for index, (model, leaves) in enumerate(zip(models, weights, strict=True), start=first):
+    graph = model.graph
+    *_, logits, name = _results(index, model)
+    nodes += [*graph.node, helper.make_node('Softmax', [logits], [name], name=name, axis=-1)]
+    constants += graph.initializer
+    constants += [
+      numpy_helper.from_array(leaf, f'{index}/{number}') for number, leaf in enumerate(leaves)
+    ]
+    values |= {value.name: value for value in graph.output}
+    values[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+  known = {constant.name for constant in constants}
+  inputs = [value for value in models[0].graph.input if value.name not in known]
+  results = [values[name] for name in outputs]
+  graph = helper.make_graph(nodes, 'stages', inputs, results, constants)
+  model = models[0]
+  return helper.make_model(
+    graph, opset_imports=model.opset_import, ir_version=model.ir_version
+  ).SerializeToString()
+
+
+def _openvino_program(model, size):
+  """Compiles a model for a batch size; returns a function of arrays by name."""
+  import openvino
+
+  network = openvino.Core().read_model(model)
+  inputs = {port.any_name: [size, *list(port.partial_shape)[1:]] for port in network.inputs}
+  network.reshape(inputs)
+  compiled = openvino.compile_model(network, 'CPU', {'PERFORMANCE_HINT': 'LATENCY'})
+  request, lock = compiled.create_infer_request(), threading.Lock()
+  outputs = [(tuple(port.shape), port.element_type.to_dtype()) for port in compiled.outputs]
+  reused = [np.empty(*output) for output in outputs]
+  read, written = dict.fromkeys(inputs), [None] * len(outputs)
+
+  def run(arrays, keep):
+    results = [np.empty(*output) for output in outputs] if keep else reused
+    with lock:
+      for name, before in read.items():
+        if (array := arrays[name]) is not before:
+          read[name] = array = np.require(array, requirements='CW')
+          request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+      for index, result in enumerate(results):
+        if result is not written[index]:
+          written[index] = result
+          request.set_output_tensor(index, openvino.Tensor(result, shared_memory=True))
+      request.infer()
+    return results
+
+  return run
+
+
+def _onnxruntime_program(model):
+  """Opens a model, for any batch size; returns a function of arrays by name."""
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  # Threads that spin after a stage slow the next stage down.
+  options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+  session = onnxruntime.InferenceSession(model, options)
+  names = [value.name for value in session.get_inputs()]
+
+  def run(arrays, keep):
+    del keep
+    return session.run(None, {name: np.asarray(arrays[name]) for name in names})
+
+  return run
