@@ -1,19 +1,18 @@
-"""Time per image of a trained network: what early exits save, and how other runtimes compare.
+"""Time per image with early exits, against the whole network in the fastest runtimes.
 
+    pip install -e '.[train,cpu]' torch
     python experiments/benchmarks/inference.py runs/mnist5k
-    python experiments/export_onnx.py runs/mnist5k exported_onnx
-    python experiments/benchmarks/inference.py runs/mnist5k --onnx=exported_onnx
+    python experiments/benchmarks/inference.py experiments/results/cifar100/export \\
+      --config=configs/cifar100.py:exits=5 --output=latency
 
-Classifies test images by one XLA program that computes the logits of all exits; by the engine with
-all images leaving at the same exit; and by the engine with thresholds chosen on validation images.
-Other runtimes compute all exits as well: ONNX Runtime, with a session per stage of an export; and,
-if installed, PyTorch and OpenVINO, which takes the network from PyTorch.
+*Whole network*: one program that computes the logits of the last exit, as XLA, OpenVINO and ONNX
+Runtime run it, with ONNX written by imta_jax and by PyTorch, and as `torch.compile` runs it.
+*Engine*: `AdaptiveClassifier` after `compile()`, with no early exit and with thresholds chosen on
+validation images. Images are given to `predict` in batches of each size, and to `stream` in batches
+of 64. All take turns on the same images, so that other load on the machine affects all alike.
 
-All take turns on a few images each and are compared within a repeat, so that other load on the
-machine affects all of them alike. Images are given to `predict` in batches of each size, and to
-`stream` in batches of the largest; images that fill no batch are left out. For data sets in memory.
-Times are written to latency.json, what follows from them (savings.py) to latency.csv and
-latency.png.
+Savings are relative to the whole network that is fastest at the same batch size. Times are written
+to latency.json, what follows from them to latency.csv and latency.png.
 """
 
 import argparse
@@ -22,257 +21,276 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
 import jax
 import numpy as np
-import savings
 from etils import epath
 from ml_collections import ConfigDict
-from savings import ALL_EXITS, NEARLY_AS_ACCURATE
 
 from imta_jax import command_line, files
+from imta_jax import config as config_lib
 from imta_jax.adaptive.compiler import compiler_options
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
 from imta_jax.command_line import list_of, positive
-from imta_jax.data import arrays
+from imta_jax.data import arrays, image_folder
 from imta_jax.data.pipeline import open_dataset
-from imta_jax.data.preprocess import normalize
 from imta_jax.errors import UsageError
+from imta_jax.evaluate import new_figure, save_figure
+from imta_jax.models.initial_values import initialize
+from imta_jax.training import phases
 from imta_jax.training import workdir as layout
-from imta_jax.training.restore import restore_network
+from imta_jax.training.restore import load_variables
 
+NO_EARLY_EXIT, NEARLY_AS_ACCURATE = 'engine, no early exit', 'engine, within 0.5 points'
 _POINTS_LOST = 0.005  # Of NEARLY_AS_ACCURATE.
-# Default budgets, as fractions of the last exit's multiply-adds.
-_BUDGETS = (0.25, 0.5, 0.75)
+_BUDGETS = (0.25, 0.5, 0.75)  # Fractions of the last exit's multiply-adds.
+_STREAMED_BATCH = 64
 # Consecutive calls of a method classify this many images.
 _IMAGES_PER_TURN = 16
 
-# Images [image, height, width, channels], uint8 → logits [exit, image, class].
+# Images [image, height, width, channels], uint8 → logits [image, class] of the last exit.
 Program = Callable[[np.ndarray], np.ndarray]
 
 
 class Method(NamedTuple):
-  """A way to classify images.
-
-  Attributes:
-    name: Name in tables; of a program if there are no thresholds.
-    thresholds: [exit], for the engine; None for a program that computes all exits.
-    is_adaptive: Whether images leave at different exits.
-  """
+  """A way to classify images: the name of a whole network, or thresholds [exit] for the engine."""
 
   name: str
   thresholds: tuple[float, ...] | None = None
-  is_adaptive: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line.
 
   Raises:
-    UsageError: If the workdir has no evaluated network, or too few test images.
+    UsageError: If there is no such network, or there are too few test images.
   """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('workdir', help='workdir of a run')
-  parser.add_argument('--onnx', help='folder that export_onnx.py wrote for this run')
-  parser.add_argument(
-    '--batch_sizes', type=list_of(positive(int)), default=(1, 16, 256), help='default: 1,16,256'
-  )
-  parser.add_argument(
-    '--budgets',
-    type=list_of(positive(float)),
-    help="average multiply-adds; default: a quarter, half and three quarters of the last exit's",
-  )
+  parser.add_argument('network', help='workdir of a run, or an exported folder')
+  parser.add_argument('--config', help='config of an exported network, as in training')
+  parser.add_argument('--batch_sizes', type=list_of(positive(int)), default=(1, 16, 64, 256))
   parser.add_argument('--repeats', type=positive(int), default=5, help='default: 5')
-  parser.add_argument('--images', type=positive(int), default=1000, help='at most; default: 1000')
-  parser.add_argument('--calls', type=positive(int), default=200, help='at most; default: 200')
+  parser.add_argument('--images', type=positive(int), default=1024, help='at most; default: 1024')
+  parser.add_argument('--calls', type=positive(int), default=100, help='at most; default: 100')
+  parser.add_argument('--runtime', help='of the engine; default: the fastest, as compile() finds')
   parser.add_argument(
-    '--sweep',
-    choices=('geometric', 'optimal'),
-    default='geometric',
-    help='thresholds to choose from; see docs/thresholds.md; default: %(default)s',
-  )
-  parser.add_argument(
-    '--output',
-    type=command_line.output_folder,
-    help='folder; default: evaluation/latency of the workdir',
+    '--output', type=command_line.output_folder, default=epath.Path('latency'), help='folder'
   )
   options = parser.parse_args(arguments)
-  workdir = epath.Path(options.workdir)
-  output = epath.Path(options.output or layout.evaluation_folder(workdir) / 'latency')
   common.set_up()
   load_average = os.getloadavg()[0]  # Of other programs, before this one adds to it.
-
-  config = layout.load_config(workdir)
+  if options.config:
+    config = config_lib.load(options.config)
+  else:
+    config = layout.load_config(epath.Path(options.network))
   images, labels = test_images(config, options.images)
-  if max(options.batch_sizes) > len(images):
-    raise UsageError(f'{len(images)} test images do not fill a batch of {max(options.batch_sizes)}')
-  classifier = AdaptiveClassifier.from_workdir(workdir, sweep=options.sweep).compile()
-  programs = open_programs(config, workdir, classifier.num_classes, images, options.onnx)
-  points, last_accuracy = classifier.operating_points, classifier.validation.correct[-1].mean()
-  methods = [Method(name) for name in programs]
-  methods += choose_methods(points, classifier.madds, last_accuracy, options.budgets)
-  run_method = partial(run, programs, classifier)
-  timings = measure(methods, run_method, images, labels, classifier.madds, options)
+  classifier = command_line.open_classifier(options.network, runtime=options.runtime)
+  start = time.perf_counter()
+  classifier.compile()
+  compile_seconds = time.perf_counter() - start
+  programs = whole_networks(classifier, torch_network(config, options.network, classifier))
+  last_accuracy = classifier.validation.correct[-1].mean()
+  methods = [
+    *map(Method, programs),
+    *choose_methods(classifier.operating_points, classifier.madds, last_accuracy),
+  ]
+  timings = measure(methods, programs, classifier, images, labels, options)
   description = {
-    'title': f'{config.dataset.name} on {jax.default_backend()}',
+    'title': f'{config.dataset.name}, {classifier.runtime} on {jax.default_backend()}',
     'command': ' '.join(['python', *(sys.argv if arguments is None else arguments)]),
     'machine': common.machine(),
     'load_average': load_average,
+    'runtime': classifier.runtime,
+    'compile_seconds': round(compile_seconds, 1),
   }
-  report(timings, description, output)
+  report(timings, description, options.output)
 
 
 def report(
   timings: Sequence[Mapping[str, Any]], description: Mapping[str, Any], folder: epath.Path
 ) -> None:
   """Writes latency.json, latency.csv and latency.png to a folder, and prints what they contain."""
-  rows = savings.compute_savings(timings)
+  rows = compute_savings(timings)
   content = json.dumps({**description, 'timings': timings}, indent=2) + '\n'
   files.write_whole(folder / 'latency.json', content.encode())
   files.write_csv(folder / 'latency.csv', rows)
-  savings.write_figure(rows, folder / 'latency.png', description['title'])
-  print(f'{description["machine"]}; load average before: {description["load_average"]:.1f}')
-  print('', savings.render(rows), '', *savings.verdicts(rows), sep='\n')
-  print(f'tables and figure in {folder}')
+  write_figure(rows, folder / 'latency.png', description['title'])
+  print(*(f'{name}: {value}' for name, value in description.items()), '', sep='\n')
+  columns = [name for name in rows[0] if name not in ('images', 'time_ratio')]
+  cells = [['' if row[name] is None else row[name] for name in columns] for row in rows]
+  print(
+    common.table(columns, [[f'{x:.4g}' if isinstance(x, float) else x for x in r] for r in cells])
+  )
+  print('', *verdicts(rows), f'tables and figure in {folder}', sep='\n')
 
 
 def test_images(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the first test images, uint8, and labels of a data set in memory.
+  """Returns test images, uint8, from all over the set, and their labels.
 
   Args:
     config: A run's config.
     count: How many, at most.
 
   Raises:
-    UsageError: If the data set is streamed, or cannot be read.
+    UsageError: If the data set is streamed through TFDS, or cannot be read.
   """
-  if not config.dataset.in_memory:
-    raise UsageError(f'{config.dataset.name} is streamed: latency is measured on sets in memory')
-  open_dataset(config)  # Stores the arrays.
-  stored = arrays.load(config.dataset)
+  dataset = config.dataset
+  if dataset.name == image_folder.NAME:
+    shape = (dataset.image_size, dataset.image_size, len(dataset.mean))
+    crop = dataset.crop if dataset.in_memory else 'center'
+    stored = image_folder.read(image_folder.scan(dataset.data_dir), shape, crop)
+  elif dataset.in_memory:
+    open_dataset(config)  # Stores the arrays.
+    stored = arrays.load(dataset)
+  else:
+    raise UsageError(f'{dataset.name} is streamed: times are measured on sets in memory')
   if stored is None:
-    raise UsageError(f'the arrays of {config.dataset.name} could not be kept in the cache folder')
-  return stored.images['test'][:count], stored.labels['test'][:count]
+    raise UsageError(f'the arrays of {dataset.name} could not be kept in the cache folder')
+  images, labels = stored.images['test'], stored.labels['test']
+  chosen = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
+  chosen = np.random.default_rng(0).permutation(chosen)  # Files are sorted by class.
+  return images[chosen], labels[chosen]
 
 
-def open_programs(
-  config: ConfigDict, workdir: epath.Path, num_classes: int, images: np.ndarray, onnx: str | None
-) -> dict[str, Program]:
-  """Opens the programs that compute all exits of a run, by name, with XLA's first.
+def whole_networks(classifier: AdaptiveClassifier, peer: Any | None) -> dict[str, Program]:
+  """Returns programs that compute the logits of the last exit, by name.
 
-  Raises:
-    UsageError: If the ONNX export is of another network: logits of the images differ.
+  Args:
+    classifier: The network.
+    peer: The same in PyTorch, a module of images [image, height, width, channels]; or None.
   """
+  stages, weights = classifier.stages, classifier.weights
 
-  def restore(index):
-    restored = restore_network(workdir, index)
-    return restored.model, restored.weights.variables
+  def last_logits(weights, carry):
+    for stage, of_stage in zip(stages, weights, strict=True):
+      carry = stage(of_stage, carry)
+    return carry[1]
 
-  last = len(config.phases) - 1
-  network = restore(last)
-  programs = {ALL_EXITS: xla_program(*network, config.dataset)}
-  if onnx is not None:
-    programs['ONNX Runtime'] = onnx_program(Path(onnx))
-  if common.is_installed('torch'):
-    predecessor = restore(last - 1) if last else None
-    try:
-      peer = common.peer_network(config, config.phases[last], network, predecessor)
-      programs |= torch_programs(peer, config.dataset)
-    except UsageError as error:
-      print(f'PyTorch is not measured: {error}')
-  expected = programs[ALL_EXITS](images[:4])
-  for name, program in programs.items():
-    difference = np.abs(program(images[:4]) - expected).max() / np.abs(expected).max()
-    if not difference < 1e-3:
-      raise UsageError(
-        f'logits of {name} differ by {difference:.1e} of the largest logit: '
-        f'is --onnx={onnx} an export of {workdir}?'
-      )
+  program = jax.jit(last_logits, compiler_options=compiler_options())
+  programs = {'XLA': lambda images: np.asarray(program(weights, images))}
+  written = {}
+  if common.is_installed('onnx'):
+    written[''] = _read_stages(classifier)
+  if peer is not None:
+    import torch
+
+    example = torch.zeros((2, *classifier.image.shape), dtype=torch.uint8)
+    written[" of PyTorch's export"] = _torch_to_onnx(peer, example)
+    compiled = torch.compile(peer)
+
+    def run_compiled(images):
+      with torch.inference_mode():
+        return compiled(torch.from_numpy(images)).numpy()
+
+    programs['PyTorch compiled'] = run_compiled
+  for source, model in written.items():
+    if common.is_installed('openvino'):
+      programs[f'OpenVINO{source}'] = openvino_program(model)
+    if common.is_installed('onnxruntime'):
+      programs[f'ONNX Runtime{source}'] = onnxruntime_program(model)
   return programs
 
 
-def xla_program(model: Any, variables: Mapping, dataset: ConfigDict) -> Program:
-  """One XLA program for all exits."""
-  variables = jax.device_put(variables)
+def _read_stages(classifier):
+  """Writes the network as one ONNX model."""
+  from imta_jax.adaptive.engine.onnx_programs import join_stages, read_models
 
-  @partial(jax.jit, compiler_options=compiler_options())
-  def logits(variables, images):
-    return model.apply(variables, normalize(images, dataset.mean, dataset.std))
-
-  return lambda images: np.asarray(logits(variables, images))
+  weights = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in classifier.weights]
+  models = read_models(classifier.onnx_models())
+  return join_stages(models, weights, 0, [models[-1].graph.output[-1].name])
 
 
-def onnx_program(folder: Path) -> Program:
-  """ONNX Runtime, with a session per stage.
+def _torch_to_onnx(peer, example):
+  import io
 
-  Args:
-    folder: What export_onnx.py wrote.
+  import torch
 
-  Raises:
-    UsageError: If the folder is not an export, or ONNX Runtime is not installed.
-  """
-  try:
-    import onnxruntime
-  except ModuleNotFoundError as error:
-    raise UsageError("ONNX Runtime is not installed: pip install 'imta_jax[onnx]'") from error
-  if not (folder / 'manifest.json').is_file():
-    raise UsageError(f'--onnx={folder} is not an export: it has no manifest.json')
-  stages = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))['stages']
-  sessions = [onnxruntime.InferenceSession(str(folder / stage['file'])) for stage in stages]
+  file = io.BytesIO()
+  axes = {'images': {0: 'batch'}, 'logits': {0: 'batch'}}
+  names = {'input_names': ['images'], 'output_names': ['logits'], 'dynamic_axes': axes}
+  torch.onnx.export(peer, (example,), file, opset_version=17, dynamo=False, **names)
+  return file.getvalue()
+
+
+def openvino_program(model: bytes) -> Program:
+  """OpenVINO, compiled for each batch size."""
+  import openvino
+
+  requests = {}
 
   def program(images):
-    values, logits = {'images': images}, []
-    for stage, session in zip(stages, sessions, strict=True):
-      inputs = {name: values[name] for name in stage['inputs']}
-      results = session.run(stage['outputs'], inputs)
-      values = dict(zip(stage['outputs'], results, strict=True))
-      logits.append(results[-1])
-    return np.stack(logits)
+    if len(images) not in requests:
+      network = openvino.Core().read_model(model)
+      network.reshape([len(images), *images.shape[1:]])
+      compiled = openvino.compile_model(network, 'CPU', {'PERFORMANCE_HINT': 'LATENCY'})
+      requests[len(images)] = compiled.create_infer_request()
+    return requests[len(images)].infer([images], share_inputs=True)[0]
 
   return program
 
 
-def torch_programs(network: Any, dataset: ConfigDict) -> dict[str, Program]:
-  """Eager PyTorch on the device of the network, and OpenVINO on the CPU if it is installed."""
+def onnxruntime_program(model: bytes) -> Program:
+  """ONNX Runtime, as it is by default."""
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3
+  session = onnxruntime.InferenceSession(model, options)
+  (image,) = session.get_inputs()
+  return lambda images: session.run(None, {image.name: images})[0]
+
+
+def torch_network(config: ConfigDict, network: str, classifier: AdaptiveClassifier) -> Any | None:
+  """Returns the network in PyTorch, or None if PyTorch is not installed or has no such network.
+
+  EfficientNet-Lite, from the package efficientnet-lite-pytorch, has random weights.
+  """
+  if not common.is_installed('torch'):
+    return None
   import torch
 
-  device = common.torch_device()
+  if config.model.name == 'efficientnet_lite':
+    from efficientnet_lite_pytorch import EfficientNet
+
+    name = f'efficientnet-lite{config.model.get("variant", 0)}'
+    module = EfficientNet.from_name(name, override_params={'num_classes': classifier.num_classes})
+  else:
+    shape, classes = config_lib.image_shape(config), classifier.num_classes
+    last = config.phases[-1]
+    model = config_lib.create_model(config, last, classes)
+    donor = load_variables(network, model, shape)
+    restored = phases.start_from(donor, initialize(model, 0, shape))[0]
+    # The peer's phase II contains a network of phase I, of which the embeddings count.
+    first = config_lib.create_model(config, config.phases[0], classes)
+    predecessor = first, phases.start_from(donor, initialize(first, 0, shape))[0]
+    try:
+      module = common.peer_network(config, last, (model, restored), predecessor)
+    except UsageError as error:
+      print(f'PyTorch is not measured: {error}')
+      return None
   mean, std = (
-    255 * torch.tensor(tuple(values), device=device).reshape(1, -1, 1, 1)
-    for values in (dataset.mean, dataset.std)
+    255 * torch.tensor(tuple(values)).reshape(1, -1, 1, 1)
+    for values in (config.dataset.mean, config.dataset.std)
   )
 
   class FromPixels(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.module = module
+
     def forward(self, images):
-      return network((images.permute(0, 3, 1, 2).float() - mean) / std)
+      logits = self.module((images.permute(0, 3, 1, 2).float() - mean) / std)
+      return logits[-1] if logits.ndim == 3 else logits
 
-  def program(images):
-    with torch.inference_mode():
-      return whole(torch.from_numpy(images).to(device)).cpu().numpy()
-
-  network.eval().requires_grad_(False)
-  whole, programs = FromPixels(), {'PyTorch': program}
-  if common.is_installed('openvino'):
-    import openvino
-
-    shape = (2, dataset.image_size, dataset.image_size, len(dataset.mean))
-    example = torch.zeros(shape, dtype=torch.uint8, device=device)
-    compiled = openvino.compile_model(openvino.convert_model(whole, example_input=example), 'CPU')
-    programs['OpenVINO'] = lambda images: compiled(images)[0]
-  return programs
+  return FromPixels().eval().requires_grad_(False)
 
 
 def choose_methods(
-  operating_points: Sequence[OperatingPoint],
-  madds: Sequence[float],
-  last_accuracy: float,
-  budgets: Sequence[float] | None = None,
+  operating_points: Sequence[OperatingPoint], madds: Sequence[float], last_accuracy: float
 ) -> list[Method]:
   """Chooses thresholds to measure the engine with.
 
@@ -280,11 +298,10 @@ def choose_methods(
     operating_points: Those of a classifier.
     madds: [exit].
     last_accuracy: Validation accuracy of the last exit.
-    budgets: Average multiply-adds per image, or None for the default.
 
   Returns:
-    The engine at each exit; and, as far as they exist, the cheapest point as accurate as the last
-    exit, the cheapest half a point below it, and the most expensive within each budget.
+    No early exit; and, as far as they exist, the cheapest point as accurate as the last exit, the
+    cheapest half a point below it, and the most expensive within each budget.
   """
 
   def cost(point):
@@ -298,139 +315,192 @@ def choose_methods(
     within = [point for point in operating_points if cost(point) <= budget]
     return max(within, key=cost, default=None)
 
-  num_exits = len(madds)
-  methods = [
-    Method(f'exit {index + 1}', (np.inf,) * index + (-np.inf,) * (num_exits - index))
-    for index in range(num_exits)
-  ]
   chosen = {
-    'as accurate': cheapest(last_accuracy),
+    'engine, as accurate': cheapest(last_accuracy),
     NEARLY_AS_ACCURATE: cheapest(last_accuracy - _POINTS_LOST),
   }
-  for budget in budgets or [part * madds[-1] for part in _BUDGETS]:
-    chosen[f'budget {budget:,.0f}'] = most_expensive(budget)
-  return methods + [
-    Method(name, tuple(point.thresholds), is_adaptive=True)
-    for name, point in chosen.items()
-    if point is not None
+  for part in _BUDGETS:
+    chosen[f'engine, budget {part:.0%}'] = most_expensive(part * madds[-1])
+  return [Method(NO_EARLY_EXIT, (np.inf,) * len(madds))] + [
+    Method(name, tuple(point.thresholds)) for name, point in chosen.items() if point is not None
   ]
 
 
 def run(
+  method: Method,
   programs: Mapping[str, Program],
   classifier: AdaptiveClassifier,
-  method: Method,
   mode: str,
   batches: Sequence[np.ndarray],
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
+) -> tuple[np.ndarray, np.ndarray, float]:
   """Classifies batches.
 
   Args:
-    programs: Programs that compute all exits, by name.
-    classifier: The engine.
     method: The method.
-    mode: 'predict' or 'stream'; programs that compute all exits take batch by batch in either.
+    programs: The whole networks, by name.
+    classifier: The engine.
+    mode: 'predict' or 'stream'; whole networks take batch by batch in either.
     batches: Images.
 
   Returns:
-    Labels and exits [image], in the batches' order, and the seconds of each call.
+    Labels and exits [image], in the batches' order, and seconds.
   """
-  if method.thresholds is not None and mode == 'stream':
-    start = time.perf_counter()
+  labels, exits = [], []
+  start = time.perf_counter()
+  if method.thresholds is None:
+    for batch in batches:
+      labels.append(programs[method.name](batch).argmax(axis=-1))
+    exits = [np.full(sum(map(len, batches)), len(classifier.stages) - 1)]
+    return np.concatenate(labels), np.concatenate(exits), time.perf_counter() - start
+  if mode == 'stream':
     parts = list(classifier.stream(batches, method.thresholds))
     seconds = time.perf_counter() - start
     order = np.argsort(np.concatenate([part.indices for part in parts]))
     labels, exits = (
       np.concatenate([getattr(part, name) for part in parts])[order] for name in ('labels', 'exits')
     )
-    return labels, exits, [seconds]
-  labels, exits, seconds = [], [], []
-  for batch in batches:
-    start = time.perf_counter()
-    if method.thresholds is None:
-      logits = programs[method.name](batch)
-      labels.append(logits[-1].argmax(axis=-1))
-      exits.append(np.full(len(batch), len(logits) - 1))
-    else:
-      result = classifier.predict(batch, method.thresholds)
-      labels.append(result.labels)
-      exits.append(result.exits)
-    seconds.append(time.perf_counter() - start)
-  return np.concatenate(labels), np.concatenate(exits), seconds
-
-
-def batches_of(images: np.ndarray, size: int, max_batches: int) -> list[np.ndarray]:
-  """Returns full batches of images from all over the array."""
-  count = min(len(images) // size, max_batches)
-  chosen = np.linspace(0, len(images) - 1, count * size).round().astype(int)
-  return list(images[chosen].reshape(count, size, *images.shape[1:]))
+    return labels, exits, seconds
+  results = [classifier.predict(batch, method.thresholds) for batch in batches]
+  seconds = time.perf_counter() - start
+  return *(np.concatenate([getattr(r, n) for r in results]) for n in ('labels', 'exits')), seconds
 
 
 def measure(
   methods: Sequence[Method],
-  run_method: Callable,
+  programs: Mapping[str, Program],
+  classifier: AdaptiveClassifier,
   images: np.ndarray,
   labels: np.ndarray,
-  madds: Sequence[float],
   options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
   """Measures accuracy and time of methods in all modes and batch sizes.
 
   Args:
-    methods: The methods; the XLA program is among them.
-    run_method: `run`, but for its first two arguments.
+    methods: The methods.
+    programs: The whole networks, by name.
+    classifier: The engine.
     images: Images.
     labels: Their labels.
-    madds: [exit].
     options: batch_sizes, calls and repeats of the command line.
 
   Returns:
-    Records as `savings.compute_savings` takes them.
+    Records as `compute_savings` takes them: accuracy and average multiply-adds of the images that
+    were timed, milliseconds per image, and the time divided by that of NO_EARLY_EXIT in the same
+    repeat, both medians over the repeats.
   """
-  largest = max(options.batch_sizes)
-  batches = [images[i : i + largest] for i in range(0, len(images), largest)]
-  accuracies = {m: float((run_method(m, 'predict', batches)[0] == labels).mean()) for m in methods}
+  sizes = [size for size in options.batch_sizes if size <= len(images)]
+  modes = [('predict', size) for size in sizes]
+  if len(images) >= _STREAMED_BATCH:
+    modes.append(('stream', _STREAMED_BATCH))
   timings = []
-  for mode, size in [*(('predict', size) for size in options.batch_sizes), ('stream', largest)]:
-    batches = batches_of(images, size, options.calls)
-    seconds, exits = _take_turns(methods, run_method, mode, batches, options.repeats)
-    totals = {method: np.array([sum(calls) for calls in seconds[method]]) for method in methods}
+  for mode, size in modes:
+    count = min(len(images) // size, options.calls)
+    batches = list(images[: count * size].reshape(count, size, *images.shape[1:]))
+    per_turn = count if mode == 'stream' else max(1, _IMAGES_PER_TURN // size)
+    turns = [batches[start : start + per_turn] for start in range(0, count, per_turn)]
+    answers = {method: [] for method in methods}
+    seconds = {method: np.zeros(options.repeats) for method in methods}
     for method in methods:
-      per_image = float(np.median(totals[method])) / (size * len(batches))
-      percentiles = 1000 * np.percentile(np.concatenate(seconds[method]), (50, 99))
+      run(method, programs, classifier, mode, turns[0])  # Compiles what is left to compile.
+    for repeat in range(options.repeats):
+      for turn in turns:
+        for method in methods:
+          *answer, elapsed = run(method, programs, classifier, mode, turn)
+          seconds[method][repeat] += elapsed
+          if repeat == 0:
+            answers[method].append(answer)
+    reference = next(seconds[method] for method in methods if method.name == NO_EARLY_EXIT)
+    for method in methods:
+      found, exits = map(np.concatenate, zip(*answers[method], strict=True))
       timing = {
         'method': method.name,
-        'is_adaptive': method.is_adaptive,
         'mode': mode,
         'batch_size': size,
-        'images': size * len(batches),
-        'accuracy': accuracies[method],
-        'madds': float(np.asarray(madds)[np.concatenate(exits[method])].mean()),
-        'milliseconds': 1000 * per_image,
-        'images_per_second': 1 / per_image,
-        'p50': None if mode == 'stream' else percentiles[0],
-        'p99': None if mode == 'stream' else percentiles[1],
-        'time_ratio': float(np.median(totals[method] / totals[Method(ALL_EXITS)])),
+        'images': count * size,
+        'accuracy': float((found == labels[: count * size]).mean()),
+        'madds': float(np.asarray(classifier.madds)[exits].mean()),
+        'milliseconds': 1000 * float(np.median(seconds[method])) / (count * size),
+        'time_ratio': float(np.median(seconds[method] / reference)),
       }
-      timings.append(savings.rounded(timing))
+      timings.append(_rounded(timing))
+    print(f'{mode} {size}: measured', file=sys.stderr)
   return timings
 
 
-def _take_turns(methods, run_method, mode, batches, repeats):
-  """Seconds {method: [[of each call] of each repeat]} and exits {method: [[image]]}."""
-  per_turn = len(batches) if mode == 'stream' else max(1, _IMAGES_PER_TURN // len(batches[0]))
-  turns = [batches[start : start + per_turn] for start in range(0, len(batches), per_turn)]
-  exits = {method: [] for method in methods}
-  seconds = {method: [[] for _ in range(repeats)] for method in methods}
-  for method in methods:
-    run_method(method, mode, turns[0])  # Compiles what is left to compile, and fills the caches.
-  for repeat in range(repeats):
-    for turn in turns:
-      for method in methods:
-        _, turn_exits, calls = run_method(method, mode, turn)
-        seconds[method][repeat] += calls
-        exits[method].append(turn_exits)
-  return seconds, exits
+def compute_savings(timings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Compares timings with the fastest whole network of the same mode and batch size.
+
+  Returns:
+    The timings with `of_fastest`, the time relative to it; `madds_saving`; `time_saving`, which is
+    1 - of_fastest; and `share`, time_saving / madds_saving.
+  """
+  savings = []
+  for timing in timings:
+    group = [t for t in timings if _group(t) == _group(timing)]
+    fastest = min(t['time_ratio'] for t in group if _is_whole(t))
+    of_fastest = timing['time_ratio'] / fastest
+    madds_saving = 1 - timing['madds'] / max(t['madds'] for t in group)
+    share = (1 - of_fastest) / madds_saving if madds_saving > 0 else None
+    derived = {'of_fastest': of_fastest, 'madds_saving': madds_saving}
+    savings.append(_rounded({**timing, **derived, 'time_saving': 1 - of_fastest, 'share': share}))
+  return savings
+
+
+def _group(timing):
+  return timing['mode'], timing['batch_size']
+
+
+def _is_whole(timing):
+  return not timing['method'].startswith('engine')
+
+
+def _rounded(record):
+  return {
+    name: float(f'{value:.6g}') if isinstance(value, float) else value
+    for name, value in record.items()
+  }
+
+
+def verdicts(savings: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns lines: what early exits save, and where the engine is slower than a whole network."""
+
+  def name(saving):
+    return f'{saving["method"]}, {saving["mode"]} {saving["batch_size"]}'
+
+  lines = [
+    f'{name(s)}: {s["time_saving"]:.0%} of the time, {s["madds_saving"]:.0%} of the multiply-adds'
+    for s in savings
+    if s['method'] == NEARLY_AS_ACCURATE
+  ]
+  slower = [
+    f'{name(s)} ({s["of_fastest"] - 1:+.0%})'
+    for s in savings
+    if not _is_whole(s) and s['of_fastest'] > 1
+  ]
+  return [*lines, f'slower than the fastest whole network: {"; ".join(slower) or "none"}']
+
+
+def write_figure(savings: Sequence[Mapping[str, Any]], path: epath.Path, title: str) -> None:
+  """Draws accuracy against the time relative to the fastest whole network, for each batch size."""
+  figure = new_figure(6.4, 4.4)
+  axes = figure.subplots()
+  for index, group in enumerate(dict.fromkeys(map(_group, savings))):
+    engine = [s for s in savings if _group(s) == group and not _is_whole(s)]
+    engine.sort(key=lambda s: s['madds'])
+    mode, size = group
+    axes.plot(
+      [s['of_fastest'] for s in engine],
+      [100 * s['accuracy'] for s in engine],
+      '.-',
+      color=f'C{index}',
+      label=f'batch {size}' if mode == 'predict' else f'stream of batches of {size}',
+    )
+  axes.axvline(1, color='black', linewidth=1, linestyle=':', label='fastest whole network')
+  axes.set(xlabel='time of the engine, relative to the fastest whole network', xlim=(0, None))
+  axes.set(ylabel='test accuracy (%)', title=title)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  save_figure(figure, path)
 
 
 if __name__ == '__main__':

@@ -217,7 +217,9 @@ class _Writer:
     known |= dict(zip(closed.jaxpr.invars, values, strict=True))
 
     def read(variable):
-      return _constant(variable.val) if isinstance(variable, core.Literal) else known[variable]
+      if isinstance(variable, core.Literal):
+        return _constant(np.asarray(variable.val, variable.aval.dtype))
+      return known[variable]
 
     for equation in closed.jaxpr.eqns:
       results = self._apply(equation, [read(variable) for variable in equation.invars])
@@ -323,7 +325,7 @@ class _Writer:
     return self._elementwise('Mul', x, x)
 
   def _integer_pow(self, equation, x):
-    return self._elementwise('Pow', x, np.float32(equation.params['y']))
+    return self._elementwise('Pow', x, np.array(equation.params['y'], np.float32))
 
   def _rsqrt(self, equation, x):
     return self._elementwise('Reciprocal', self._elementwise('Sqrt', x))
@@ -429,17 +431,27 @@ class _Writer:
     return self._node('Slice', inputs + [self._integers(*row) for row in arguments], axes)
 
   def _gather(self, equation, x, indices):
-    """Reads one index of an axis, as x[:, 0] does."""
-    numbers, aval = equation.params['dimension_numbers'], equation.invars[0].aval
-    (axis, *others), sizes = numbers.collapsed_slice_dims, [*aval.shape]
-    sizes[axis] = 1
-    is_simple = (
-      not others and numbers.start_index_map == (axis,) and isinstance(indices, np.ndarray)
-    )
-    if not is_simple or indices.size != 1 or list(equation.params['slice_sizes']) != sizes:
-      raise UsageError('gathering by indices that are not constant is not supported')
-    index = self._array(np.array(indices.item(), np.int64))
-    return self._node('Gather', [self._full(x, aval), index], range(x.ndim - 1), axis=axis)
+    """Reads x[:, i] or x[:, i : j], which JAX traces as gathering if another axis is symbolic."""
+    params, aval = equation.params, equation.invars[0].aval
+    numbers, sizes = params['dimension_numbers'], [*params['slice_sizes']]
+    (axis, *others) = numbers.start_index_map or (0, 1)
+    size, sizes[axis] = sizes[axis], aval.shape[axis]
+    is_one = isinstance(indices, np.ndarray) and indices.size == 1
+    if (
+      others
+      or not is_one
+      or sizes != [*aval.shape]
+      or numbers.offset_dims != tuple(range(equation.outvars[0].aval.ndim))
+    ):
+      raise UsageError('reading several indices, or computed ones, is not supported')
+    start = indices.item()
+    if numbers.collapsed_slice_dims:
+      inputs = [self._full(x, aval), self._array(np.array(start, np.int64))]
+      return self._node('Gather', inputs, range(x.ndim - 1), axis=axis)
+    axes = _common_axes([x])
+    bounds = ([start], [start + size], [axes.index(axis)])
+    inputs = [self._full(x, aval, axes), *(self._integers(*row) for row in bounds)]
+    return self._node('Slice', inputs, axes)
 
   def _pad(self, equation, x, value):
     axes = _common_axes([x])

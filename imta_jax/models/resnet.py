@@ -65,7 +65,7 @@ class Block(nn.Module):
     if x.shape != y.shape and self.projects:
       x = self.conv_norm(features, 1, stride=self.stride, relu=False, name='shortcut')(x, train)
     elif x.shape != y.shape:
-      x = x[:, :: self.stride, :: self.stride]
+      x = jax.lax.slice(x, (0,) * 4, x.shape, (1, self.stride, self.stride, 1))
       x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
     return nn.relu(x + y)
 

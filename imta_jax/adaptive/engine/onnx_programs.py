@@ -150,7 +150,7 @@ class OnnxPrograms:
     size = len(arrays[0]) if self._runtime == 'openvino' else None
     program = self._programs.get((first, last, size))
     if program is None:
-      model = _join_stages(self._models[first:last], self._leaves[first:last], first, names)
+      model = join_stages(self._models[first:last], self._leaves[first:last], first, names)
       program = _onnxruntime_program(model) if size is None else _openvino_program(model, size)
       self._programs[first, last, size] = program
     return program(dict(zip(self._names[first], arrays, strict=True)), keep)
@@ -161,21 +161,25 @@ def _results(index, model):
   return [*(value.name for value in model.graph.output), f'stage_{index + 1}_probabilities']
 
 
-def _join_stages(models, weights, first, outputs):
+def join_stages(
+  models: Sequence[Any], weights: Sequence[Sequence[np.ndarray]], first: int, outputs: Sequence[str]
+) -> bytes:
   """Joins stages that follow each other, and gives them weights and probabilities.
 
   Args:
-    models: The stages, whose names differ.
+    models: The stages, see `read_models`.
     weights: [stage, leaf].
     first: The number of the first stage, counted from 0.
-    outputs: Names of the results.
+    outputs: Names of the results: of outputs of the stages, or `stage_k_probabilities`.
 
   Returns:
-    An onnx.ModelProto.
+    A serialised ONNX model.
   """
   from onnx import TensorProto, helper, numpy_helper
 
-  nodes, constants, values = [], [], {}
+  nodes: list[Any] = []
+  constants: list[Any] = []
+  values: dict[str, Any] = {}
   for index, (model, leaves) in enumerate(zip(models, weights, strict=True), start=first):
     graph = model.graph
     *_, logits, name = _results(index, model)
