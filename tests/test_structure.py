@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Users call these, and an export does without them.
-EXCEPTIONS = {'imta_jax.adaptive.engine.classifier': {'from_workdir', 'from_model', 'save'}}
+EXCEPTIONS = {
+  'imta_jax.adaptive.engine.classifier': {'from_workdir', 'from_model', 'onnx_models', 'save'}
+}
 
 
 def module_name(path):

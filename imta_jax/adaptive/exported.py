@@ -129,7 +129,7 @@ def read_export(
   validation = None
   if VALIDATION in contents:
     validation = _validation(folder, _arrays(folder, VALIDATION, contents[VALIDATION]), manifest)
-  stages = [partial(_call, program) for program in programs]
+  stages: list[Callable] = [partial(_call, program) for program in programs]
   return manifest, stages, weights, validation, [contents[name] for name in onnx_names]
 
 

@@ -218,7 +218,8 @@ class _Writer:
 
     def read(variable):
       if isinstance(variable, core.Literal):
-        return _constant(np.asarray(variable.val, variable.aval.dtype))
+        aval: Any = variable.aval
+        return _constant(np.asarray(variable.val, aval.dtype))
       return known[variable]
 
     for equation in closed.jaxpr.eqns:
@@ -397,7 +398,8 @@ class _Writer:
     axes, order = equation.params['axes'], _common_axes([x])
     positions = [order.index(axis) for axis in axes]
     kept = [axis for axis in order if axis not in axes]
-    inputs, attributes = [self._full(x, equation.invars[0].aval, order)], {'keepdims': 0}
+    inputs = [self._full(x, equation.invars[0].aval, order)]
+    attributes: dict[str, Any] = {'keepdims': 0}
     if self._opset < 18:
       attributes['axes'] = positions
     else:

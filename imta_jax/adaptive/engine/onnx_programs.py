@@ -6,13 +6,14 @@ OpenVINO faster still, so it compiles a program per batch size, in a fraction of
 
 import importlib.util
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from .batches import Carry, join_on_host
+from .batches import Carry, Join, join_on_host
 from .programs import Score, Tree, lower
 
 # Runtime → the packages that it needs.
@@ -20,6 +21,8 @@ RUNTIMES = {'openvino': ('onnx', 'openvino'), 'onnxruntime': ('onnx', 'onnxrunti
 
 # Programs of small batches take little longer per image, so that few rows are padding.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+# Batches up to this size are tried on a single thread, too.
+_SMALL = 2
 # With weights of more bytes, each of which OpenVINO copies into each program, there are fewer.
 _LARGE, _FEW_BATCH_SIZES = 2**25, (1, 4, 16, 64)
 
@@ -80,7 +83,6 @@ class OnnxPrograms:
   A carry is a tuple: maps, logits and probabilities.
   """
 
-  join = staticmethod(join_on_host)
   stops_early = compiles_slowly = False
   overhead = 4e6  # Measured as 0.1 ms, in which two cores compute as many multiply-adds.
 
@@ -108,10 +110,11 @@ class OnnxPrograms:
     size = sum(leaf.nbytes for of_stage in leaves for leaf in of_stage)
     default = _BATCH_SIZES if size <= _LARGE else _FEW_BATCH_SIZES
     self.batch_sizes = tuple(sorted(batch_sizes or default))
+    self.join: Join = join_on_host
     self._runtime, self._models, self._leaves, self._scores = runtime, models, leaves, scores
     images, *others = carries
     flat = [jax.tree.leaves(carry) for carry in others]
-    self.carries = [images, *((*arrays, arrays[-1]) for arrays in flat)]
+    self.carries: Sequence[Carry] = [images, *((*arrays, arrays[-1]) for arrays in flat)]
     # [stage], the names of what it reads: the images, or all that the stage before gives.
     self._names = [['images'], *(_results(index, model) for index, model in enumerate(models))]
     self._programs: dict[Any, Callable[..., list[np.ndarray]]] = {}
@@ -146,14 +149,20 @@ class OnnxPrograms:
 
   def _run(self, first, last, carry, names, keep):
     """Runs the stages `first` to `last` - 1, and returns some of their results."""
-    arrays = carry if first else (carry,)
-    size = len(arrays[0]) if self._runtime == 'openvino' else None
+    arrays = dict(zip(self._names[first], carry if first else (carry,), strict=True))
+    size = len(next(iter(arrays.values())))
+    if self._runtime == 'onnxruntime':  # Its programs take batches of any size.
+      size = min(size, _SMALL + 1)
     program = self._programs.get((first, last, size))
     if program is None:
       model = join_stages(self._models[first:last], self._leaves[first:last], first, names)
-      program = _onnxruntime_program(model) if size is None else _openvino_program(model, size)
+      open_program = _openvino_program if self._runtime == 'openvino' else _onnxruntime_program
+      program = open_program(model, size, num_threads=0)
+      if size <= _SMALL:
+        alone = open_program(model, size, num_threads=1)
+        program = min(program, alone, key=lambda program: _seconds(program, arrays))
       self._programs[first, last, size] = program
-    return program(dict(zip(self._names[first], arrays, strict=True)), keep)
+    return program(arrays, keep)
 
 
 def _results(index, model):
@@ -200,25 +209,42 @@ def join_stages(
   ).SerializeToString()
 
 
-def _openvino_program(model, size):
-  """Compiles a model for a batch size; returns a function of arrays by name."""
+def _seconds(program, arrays):
+  """The least time of a few runs."""
+  seconds = []
+  for _ in range(5):
+    start = time.perf_counter()
+    program(arrays, keep=False)
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def _openvino_program(model, size, num_threads):
+  """Compiles a model for a batch size and a number of threads, 0 for all cores.
+
+  Returns:
+    A function of arrays by name, and whether results must outlast its next call.
+  """
   import openvino
 
   network = openvino.Core().read_model(model)
   inputs = {port.any_name: [size, *list(port.partial_shape)[1:]] for port in network.inputs}
   network.reshape(inputs)
-  compiled = openvino.compile_model(network, 'CPU', {'PERFORMANCE_HINT': 'LATENCY'})
+  options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': num_threads}
+  compiled = openvino.compile_model(network, 'CPU', options)
   request, lock = compiled.create_infer_request(), threading.Lock()
   outputs = [(tuple(port.shape), port.element_type.to_dtype()) for port in compiled.outputs]
   reused = [np.empty(*output) for output in outputs]
-  read, written = dict.fromkeys(inputs), [None] * len(outputs)
+  # What the request reads and writes, which must exist as long as it does.
+  read: dict[str, Any] = dict.fromkeys(inputs)
+  written: list[Any] = [None] * len(outputs)
 
   def run(arrays, keep):
     results = [np.empty(*output) for output in outputs] if keep else reused
     with lock:
       for name, before in read.items():
         if (array := arrays[name]) is not before:
-          read[name] = array = np.require(array, requirements='CW')
+          read[name] = array = np.require(array, requirements=('C', 'W'))
           request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
       for index, result in enumerate(results):
         if result is not written[index]:
@@ -230,12 +256,15 @@ def _openvino_program(model, size):
   return run
 
 
-def _onnxruntime_program(model):
-  """Opens a model, for any batch size; returns a function of arrays by name."""
+def _onnxruntime_program(model, size, num_threads):
+  """As `_openvino_program`; the program takes any batch size."""
   import onnxruntime
 
+  del size
   options = onnxruntime.SessionOptions()
   # Threads that spin after a stage slow the next stage down.
+  options.intra_op_num_threads = num_threads
+  options.log_severity_level = 3  # Weights without readers are left in.
   options.add_session_config_entry('session.intra_op.allow_spinning', '0')
   session = onnxruntime.InferenceSession(model, options)
   names = [value.name for value in session.get_inputs()]

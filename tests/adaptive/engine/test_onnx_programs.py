@@ -1,0 +1,129 @@
+"""Runtimes other than XLA: which is taken, and which models are refused."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import imta_jax
+from imta_jax.adaptive.engine import AdaptiveClassifier, classifier, onnx_programs
+from imta_jax.adaptive.engine.runner import Runner
+from imta_jax.adaptive.exported import manifest_checksum
+
+onnx = pytest.importorskip('onnx')
+RUNTIMES = [
+  pytest.param(
+    name, marks=pytest.mark.skipif(name not in onnx_programs.installed_runtimes(), reason='missing')
+  )
+  for name in onnx_programs.RUNTIMES
+]
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_an_export_gives_the_same_answers_in_every_runtime(tiny_classifier, tiny_export, runtime):
+  images = np.random.default_rng(0).integers(0, 256, (7, *tiny_classifier.image.shape), np.uint8)
+  expected = tiny_classifier.predict(images, [0.5, 0])
+  exported = imta_jax.load(tiny_export, runtime=runtime)
+  answers = exported.predict(images, [0.5, 0])
+  np.testing.assert_array_equal(answers.exits, expected.exits)
+  np.testing.assert_allclose(answers.probabilities, expected.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize('fastest', ['xla', *RUNTIMES])
+def test_compile_takes_the_runtime_that_was_fastest(make_classifier, monkeypatch, images, fastest):
+  network = make_classifier('network')
+  expected = network.predict(images)
+
+  def seconds(self, size):
+    runtime = getattr(self.programs, '_runtime', 'xla')
+    return 1.0 if runtime == fastest else 2.0
+
+  monkeypatch.setattr(Runner, 'time_all_stages', seconds)
+  monkeypatch.setattr(Runner, 'compile', lambda self, largest: None)
+  assert network.compile().runtime == fastest
+  np.testing.assert_array_equal(network.predict(images).exits, expected.exits)
+
+
+def test_a_network_that_onnx_cannot_hold_runs_in_xla(monkeypatch):
+  def stage(weights, images):
+    logits = jax.lax.fori_loop(0, 3, lambda _, x: x @ weights, images.reshape(-1, 4))
+    return (), logits
+
+  image = jax.ShapeDtypeStruct((2, 2, 1), np.float32)
+  make = partial(
+    AdaptiveClassifier, [stage], [np.eye(4, dtype='f4')], [0.5], image, madds=[1.0], batch_sizes=[1]
+  )
+  monkeypatch.setattr(classifier, 'installed_runtimes', lambda: ['openvino'])
+  monkeypatch.setattr(classifier, 'check_runtime', lambda runtime: None)
+  with pytest.warns(UserWarning, match="cannot be written in ONNX: ONNX has nothing like 'scan'"):
+    assert make().compile(1).runtime == 'xla'
+  with pytest.raises(ValueError, match='cannot be written in ONNX'):
+    make(runtime='openvino')
+
+
+def test_runtimes_that_cannot_be_used_are_refused(tiny_export, monkeypatch):
+  with pytest.raises(
+    ValueError, match="'tensorrt' is unknown: choose xla, openvino or onnxruntime"
+  ):
+    imta_jax.load(tiny_export, runtime='tensorrt')
+  monkeypatch.setattr(onnx_programs, 'installed_runtimes', lambda: [])
+  with pytest.raises(ValueError, match="'openvino' is not installed: pip install onnx openvino"):
+    imta_jax.load(tiny_export, runtime='openvino')
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(ValueError, match="'openvino' is for CPUs: leave it out on a gpu"):
+    onnx_programs.check_runtime('openvino')
+
+
+@pytest.fixture
+def altered(tiny_export, tmp_path):
+  """A copy of an export, and a function that alters its first stage in ONNX."""
+  folder = tmp_path / 'export'
+  shutil.copytree(tiny_export, folder)
+
+  def alter(change, with_checksum):
+    import hashlib
+
+    path = folder / 'stage_1.onnx'
+    model = onnx.load_model_from_string(path.read_bytes())
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    if with_checksum:
+      manifest = json.loads((folder / 'manifest.json').read_text())
+      del manifest['manifest_sha256']
+      manifest['sha256'][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+      manifest['manifest_sha256'] = manifest_checksum(manifest)
+      (folder / 'manifest.json').write_text(json.dumps(manifest))
+    return folder
+
+  return alter
+
+
+def refer_to_a_file(model):
+  array = model.graph.initializer[0]
+  array.data_location = onnx.TensorProto.EXTERNAL
+  array.external_data.add(key='location', value='/etc/passwd')
+
+
+def call_a_foreign_operator(model):
+  model.graph.node[0].domain = 'com.example'
+
+
+def contain_a_graph(model):
+  model.graph.node[0].attribute.append(onnx.helper.make_attribute('body', onnx.GraphProto()))
+
+
+@pytest.mark.parametrize('change', [refer_to_a_file, call_a_foreign_operator, contain_a_graph])
+def test_altered_models_are_refused(altered, change):
+  with pytest.raises(ValueError, match=r'stage_1\.onnx has changed since it was written'):
+    imta_jax.load(altered(change, with_checksum=False))
+  folder = altered(change, with_checksum=True)
+  with pytest.raises(ValueError, match='refers to what is outside of it: do not use this export'):
+    onnx_programs.read_models(imta_jax.load(folder).onnx_models())
+
+
+def test_a_corrupt_model_is_refused():
+  with pytest.raises(ValueError, match='a stage in ONNX is corrupt: export again'):
+    onnx_programs.read_models([b'\xff\xff'])
