@@ -12,6 +12,10 @@ Costs = Mapping[int, float]
 # of the cost of a batch.
 _LEAST_TO_SPARE = 0.1
 
+# Stages run instead of a program that does not stop early where they are expected to take less time
+# by more than this fraction: times are not exact, and sorting images takes time, too.
+_LEAST_TO_GAIN = 0.05
+
 # Among batch sizes within 10 % of the lowest cost per image, the largest is used.
 _TIE = 0.1
 
@@ -96,7 +100,7 @@ class BatchPlan:
       if fraction:
         together = min(total * fraction, self.full_batch)
         by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
-    return bool(fused < by_stages)
+    return bool(fused < (1 if self._stops_early else 1 + _LEAST_TO_GAIN) * by_stages)
 
   def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:
     """[stage], the expected fraction of images that runs each stage.

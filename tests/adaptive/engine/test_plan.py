@@ -83,6 +83,9 @@ def test_one_program_that_does_not_stop_early_costs_all_stages():
   thresholds = np.float32([known[0][0]])
   assert not BatchPlan(stages, fused, known, stops_early=False).is_faster_fused(1, thresholds, 1)
   everyone_stays = np.full((1, 3), np.inf, np.float32)
+  nearly_as_cheap = {1: 18.5}  # Than 6 + 6 + 6.
+  assert BatchPlan(stages, nearly_as_cheap, known, False).is_faster_fused(1, everyone_stays, 1)
+  assert not BatchPlan(stages, nearly_as_cheap, known).is_faster_fused(1, everyone_stays, 1)
   assert BatchPlan(stages, fused, known, False).is_faster_fused(1, everyone_stays, 1)
 
 
