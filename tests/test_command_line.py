@@ -56,8 +56,8 @@ def test_arguments_reach_the_network_together(is_export, tmp_path, monkeypatch):
     monkeypatch.setattr(
       AdaptiveClassifier, name, lambda *args, name=name, **fields: calls.append((name, fields))
     )
-  limits = {'latency': None, 'max_loss': 0.1, 'confidence': 0.8}
-  arguments = [str(tmp_path), '--max_loss=0.1', '--confidence=0.8']
+  limits = {'latency': None, 'max_loss': 0.1, 'confidence': 0.8, 'runtime': 'openvino'}
+  arguments = [str(tmp_path), '--max_loss=0.1', '--confidence=0.8', '--runtime=openvino']
   if is_export:
     (tmp_path / MANIFEST).touch()
     expected = ('load', limits)

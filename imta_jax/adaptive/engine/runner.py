@@ -197,7 +197,7 @@ class Runner:
     carries = [pixels, *(zeros(one, size) for one in others)]
 
     def run(stage):
-      if size == 1:  # As `run_together` runs it.
+      if size == 1 and not self.programs.stops_early:  # As `run_together` runs it.
         np.asarray(self.programs.run_stage(stage, carries[stage], thresholds[:, stage], False)[-1])
         return
       # The carries of a previous stage are joined.
