@@ -41,8 +41,6 @@ def run(main: Callable[[], int | None], usage_status: int = 2) -> None:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     print('HOME is not set: caches and downloaded data sets are not kept', file=sys.stderr)
   warnings.filterwarnings('ignore', module='PIL')  # They do not name the file; errors do.
-  # OpenVINO reports to its makers in a process of its own.
-  warnings.filterwarnings('ignore', message='os.fork', category=RuntimeWarning)
   warnings.formatwarning = lambda message, *_, **__: f'warning: {message}\n'
   jax.config.update('jax_enable_x64', False)  # It would change random draws, and types of sums.
   try:

@@ -4,7 +4,10 @@ On CPUs their convolutions are faster than those of XLA. Shapes that are known i
 OpenVINO faster still, so it compiles a program per batch size, in a fraction of a second.
 """
 
+import functools
+import importlib
 import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -219,19 +222,40 @@ def _seconds(program, arrays):
   return min(seconds)
 
 
+@functools.cache
+def _openvino_core():
+  """OpenVINO's plugins, which must not be unloaded while threads of theirs exist."""
+  return _import_openvino().Core()
+
+
+def _import_openvino():
+  """Imports OpenVINO without its telemetry, which it can do without.
+
+  Telemetry forks this process and terminates the fork. A server would stop, since its event loop
+  shares with the fork the socket that tells it of signals.
+  """
+  telemetry = 'openvino_telemetry'
+  if telemetry in sys.modules:
+    return importlib.import_module('openvino')
+  sys.modules[telemetry] = None  # type: ignore[assignment]  # As if it were not installed.
+  try:
+    return importlib.import_module('openvino')
+  finally:
+    del sys.modules[telemetry]
+
+
 def _openvino_program(model, size, num_threads):
   """Compiles a model for a batch size and a number of threads, 0 for all cores.
 
   Returns:
     A function of arrays by name, and whether results must outlast its next call.
   """
-  import openvino
-
-  network = openvino.Core().read_model(model)
+  openvino, core = _import_openvino(), _openvino_core()
+  network = core.read_model(model)
   inputs = {port.any_name: [size, *list(port.partial_shape)[1:]] for port in network.inputs}
   network.reshape(inputs)
   options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': num_threads}
-  compiled = openvino.compile_model(network, 'CPU', options)
+  compiled = core.compile_model(network, 'CPU', options)
   request, lock = compiled.create_infer_request(), threading.Lock()
   outputs = [(tuple(port.shape), port.element_type.to_dtype()) for port in compiled.outputs]
   reused = [np.empty(*output) for output in outputs]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -127,3 +129,18 @@ def test_altered_models_are_refused(altered, change):
 def test_a_corrupt_model_is_refused():
   with pytest.raises(ValueError, match='a stage in ONNX is corrupt: export again'):
     onnx_programs.read_models([b'\xff\xff'])
+
+
+def test_openvino_starts_no_process():
+  """Its telemetry would, and terminate it, whereupon the event loop of a server stops."""
+  pytest.importorskip('openvino')
+  code = (
+    'import os, sys, time\n'
+    'os.fork = lambda: print("forked")\n'
+    'from imta_jax.adaptive.engine.onnx_programs import _import_openvino\n'
+    '_import_openvino().Core()\n'
+    'time.sleep(0.5)\n'
+    'print("openvino_telemetry" in sys.modules)'
+  )
+  printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert printed.stdout == 'False\n'
