@@ -139,8 +139,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     '--runtime',
-    help="what runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which are faster "
-    'and start sooner; default: xla, or for a server the fastest that is installed',
+    help="what runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which start sooner "
+    'and are often faster; default: xla, or for a server the fastest that is installed',
   )
 
 

@@ -35,9 +35,9 @@ def load(
     phase: Index of the training phase of a workdir, counted from 0; the last one by default.
     rule: Name of the exit rule, for a workdir; see `AdaptiveClassifier.from_workdir`.
     sweep: Where thresholds come from, for a workdir: 'geometric' or 'optimal'; likewise.
-    runtime: What runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which are faster
-      and start sooner. By default it is XLA until `AdaptiveClassifier.compile` compares those that
-      are installed.
+    runtime: What runs the network: 'xla', or on CPUs 'openvino' or 'onnxruntime', which start
+      sooner and are often faster. By default it is XLA until `AdaptiveClassifier.compile` compares
+      those that are installed.
 
   Returns:
     A classifier of uint8 images.
