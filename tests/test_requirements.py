@@ -51,7 +51,7 @@ def test_every_range_begins_with_the_oldest_set(requirements):
     else:
       without_bound.add(str(requirement))
   # The extras for accelerators follow jax.
-  assert without_bound == {'jax<0.11', 'jax[cuda13]', 'jax[tpu]'}
+  assert without_bound == {'jax[cuda13]', 'jax[tpu]'}
 
 
 @pytest.mark.parametrize('path', ['README.md', 'docs/tpu-pods.md', 'docs/gpu-clusters.md'])
