@@ -109,14 +109,19 @@ class OnnxPrograms:
       carries: [stage], the input of each stage for one image: see `XlaPrograms`.
       batch_sizes: See `Programs`; default: as many as pay.
     """
-    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in weights]
+    leaves = [
+      [np.asarray(leaf, _dtype(leaf)) for leaf in jax.tree.leaves(tree)] for tree in weights
+    ]
     size = sum(leaf.nbytes for of_stage in leaves for leaf in of_stage)
     default = _BATCH_SIZES if size <= _LARGE else _FEW_BATCH_SIZES
     self.batch_sizes = tuple(sorted(batch_sizes or default))
     self.join: Join = join_on_host
     self._runtime, self._models, self._leaves, self._scores = runtime, models, leaves, scores
     images, *others = carries
-    flat = [jax.tree.leaves(carry) for carry in others]
+    flat = [
+      [jax.ShapeDtypeStruct(array.shape, _dtype(array)) for array in jax.tree.leaves(carry)]
+      for carry in others
+    ]
     self.carries: Sequence[Carry] = [images, *((*arrays, arrays[-1]) for arrays in flat)]
     # [stage], the names of what it reads: the images, or all that the stage before gives.
     self._names = [['images'], *(_results(index, model) for index, model in enumerate(models))]
@@ -166,6 +171,11 @@ class OnnxPrograms:
         program = min(program, alone, key=lambda program: _seconds(program, arrays))
       self._programs[first, last, size] = program
     return program(arrays, keep)
+
+
+def _dtype(array):
+  """The type in the models, which compute in float32 what is bfloat16."""
+  return np.dtype(np.float32) if array.dtype == jax.numpy.bfloat16 else array.dtype
 
 
 def _results(index, model):

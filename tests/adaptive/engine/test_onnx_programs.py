@@ -49,6 +49,31 @@ def test_compile_takes_the_runtime_that_was_fastest(make_classifier, monkeypatch
   np.testing.assert_array_equal(network.predict(images).exits, expected.exits)
 
 
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_a_network_in_half_precision_computes_in_float32(
+  tiny_msdnet, random_variables, images, runtime
+):
+  fields = {'num_classes': 5, 'collaboration': 'network'}
+  shape = images.shape[1:]
+  variables = random_variables(tiny_msdnet(**fields), shape)
+
+  def make(dtype, runtime):
+    return AdaptiveClassifier.from_model(
+      tiny_msdnet(**fields, dtype=dtype),
+      variables,
+      [np.inf] * 2,
+      shape,
+      mean=(0.5,) * 3,
+      std=(0.2,) * 3,
+      runtime=runtime,
+      batch_sizes=(1, 4),
+    )
+
+  expected = make(jax.numpy.float32, 'xla').predict(images)
+  answers = make(jax.numpy.bfloat16, runtime).compile().predict(images)
+  np.testing.assert_allclose(answers.probabilities, expected.probabilities, atol=1e-2)
+
+
 def test_a_network_that_onnx_cannot_hold_runs_in_xla(monkeypatch):
   def stage(weights, images):
     logits = jax.lax.fori_loop(0, 3, lambda _, x: x @ weights, images.reshape(-1, 4))
