@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from imta_jax import models
-from imta_jax.adaptive.engine import AdaptiveClassifier
-
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
@@ -33,19 +30,6 @@ def exported(classifier, tmp_path_factory):
 
 def test_each_stage_gives_our_results(classifier, exported, images):
   assert_stages_agree(classifier, exported, images)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('name', 'fields'), [('efficientnet_lite', {}), ('vit', {'size': 'ti'})])
-def test_networks_with_pretrained_weights_give_our_results(
-  name, fields, random_variables, tmp_path
-):
-  model = models.create(name, exits_after=(4,), num_classes=5, collaboration='network', **fields)
-  shape = (64, 64, 3)
-  classifier = AdaptiveClassifier.from_model(model, random_variables(model, shape), [0.5, 0], shape)
-  export_onnx.write_export(classifier, epath.Path(tmp_path / 'onnx'))
-  images = np.random.default_rng(0).standard_normal((3, *shape), np.float32)
-  assert_stages_agree(classifier, tmp_path / 'onnx', images)
 
 
 def assert_stages_agree(classifier, exported, images):
