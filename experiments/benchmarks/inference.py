@@ -33,6 +33,7 @@ from imta_jax import command_line, files
 from imta_jax import config as config_lib
 from imta_jax.adaptive.compiler import compiler_options
 from imta_jax.adaptive.engine import AdaptiveClassifier, OperatingPoint
+from imta_jax.adaptive.engine.onnx_programs import import_openvino, join_stages, read_models
 from imta_jax.command_line import list_of, positive
 from imta_jax.data import arrays, image_folder
 from imta_jax.data.pipeline import open_dataset
@@ -199,8 +200,6 @@ def whole_networks(classifier: AdaptiveClassifier, peer: Any | None) -> dict[str
 
 def _read_stages(classifier):
   """Writes the network as one ONNX model."""
-  from imta_jax.adaptive.engine.onnx_programs import join_stages, read_models
-
   weights = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in classifier.weights]
   models = read_models(classifier.onnx_models())
   return join_stages(models, weights, 0, [models[-1].graph.output[-1].name])
@@ -220,9 +219,7 @@ def _torch_to_onnx(peer, example):
 
 def openvino_program(model: bytes) -> Program:
   """OpenVINO, compiled for each batch size."""
-  import openvino
-
-  requests = {}
+  openvino, requests = import_openvino(), {}
 
   def program(images):
     if len(images) not in requests:

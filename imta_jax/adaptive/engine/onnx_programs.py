@@ -235,10 +235,10 @@ def _seconds(program, arrays):
 @functools.cache
 def _openvino_core():
   """OpenVINO's plugins, which must not be unloaded while threads of theirs exist."""
-  return _import_openvino().Core()
+  return import_openvino().Core()
 
 
-def _import_openvino():
+def import_openvino() -> Any:
   """Imports OpenVINO without its telemetry, which it can do without.
 
   Telemetry forks this process and terminates the fork. A server would stop, since its event loop
@@ -260,7 +260,7 @@ def _openvino_program(model, size, num_threads):
   Returns:
     A function of arrays by name, and whether results must outlast its next call.
   """
-  openvino, core = _import_openvino(), _openvino_core()
+  openvino, core = import_openvino(), _openvino_core()
   network = core.read_model(model)
   inputs = {port.any_name: [size, *list(port.partial_shape)[1:]] for port in network.inputs}
   network.reshape(inputs)

@@ -162,8 +162,8 @@ def test_openvino_starts_no_process():
   code = (
     'import os, sys, time\n'
     'os.fork = lambda: print("forked")\n'
-    'from imta_jax.adaptive.engine.onnx_programs import _import_openvino\n'
-    '_import_openvino().Core()\n'
+    'from imta_jax.adaptive.engine.onnx_programs import import_openvino\n'
+    'import_openvino().Core()\n'
     'time.sleep(0.5)\n'
     'print("openvino_telemetry" in sys.modules)'
   )
