@@ -185,7 +185,7 @@ class _Writer:
     # What is in the graph already: constants by content, transposed tensors by name and axes.
     self._names: dict[Any, str] = {}
     # Sum → the mean of the same terms, and their number.
-    self._means: dict[str, tuple[_Tensor, int]] = {}
+    self._means: dict[str, tuple[str, int]] = {}
 
   def input(self, name, spec):
     self._inputs.append(_value_info(name, spec))
@@ -319,8 +319,8 @@ class _Writer:
       return None
     if kind == 'Max' and y.item() == 0:
       return self._node('Relu', [x.name], x.axes, x.is_compact)
-    mean, count = self._means.get(x.name, (None, 0))
-    return mean if kind == 'Div' and y.item() == count else None
+    mean, count = self._means.get(x.name, ('', 0))
+    return dataclasses.replace(x, name=mean) if kind == 'Div' and y.item() == count else None
 
   def _square(self, equation, x):
     return self._elementwise('Mul', x, x)
@@ -385,7 +385,7 @@ class _Writer:
 
   def _sum(self, mean, count):
     total = self._elementwise('Mul', mean, np.array(count, np.float32))
-    self._means[total.name] = mean, count
+    self._means[total.name] = mean.name, count
     return total
 
   def _reduce_max(self, equation, x):

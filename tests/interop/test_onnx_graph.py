@@ -53,6 +53,7 @@ FUNCTIONS = {
   'average pooling': lambda w, x: (
     jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), 'VALID') / 4
   ),
+  'a mean whose axes change': lambda w, x: x.sum(axis=1).transpose(2, 0, 1) / 6,
   'a dense layer': lambda w, x: x.mean(axis=(1, 2)) @ w['matrix'] + 1,
   'the extremes': lambda w, x: jnp.minimum(x.max(axis=(1, 2)), 0.5) - x.min(axis=(1, 2)),
   'a part of a map of two': lambda w, x: jax.lax.slice(

@@ -24,7 +24,6 @@ from .runner import Runner
 # The runtime of the programs that JAX compiles.
 XLA = 'xla'
 
-
 # `compile` compares runtimes by an image alone and by a batch.
 _TRIAL_SIZES = (1, 16)
 

@@ -29,7 +29,6 @@ _SMALL = 2
 # With weights of more bytes, each of which OpenVINO copies into each program, there are fewer.
 _LARGE, _FEW_BATCH_SIZES = 2**25, (1, 4, 16, 64)
 
-
 # The types of attributes of the nodes that `read_models` accepts: FLOAT, INT, STRING, FLOATS, INTS.
 _PLAIN = (1, 2, 3, 6, 7)
 
@@ -86,7 +85,7 @@ class OnnxPrograms:
   A carry is a tuple: maps, logits and probabilities.
   """
 
-  stops_early = compiles_slowly = False
+  stops_early = False
   overhead = 4e6  # Measured as 0.1 ms, in which two cores compute as many multiply-adds.
 
   def __init__(
@@ -296,9 +295,9 @@ def _onnxruntime_program(model, size, num_threads):
 
   del size
   options = onnxruntime.SessionOptions()
-  # Threads that spin after a stage slow the next stage down.
   options.intra_op_num_threads = num_threads
   options.log_severity_level = 3  # Weights without readers are left in.
+  # Threads that spin after a stage slow the next stage down.
   options.add_session_config_entry('session.intra_op.allow_spinning', '0')
   session = onnxruntime.InferenceSession(model, options)
   names = [value.name for value in session.get_inputs()]

@@ -119,7 +119,7 @@ class BatchPlan:
 
 
 def expected_costs(
-  madds: Sequence[float], sizes: Sequence[int], overhead: float, compiles_slowly: bool = True
+  madds: Sequence[float], sizes: Sequence[int], overhead: float, stops_early: bool = True
 ) -> tuple[Sequence[Costs], Costs]:
   """Assumed costs of batches until they are timed, in multiply-adds.
 
@@ -127,7 +127,7 @@ def expected_costs(
     madds: [exit], of an image that leaves there.
     sizes: All batch sizes.
     overhead: Cost of running a program besides its images.
-    compiles_slowly: Whether the fused program is left out where it is not worth compiling.
+    stops_early: See `BatchPlan`. Such a fused program is left out where it is not worth compiling.
 
   Returns:
     Costs of each stage, and of the fused program.
@@ -137,7 +137,7 @@ def expected_costs(
   fused = {
     size: overhead + size * madds[-1]
     for size in sizes
-    if size == 1 or not compiles_slowly or spared > _LEAST_TO_SPARE * size * madds[-1]
+    if size == 1 or not stops_early or spared > _LEAST_TO_SPARE * size * madds[-1]
   }
   return stages, fused
 

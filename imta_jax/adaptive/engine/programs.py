@@ -47,8 +47,8 @@ class Programs(Protocol):
     batch_sizes: The sizes to use, in ascending order.
     carries: [stage], shapes of the input of each stage for one image.
     join: Joins rows of several carries.
-    stops_early: Whether `run_all_stages` stops when all images have left.
-    compiles_slowly: Whether programs are compiled only where they save much.
+    stops_early: Whether `run_all_stages` stops when all images have left; otherwise it is the
+      whole network, for when early exits do not pay.
     overhead: Assumed cost of running a program besides its images, in multiply-adds.
   """
 
@@ -56,7 +56,6 @@ class Programs(Protocol):
   carries: Sequence[Carry]
   join: Join
   stops_early: bool
-  compiles_slowly: bool
   overhead: float
 
   def run_stage(
@@ -92,7 +91,7 @@ class Programs(Protocol):
 class XlaPrograms:
   """Programs that XLA compiles; see `Programs`."""
 
-  stops_early = compiles_slowly = True
+  stops_early = True
 
   def __init__(
     self,

@@ -59,7 +59,7 @@ class Runner:
     self.programs = programs
     self._known_exit_fractions, self._lock = known_exit_fractions, threading.Lock()
     stage_costs, fused_costs = expected_costs(
-      madds, programs.batch_sizes, programs.overhead, programs.compiles_slowly
+      madds, programs.batch_sizes, programs.overhead, programs.stops_early
     )
     self._fused_sizes = tuple(fused_costs)
     self.plan = self._plan(stage_costs, fused_costs)

@@ -73,7 +73,7 @@ def test_one_program_is_for_batches_in_which_programs_cost_much():
   assert stages == [{1: 18, 4: 48, 16: 168}, {1: 28, 4: 88, 16: 328}]
   assert fused == {1: 38}
   assert list(expected_costs([10, 30], SIZES, 31)[1]) == [1, 4]
-  assert list(expected_costs([10, 30], SIZES, 8, compiles_slowly=False)[1]) == [1, 4, 16]
+  assert list(expected_costs([10, 30], SIZES, 8, stops_early=False)[1]) == [1, 4, 16]
 
 
 def test_one_program_that_does_not_stop_early_costs_all_stages():
