@@ -73,11 +73,10 @@ class Batch(NamedTuple):
   indices: np.ndarray
   thresholds: np.ndarray
 
-  def bounds(self, exits: int | slice = slice(None)) -> np.ndarray:
-    """Thresholds per row, [row, exit] or [row] for one exit; minus infinity for padding."""
-    thresholds = self.thresholds[:, exits]
-    bounds = np.full((capacity(self.carry), *thresholds.shape[1:]), -np.inf, np.float32)
-    bounds[self.rows] = thresholds
+  def bounds(self) -> np.ndarray:
+    """Thresholds [row, exit]; minus infinity for padding."""
+    bounds = np.full((capacity(self.carry), *self.thresholds.shape[1:]), -np.inf, np.float32)
+    bounds[self.rows] = self.thresholds
     return bounds
 
   def divide(

@@ -125,43 +125,38 @@ class OnnxPrograms:
     # [stage], the names of what it reads: the images, or all that the stage before gives.
     self._names = [['images'], *(_results(index, model) for index, model in enumerate(models))]
     self._programs: dict[Any, Callable[..., list[np.ndarray]]] = {}
-    self._lock = threading.Lock()
 
-  def run_stage(
-    self, index: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+  def run(
+    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, np.ndarray, np.ndarray]:
-    results = self._run(index, index + 1, carry, self._names[index + 1], keep)
-    probabilities = results[-1]
-    before = carry[-1] if index else probabilities
-    leaves = self._scores[index](probabilities, before) >= lower(thresholds)
-    return tuple(results), probabilities, leaves
-
-  def run_all_stages(
-    self, images: np.ndarray, thresholds: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    names = [names[-1] for names in self._names[1:]]
-    with self._lock:
-      probabilities = np.stack(self._run(0, len(names), images, names, keep=False))
-    befores = probabilities[[0, *range(len(names) - 1)]]
-    scores = [
-      score(*pair) for score, *pair in zip(self._scores, probabilities, befores, strict=True)
+    *early, results = self._run(first, last, carry, keep)
+    probabilities = [*early, results[-1]]
+    befores = [carry[-1] if first else probabilities[0], *early]
+    leaves = [
+      self._scores[index](p, q) >= lower(thresholds[:, index])
+      for index, p, q in zip(range(first, last), probabilities, befores, strict=True)
     ]
-    leaves = np.stack(scores) >= lower(thresholds.T)
-    leaves[-1] = True  # NaN included.
-    exits = leaves.argmax(axis=0)
-    return probabilities[exits, np.arange(len(images))], exits
+    if last == len(self._models):
+      leaves[-1][:] = True  # NaN included.
+    chosen = probabilities[-1]
+    exits = np.where(leaves[-1], last - 1, -1)
+    for index in reversed(range(len(early))):
+      exits = np.where(leaves[index], first + index, exits)
+      chosen = np.where(leaves[index][:, np.newaxis], early[index], chosen)
+    return results, chosen, exits
 
   def compile_joins(self, sizes: Sequence[int]) -> None:
     pass
 
-  def _run(self, first, last, carry, names, keep):
-    """Runs the stages `first` to `last` - 1, and returns some of their results."""
+  def _run(self, first, last, carry, keep):
+    """Runs stages; returns the probabilities of all but the last one, and the results of that."""
     arrays = dict(zip(self._names[first], carry if first else (carry,), strict=True))
     size = len(next(iter(arrays.values())))
     if self._runtime == 'onnxruntime':  # Its programs take batches of any size.
       size = min(size, _SMALL + 1)
     program = self._programs.get((first, last, size))
     if program is None:
+      names = [*(names[-1] for names in self._names[first + 1 : last]), *self._names[last]]
       model = join_stages(self._models[first:last], self._leaves[first:last], first, names)
       open_program = _openvino_program if self._runtime == 'openvino' else _onnxruntime_program
       program = open_program(model, size, num_threads=0)
@@ -169,7 +164,9 @@ class OnnxPrograms:
         alone = open_program(model, size, num_threads=1)
         program = min(program, alone, key=lambda program: _seconds(program, arrays))
       self._programs[first, last, size] = program
-    return program(arrays, keep)
+    results = program(arrays, keep)
+    num_early = last - first - 1
+    return *results[:num_early], results[num_early:]
 
 
 def _dtype(array):
@@ -297,8 +294,8 @@ def _onnxruntime_program(model, size, num_threads):
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = num_threads
   options.log_severity_level = 3  # Weights without readers are left in.
-  # Threads that spin after a stage slow the next stage down.
-  options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+  # Threads that still spin after a stage slow the next stage down.
+  options.add_session_config_entry('session.force_spinning_stop', '1')
   session = onnxruntime.InferenceSession(model, options)
   names = [value.name for value in session.get_inputs()]
 

@@ -1,4 +1,4 @@
-"""Chooses batch sizes by the cost of batches."""
+"""Chooses batch sizes, and the stages that run as one program, by the cost of batches."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ Costs = Mapping[int, float]
 # of the cost of a batch.
 _LEAST_TO_SPARE = 0.1
 
-# Stages run instead of a program that does not stop early where they are expected to take less time
-# by more than this fraction: times are not exact, and sorting images takes time, too.
+# Programs are divided where that is expected to take less time by more than this fraction: times
+# are not exact, and sorting images takes time, too.
 _LEAST_TO_GAIN = 0.05
 
 # Among batch sizes within 10 % of the lowest cost per image, the largest is used.
@@ -21,7 +21,7 @@ _TIE = 0.1
 
 
 class BatchPlan:
-  """Batch sizes, and which batches run as the fused program of all stages.
+  """Batch sizes, and which stages run as one program.
 
   Attributes:
     full_batch: The batch size if there are enough images. It is the same for all stages, so that a
@@ -39,27 +39,39 @@ class BatchPlan:
 
     Args:
       stage_costs: [stage], cost of a batch.
-      fused_costs: Cost of a batch in the fused program if no image leaves before the last exit.
+      fused_costs: Cost of a batch in the program of all stages if no image leaves before the last
+        exit; batches of other sizes run stage by stage.
       known_exit_fractions: Pairs (thresholds [exit], fraction of the images that leave at each
         exit [exit]).
-      stops_early: Whether the fused program stops when all images have left.
+      stops_early: See `programs.Programs`.
     """
-    self._stops_early = stops_early
-    self._stage_costs, self._fused_costs = tuple(stage_costs), fused_costs
-    image_costs = {
-      size: sum(costs[size] for costs in stage_costs) / size for size in stage_costs[0]
+    self._stops_early, self._num_stages = stops_early, len(stage_costs)
+    self._costs = {
+      size: np.array([costs[size] for costs in stage_costs]) for size in stage_costs[0]
     }
+    # What a program of several stages spares, for each stage but the first.
+    self._spared = {
+      size: (self._costs[size].sum() - cost) / max(1, self._num_stages - 1)
+      for size, cost in fused_costs.items()
+    }
+    image_costs = {size: costs.sum() / size for size, costs in self._costs.items()}
     most = (1 + _TIE) * min(image_costs.values())
     self.full_batch = max(size for size, cost in image_costs.items() if cost <= most)
-    self._least_costs, self._first_batches = zip(
-      *(cheapest_batches(costs, self.full_batch) for costs in stage_costs), strict=True
-    )
+    # (first, last) → see `cheapest_batches`.
+    self._batches = {
+      (first, last): cheapest_batches(
+        {size: self._cost(first, last, size) for size in self._costs}, self.full_batch
+      )
+      for first in range(self._num_stages)
+      for last in range(first + 1, self._num_stages + 1)
+      if last == first + 1 or not stops_early
+    }
     self._reached = {
       np.asarray(thresholds, np.float32).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
       for thresholds, fractions in known_exit_fractions
     }
     # The same thresholds are used again and again, and this takes as long as part of a small stage.
-    self._cached_expectation = functools.lru_cache(maxsize=256)(self._expect_faster_fused)
+    self._cached_last_stage = functools.lru_cache(maxsize=256)(self._find_last_stage)
 
   def first_batch(self, stage: int, count: int) -> int:
     """The size of the next batch.
@@ -68,39 +80,61 @@ class BatchPlan:
       stage: The stage, counted from 0.
       count: Number of images queued for it.
     """
-    return self._first_batches[stage][min(count, self.full_batch)]
+    _, first_batches = self._batches[stage, stage + 1]
+    return first_batches[min(count, self.full_batch)]
 
-  def is_faster_fused(self, size: int, thresholds: np.ndarray, total: float) -> bool:
-    """Whether the fused program is likely to be faster for a batch than stage by stage.
+  def last_stage(self, first: int, size: int, thresholds: np.ndarray, total: float) -> int:
+    """The stage before which a program that starts with another one should end.
 
     Args:
+      first: The stage with which it starts, counted from 0.
       size: Capacity of the batch.
       thresholds: [image, exit], float32, of the images in it.
-      total: Number of images that share batches in later stages, these included.
+      total: Number of images that share batches in later stages, these included, before any left.
     """
-    return self._cached_expectation(size, thresholds.tobytes(), total)
+    return self._cached_last_stage(first, size, thresholds.tobytes(), total)
 
-  def _expect_faster_fused(self, size, thresholds, total):
-    if size not in self._fused_costs:
-      return False
-    thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, len(self._stage_costs))
+  def _find_last_stage(self, first, size, thresholds, total):
+    lasts = range(first + 1, self._num_stages + 1)
+    if self._stops_early:
+      lasts = sorted({first + 1, self._num_stages} if first == 0 else {first + 1})
+    if size not in self._spared or len(lasts) == 1:
+      return first + 1
+    thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, self._num_stages)
     count = len(thresholds)
     if (thresholds == thresholds[0]).all():
       reached = self.reached_stages(thresholds[0])
     else:
       reached = np.mean([self.reached_stages(row) for row in thresholds], axis=0)
-    costs = np.array([costs[size] for costs in self._stage_costs])
-    # Every row runs a stage that any image reaches; each stage costs less than as its own program.
-    runs = 1 - (1 - reached) ** count if self._stops_early else np.ones(len(costs))
-    spared = (costs.sum() - self._fused_costs[size]) / max(1, len(costs) - 1)
-    fused = costs[0] + np.dot(costs[1:] - spared, runs[1:])
-    # Stage by stage, only the images that reach a stage run it.
-    by_stages = costs[0]
-    for fraction, least in zip(reached[1:], self._least_costs[1:], strict=True):
-      if fraction:
-        together = min(total * fraction, self.full_batch)
-        by_stages += np.interp(together, np.arange(len(least)), least) / together * fraction * count
-    return bool(fused < (1 if self._stops_early else 1 + _LEAST_TO_GAIN) * by_stages)
+    reached = reached / (reached[first] or 1)
+    # [stage], the least cost of all that follows for the images of this batch, which run it in
+    # batches with others.
+    rest = np.zeros(self._num_stages + 1)
+    for stage in reversed(range(first + 1, self._num_stages)):
+      rest[stage] = min(
+        self._cost_of_share(stage, last, reached[stage], count, total) + rest[last]
+        for last in range(stage + 1, self._num_stages + 1)
+        if (stage, last) in self._batches
+      )
+    # A stage runs for every row if any image reaches it, or the program runs to its end.
+    runs = 1 - (1 - reached) ** count if self._stops_early else np.ones(self._num_stages)
+    costs = {last: self._cost(first, last, size, runs) + rest[last] for last in lasts}
+    most = (1 if self._stops_early else 1 + _LEAST_TO_GAIN) * min(costs.values())
+    return max(last for last, cost in costs.items() if cost <= most)
+
+  def _cost(self, first, last, size, runs=None):
+    """Cost of a program of some stages, each of which runs with a probability."""
+    costs = self._costs[size][first:last].copy()
+    costs[1:] = np.maximum(costs[1:] - self._spared.get(size, 0), 0)
+    return costs.sum() if runs is None else np.dot(costs, runs[first:last])
+
+  def _cost_of_share(self, first, last, fraction, count, total):
+    """Cost of a program for those of `count` images that reach it."""
+    together = min(total * fraction, self.full_batch)
+    if not together:
+      return 0.0
+    least, _ = self._batches[first, last]
+    return np.interp(together, np.arange(len(least)), least) / together * fraction * count
 
   def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:
     """[stage], the expected fraction of images that runs each stage.

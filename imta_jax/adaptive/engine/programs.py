@@ -47,8 +47,8 @@ class Programs(Protocol):
     batch_sizes: The sizes to use, in ascending order.
     carries: [stage], shapes of the input of each stage for one image.
     join: Joins rows of several carries.
-    stops_early: Whether `run_all_stages` stops when all images have left; otherwise it is the
-      whole network, for when early exits do not pay.
+    stops_early: Whether the program of all stages stops when all images have left; then no other
+      stages share a program. Otherwise a program runs to its end, and any stages can share one.
     overhead: Assumed cost of running a program besides its images, in multiply-adds.
   """
 
@@ -58,30 +58,21 @@ class Programs(Protocol):
   stops_early: bool
   overhead: float
 
-  def run_stage(
-    self, index: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+  def run(
+    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, Array, Array]:
-    """Runs a stage.
+    """Runs stages `first` to `last` - 1 as one program.
 
     Args:
-      index: The stage, counted from 0.
-      carry: Its input.
-      thresholds: [row] of its exit.
-      keep: Whether results must outlast the next call with this stage and number of rows.
+      first: The first stage, counted from 0.
+      last: The stage after the last one to run.
+      carry: The input of the first one.
+      thresholds: [row, exit], of all exits.
+      keep: Whether results must outlast the next call with these stages and number of rows.
 
     Returns:
-      The next carry, probabilities [row, class], and which images leave [row].
-    """
-
-  def run_all_stages(self, images: np.ndarray, thresholds: np.ndarray) -> tuple[Array, Array]:
-    """Runs all stages.
-
-    Args:
-      images: [row, height, width, channels].
-      thresholds: [row, exit].
-
-    Returns:
-      Probabilities [row, class] at the exit that an image takes, and this exit [row].
+      The input of stage `last`, unless that was the last one; probabilities [row, class] at the
+      exit that an image takes; and this exit [row], or -1 if the image stays.
     """
 
   def compile_joins(self, sizes: Sequence[int]) -> None:
@@ -114,17 +105,20 @@ class XlaPrograms:
     self.batch_sizes, self.carries = tuple(sorted(batch_sizes)), carries
     self.join: Join = join_on_host if is_on_cpu else join_on_device
     self.overhead = _OVERHEAD_ON_CPU if is_on_cpu else _OVERHEAD_ON_ACCELERATORS
-    self._stages = [
-      _program(partial(_run_stage, stage, score), of_stage)
-      for stage, score, of_stage in zip(stages, scores, weights, strict=True)
+    runs = [
+      partial(_run_stage, index, stage, score, index + 1 == len(stages))
+      for index, (stage, score) in enumerate(zip(stages, scores, strict=True))
     ]
-    self.run_all_stages = _program(partial(_run_all_stages, stages, scores), weights)
+    self._stages = [_program(run, of_stage) for run, of_stage in zip(runs, weights, strict=True)]
+    self._all_stages = _program(partial(_run_all_stages, runs), weights)
 
-  def run_stage(
-    self, index: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+  def run(
+    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, Array, Array]:
-    del keep  # All of them do.
-    return self._stages[index](carry, thresholds)
+    del keep  # All results outlast other calls.
+    if last == first + 1:
+      return self._stages[first](carry, thresholds)
+    return self._all_stages(carry, thresholds)
 
   def compile_joins(self, sizes: Sequence[int]) -> None:
     if self.join is join_on_device:
@@ -149,34 +143,33 @@ def _program(function, weights):
   return jax.jit(with_constants, compiler_options=compiler_options())
 
 
-def _run_stage(stage, score, weights, carry, thresholds):
+def _run_stage(index, stage, score, is_last, weights, carry, thresholds):
+  """See `Programs.run`."""
   features, logits = stage(weights, carry)
   probabilities = jax.nn.softmax(logits.astype(jnp.float32))
-  is_first = not isinstance(carry, tuple)
-  before = probabilities if is_first else jax.nn.softmax(carry[1].astype(jnp.float32))
-  leaves = score(probabilities, before) >= lower(thresholds)
-  return (features, logits), probabilities, leaves
+  before = jax.nn.softmax(carry[1].astype(jnp.float32)) if index else probabilities
+  leaves = score(probabilities, before) >= lower(thresholds[:, index])
+  # The last exit takes all images, NaN included.
+  return (features, logits), probabilities, jnp.where(leaves | is_last, index, -1)
 
 
-def _run_all_stages(stages, scores, weights, images, thresholds):
+def _run_all_stages(runs, weights, images, thresholds):
   """Stops on the device when all images have left."""
 
-  def run(index, carry, answers):
-    probabilities, exits = answers
-    carry, here, leaves = _run_stage(
-      stages[index], scores[index], weights[index], carry, thresholds[:, index]
-    )
-    is_last = index + 1 == len(stages)
-    stay = exits < 0
-    answers = (
-      jnp.where(stay[:, jnp.newaxis], here, probabilities),
-      jnp.where(stay & (leaves | is_last), index, exits),
-    )
-    if is_last:
-      return answers
-    all_exited = (answers[1] >= 0).all()
+  def run(index, carry, probabilities, exits):
+    carry, here, leaving = runs[index](weights[index], carry, thresholds)
+    stays = exits < 0
+    probabilities = jnp.where(stays[:, jnp.newaxis], here, probabilities)
+    exits = jnp.where(stays, leaving, exits)
+    if index + 1 == len(runs):
+      return probabilities, exits
     return jax.lax.cond(
-      all_exited, lambda _, answers: answers, partial(run, index + 1), carry, answers
+      (exits >= 0).all(),
+      lambda _, *answers: answers,
+      partial(run, index + 1),
+      carry,
+      probabilities,
+      exits,
     )
 
-  return run(0, images, (jnp.zeros((len(images), 1)), jnp.full(len(images), -1, jnp.int32)))
+  return (), *run(0, images, jnp.zeros((len(images), 1)), jnp.full(len(images), -1))

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ class Runner:
     """
     self.programs = programs
     self._known_exit_fractions, self._lock = known_exit_fractions, threading.Lock()
+    self._num_stages = len(madds)
     stage_costs, fused_costs = expected_costs(
       madds, programs.batch_sizes, programs.overhead, programs.stops_early
     )
@@ -75,27 +76,24 @@ class Runner:
       images: [image, height, width, channels].
       thresholds: [image, exit].
     """
-    rows = np.arange(len(images))
-    if self.programs.stops_early or self.plan.is_faster_fused(len(rows), thresholds, len(rows)):
-      probabilities, exits = self.programs.run_all_stages(images, thresholds)
-      return Predictions(rows, np.asarray(probabilities), np.asarray(exits, np.int64))
-    with self._lock:  # Stages write their results where they wrote those of the call before.
-      probabilities, exits = self._run_in_turn(images, thresholds)
-    return Predictions(rows, probabilities, exits)
+    if self.programs.stops_early:
+      _, probabilities, exits = self.programs.run(0, self._num_stages, images, thresholds)
+    else:
+      with self._lock:  # Programs write their results where they wrote those of the call before.
+        probabilities, exits = self._run_in_turn(images, thresholds)
+    exits = np.asarray(exits, np.int64)
+    return Predictions(np.arange(len(images)), np.asarray(probabilities), exits)
 
   def _run_in_turn(self, images, thresholds):
-    """Runs stages until all images have left; returns what `Programs.run_all_stages` does."""
-    carry, last = images, len(self.programs.carries) - 1
-    for index in range(last + 1):
-      carry, here, leaves = self.programs.run_stage(index, carry, thresholds[:, index], keep=False)
-      leaves = np.asarray(leaves) | (index == last)
-      if index == 0:
-        probabilities, exits = np.array(here), np.where(leaves, 0, -1)
-      else:
-        leaves &= exits < 0
-        probabilities[leaves], exits[leaves] = np.asarray(here)[leaves], index
-      if (exits >= 0).all():
-        break
+    """Runs stages until all images have left; returns probabilities and exits."""
+    carry, first, count = images, 0, len(images)
+    probabilities, exits = np.zeros((count, 1), np.float32), np.full(count, -1)
+    while (exits < 0).any():
+      last = self.plan.last_stage(first, count, thresholds, count)
+      carry, here, leaving = self.programs.run(first, last, carry, thresholds, keep=False)
+      stays = exits < 0
+      probabilities = np.where(stays[:, np.newaxis], here, probabilities)
+      exits, first = np.where(stays, leaving, exits), last
     return probabilities, exits
 
   def run(
@@ -148,10 +146,11 @@ class Runner:
       if answers is not None:
         yield answers
 
-  def compile(self, largest: int | None = None) -> None:
-    """Compiles everything that `run` can need, times it, and plans by these times.
+  def compile(self, thresholds: np.ndarray, largest: int | None = None) -> None:
+    """Compiles what `run` can need, times it, and plans by these times.
 
     Args:
+      thresholds: [exit], for which stages that share a program are compiled, too.
       largest: The largest number of images per call to prepare for; default: any number.
     """
     sizes = [
@@ -160,27 +159,35 @@ class Runner:
       if largest is None or smaller < largest
     ]
     self.programs.compile_joins(sizes)
-    costs = {size: np.full(len(self.programs.carries) + 1, np.inf) for size in sizes}
+    costs = {size: np.full(self._num_stages + 1, np.inf) for size in sizes}
     for turn in range(1 + _TIMINGS):  # The first turn compiles.
       for size, least in costs.items():
         if turn < 2 or least.sum() < _LONG:
           costs[size] = np.minimum(least, self._time(size))
-    stages = range(len(self.programs.carries))
-    stage_costs = [{size: costs[size][stage] for size in sizes} for stage in stages]
+    stage_costs = [
+      {size: costs[size][stage] for size in sizes} for stage in range(self._num_stages)
+    ]
     fused_costs = {size: costs[size][-1] for size in sizes if size in self._fused_sizes}
     self.plan = self._plan(stage_costs, fused_costs)
+    for size in sizes:
+      self._warm_up(size, thresholds)
+
+  def _warm_up(self, size, thresholds):
+    """Runs the programs that a batch takes which no image leaves."""
+    rows, first = np.tile(thresholds, (size, 1)), 0
+    while first < self._num_stages:
+      last = self.plan.last_stage(first, size, rows, size)
+      carry = zeros(self.programs.carries[first], size)
+      jax.block_until_ready(self.programs.run(first, last, carry, rows))
+      first = last
 
   def time_all_stages(self, size: int) -> float:
     """Seconds that the program of all stages takes for a batch that no image leaves early."""
-    image, *_ = self.programs.carries
-    images = np.zeros((size, *image.shape[1:]), image.dtype)
-    thresholds = np.full((size, len(self.programs.carries)), np.inf, np.float32)
-    seconds = []
-    for _ in range(1 + _TIMINGS):  # The first one compiles.
-      start = time.perf_counter()
-      jax.block_until_ready(self.programs.run_all_stages(images, thresholds))
-      seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    images = zeros(self.programs.carries[0], size)
+    thresholds = np.full((size, self._num_stages), np.inf, np.float32)
+    start = time.perf_counter()
+    jax.block_until_ready(self.programs.run(0, self._num_stages, images, thresholds))
+    return time.perf_counter() - start
 
   def _time(self, size: int) -> np.ndarray:
     """Times batches of which no image leaves before the last exit.
@@ -196,17 +203,17 @@ class Runner:
     pixels = np.zeros((size, *images.shape[1:]), images.dtype)
     carries = [pixels, *(zeros(one, size) for one in others)]
 
-    def run(stage):
+    def run(first, last):
       if size == 1 and not self.programs.stops_early:  # As `run_together` runs it.
-        np.asarray(self.programs.run_stage(stage, carries[stage], thresholds[:, stage], False)[-1])
+        np.asarray(self.programs.run(first, last, carries[first], thresholds, keep=False)[-1])
         return
       # The carries of a previous stage are joined.
-      carry = self.programs.join([carries[stage]], [rows], size) if stage else pixels
-      self._run_stage(stage, Batch(carry, rows, rows, thresholds))()
+      carry = self.programs.join([carries[first]], [rows], size) if first else pixels
+      self._run_batch(first, last, Batch(carry, rows, rows, thresholds))()
 
-    runs: list[Callable[[], Any]] = [partial(run, stage) for stage in range(len(carries))]
+    runs = [partial(run, stage, stage + 1) for stage in range(len(carries))]
     if size in self._fused_sizes:
-      runs.append(lambda: self._run_all_stages(Batch(pixels, rows, rows, thresholds))())
+      runs.append(partial(run, 0, len(carries)))
     seconds, count = np.zeros(len(carries) + 1), 0
     while seconds.sum() < _SECONDS_A_TURN:
       for index, run_it in enumerate(runs):
@@ -217,7 +224,7 @@ class Runner:
     return seconds / count
 
   def _start(self, index, queues, total):
-    """Starts the next batch of a stage.
+    """Starts the next batch of a stage, with those that run as one program with it.
 
     Args:
       index: The stage, counted from 0.
@@ -225,33 +232,17 @@ class Runner:
       total: Number of images that share batches in later stages, these included.
 
     Returns:
-      The queue for the remaining images, and the function that waits for results, see `_run_stage`.
+      The queue for the remaining images, and a function that waits for the results: the answers of
+      images that leave, or None, and a batch of the remaining images.
     """
     batch = queues[index].take(self.plan.first_batch(index, queues[index].count))
-    fused = index == 0 and self.plan.is_faster_fused(capacity(batch.carry), batch.thresholds, total)
-    run = self._run_all_stages if fused else partial(self._run_stage, index)
-    return queues[index + 1], run(batch)
+    last = self.plan.last_stage(index, capacity(batch.carry), batch.thresholds, total)
+    return queues[last], self._run_batch(index, last, batch)
 
-  def _run_stage(self, index, batch):
-    """Starts a stage on a batch.
-
-    Returns:
-      A function that waits for the results: the answers of images that leave, or None, and a batch
-      of the remaining images.
-    """
-    carry, probabilities, leaves = self.programs.run_stage(index, batch.carry, batch.bounds(index))
-
-    def results():
-      # The last exit takes all images, NaN included.
-      leaving = np.asarray(leaves) | (index + 1 == len(self.programs.carries))
-      return batch.divide(carry, probabilities, np.where(leaving, index, -1))
-
-    return results
-
-  def _run_all_stages(self, batch):
-    """Starts all stages on a batch of images; see `_run_stage`."""
-    probabilities, exits = self.programs.run_all_stages(batch.carry, batch.bounds())
-    return lambda: batch.divide(None, probabilities, np.asarray(exits, np.int64))
+  def _run_batch(self, first, last, batch):
+    """Starts a program on a batch; see `_start`."""
+    carry, probabilities, exits = self.programs.run(first, last, batch.carry, batch.bounds())
+    return lambda: batch.divide(carry, probabilities, np.asarray(exits, np.int64))
 
 
 def _put_images(queue, first_index, images, thresholds):

@@ -81,6 +81,8 @@ def classifier_of(network, thresholds, stages=STAGES, **fields):
     ('xla', 'by stages on the device'),
     ('openvino', 'as one'),
     ('openvino', 'by stages'),
+    ('openvino', {0: 2, 2: 3}),  # First → last stage of programs.
+    ('openvino', {0: 1, 1: 3}),
     ('onnxruntime', 'by stages'),
   ],
 )
@@ -92,6 +94,8 @@ def classifier(network, request):
   classifier = classifier_of(network, thresholds, madds=madds, runtime=runtime)
   if how == 'by stages on the device':  # As on accelerators.
     classifier._runner.programs.join = join_on_device
+  if isinstance(how, dict):
+    classifier._runner.plan.last_stage = lambda first, *_: how[first]
   return classifier
 
 
@@ -208,8 +212,8 @@ def test_who_leaves_early_is_answered_before_others_go_on(network):
   classifier = classifier_of(network, thresholds)
   stages = []
   programs = classifier._runner.programs
-  run = programs.run_stage
-  programs.run_stage = lambda index, *args: stages.append(index) or run(index, *args)
+  run = programs.run
+  programs.run = lambda first, last, *args: stages.append(last - 1) or run(first, last, *args)
   parts = []
   for answers in classifier.predict_as_completed(images[:16]):
     parts.append(answers)
@@ -273,8 +277,8 @@ def test_compiling_again_for_more_images(network, monkeypatch):
   monkeypatch.setattr(Runner, '_time', lambda self, size: np.ones(4))
   classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1)
   thresholds = np.full((16, 3), np.inf, np.float32)
-  assert not classifier._runner.plan.is_faster_fused(16, thresholds, 16)
-  assert classifier.compile()._runner.plan.is_faster_fused(16, thresholds, 16)
+  assert classifier._runner.plan.last_stage(0, 16, thresholds, 16) == 1
+  assert classifier.compile()._runner.plan.last_stage(0, 16, thresholds, 16) == 3
 
 
 @pytest.fixture
@@ -315,14 +319,14 @@ def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   classifier = classifier_of(network, thresholds).compile()
   sizes = []
   programs = classifier._runner.programs
-  run = programs.run_stage
+  run = programs.run
 
-  def counted(index, carry, thresholds):
-    if index == 0:
+  def counted(first, last, carry, thresholds):
+    if first == 0:
       sizes.append(len(carry))
-    return run(index, carry, thresholds)
+    return run(first, last, carry, thresholds)
 
-  programs.run_stage = counted
+  programs.run = counted
   assert_follows_policy(classifier.predict(images[:16]), probabilities[:, :16], thresholds)
   assert sizes == [4, 4, 4, 4]
 

@@ -44,7 +44,7 @@ def test_compile_takes_the_runtime_that_was_fastest(make_classifier, monkeypatch
     return 1.0 if runtime == fastest else 2.0
 
   monkeypatch.setattr(Runner, 'time_all_stages', seconds)
-  monkeypatch.setattr(Runner, 'compile', lambda self, largest: None)
+  monkeypatch.setattr(Runner, 'compile', lambda self, thresholds, largest: None)
   assert network.compile().runtime == fastest
   np.testing.assert_array_equal(network.predict(images).exits, expected.exits)
 

@@ -8,6 +8,10 @@ from imta_jax.adaptive.engine.plan import BatchPlan, cheapest_batches, expected_
 SIZES = (1, 4, 16)
 
 
+def is_one_program(plan, size, thresholds, total):
+  return plan.last_stage(0, size, thresholds, total) == thresholds.shape[1]
+
+
 def test_batches_cost_least():
   # 5 images: 4 + 1 cost 12 + 9, a batch of 16 costs 24; 9 images: 33 against 24.
   least, first = cheapest_batches({size: 8 + size for size in SIZES}, most=16)
@@ -39,7 +43,7 @@ def test_no_batch_is_larger_than_pays():
     ((0.5, 0.25, 0.25), 64, 26, False),
     ((0.5, 0.25, 0.25), np.inf, 27, True),
     # Where all leave at once, what follows is not run either way.
-    ((1, 0, 0), 16, 11, False),
+    ((1, 0, 0), 16, 11, True),
     ((0, 0, 1), 16, 1e-3, True),
   ],
 )
@@ -48,15 +52,15 @@ def test_one_program_or_several(leaving, total, overhead, expected):
   stages = [{size: overhead + size for size in SIZES}] * 3
   fused = {size: overhead + 3 * size for size in SIZES}
   plan = BatchPlan(stages, fused, [(thresholds, leaving)])
-  assert plan.is_faster_fused(16, np.tile(thresholds, (16, 1)), total) == expected
+  assert is_one_program(plan, 16, np.tile(thresholds, (16, 1)), total) == expected
 
 
 def test_one_program_is_only_for_sizes_that_have_one():
   stages = [{size: 99 + size for size in SIZES}] * 2
   thresholds = np.full((4, 2), np.inf, np.float32)
   plan = BatchPlan(stages, {4: 1.0})
-  assert plan.is_faster_fused(4, thresholds, 4)
-  assert not plan.is_faster_fused(16, thresholds, 4)
+  assert is_one_program(plan, 4, thresholds, 4)
+  assert not is_one_program(plan, 16, thresholds, 4)
 
 
 def test_images_of_several_thresholds_share_a_batch():
@@ -64,8 +68,8 @@ def test_images_of_several_thresholds_share_a_batch():
   stages, fused = [{size: 5 + size for size in (1, 8, 16)}] * 2, {16: 5 + 32}
   thresholds = np.repeat(np.float32([[-np.inf, 0], [np.inf, 0]]), 8, axis=0)
   plan = BatchPlan(stages, fused)
-  assert not plan.is_faster_fused(16, thresholds, 16)  # 37 against 21 + 13.
-  assert plan.is_faster_fused(16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
+  assert not is_one_program(plan, 16, thresholds, 16)  # 37 against 21 + 13.
+  assert is_one_program(plan, 16, np.tile(thresholds[8:], (2, 1)), 16)  # 37 against 42.
 
 
 def test_one_program_is_for_batches_in_which_programs_cost_much():
@@ -81,12 +85,32 @@ def test_one_program_that_does_not_stop_early_costs_all_stages():
   stages, fused = [{1: 6.0}] * 3, {1: 8.0}
   known = [((0.9, 0.8, 0.7), (1, 0, 0))]
   thresholds = np.float32([known[0][0]])
-  assert not BatchPlan(stages, fused, known, stops_early=False).is_faster_fused(1, thresholds, 1)
+  assert not is_one_program(BatchPlan(stages, fused, known, stops_early=False), 1, thresholds, 1)
   everyone_stays = np.full((1, 3), np.inf, np.float32)
   nearly_as_cheap = {1: 18.5}  # Than 6 + 6 + 6.
-  assert BatchPlan(stages, nearly_as_cheap, known, False).is_faster_fused(1, everyone_stays, 1)
-  assert not BatchPlan(stages, nearly_as_cheap, known).is_faster_fused(1, everyone_stays, 1)
-  assert BatchPlan(stages, fused, known, False).is_faster_fused(1, everyone_stays, 1)
+  assert is_one_program(BatchPlan(stages, nearly_as_cheap, known, False), 1, everyone_stays, 1)
+  assert not is_one_program(BatchPlan(stages, nearly_as_cheap, known), 1, everyone_stays, 1)
+  assert is_one_program(BatchPlan(stages, fused, known, False), 1, everyone_stays, 1)
+
+
+def test_stages_between_which_few_images_leave_share_a_program():
+  # A program costs 5, and 1 per stage.
+  stages, fused = [{1: 6.0}] * 3, {1: 8.0}
+  thresholds = np.float32([[0.9, 0.8, 0.7]])
+
+  def last_stages(*leaving):
+    plan = BatchPlan(stages, fused, [(thresholds[0], leaving)], stops_early=False)
+    return [plan.last_stage(first, 1, thresholds, 1) for first in range(3)]
+
+  # 6 + 0.95 · 6 + 0.1 · 6 = 12.3 by stages, 7 + 0.1 · 6 = 7.6 by two programs, 8 by one.
+  assert last_stages(0.05, 0.85, 0.1) == [2, 2, 3]
+  # 12.3, 9, 8; from the second stage on 6 + 0.3 / 0.95 · 6 = 7.9 by stages, 7 by one program.
+  assert last_stages(0.05, 0.65, 0.3) == [3, 3, 3]
+  # 6 + 0.1 · 7 = 6.7, and 8.
+  assert last_stages(0.9, 0.05, 0.05) == [1, 3, 3]
+  # Only whole networks that stop early are compiled besides stages.
+  plan = BatchPlan(stages, fused, [(thresholds[0], (0.05, 0.85, 0.1))])
+  assert [plan.last_stage(first, 1, thresholds, 1) for first in range(3)] == [3, 2, 3]
 
 
 @pytest.mark.parametrize(
