@@ -260,8 +260,8 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
 
 
 def _finite(thresholds: Sequence[float]) -> list[float | None]:
-  """Replaces infinite thresholds by None, since JSON has no infinity."""
-  return [threshold if math.isfinite(threshold) else None for threshold in thresholds]
+  """Thresholds for JSON, which has no infinity: None, and -1, which every score reaches."""
+  return [None if threshold == math.inf else max(-1.0, threshold) for threshold in thresholds]
 
 
 run = functools.partial(command_line.run, main)

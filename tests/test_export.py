@@ -1,5 +1,6 @@
 """An export gives the answers of its network, even if imta_jax cannot be imported."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,8 +14,14 @@ import numpy as np
 import pytest
 from etils import epath
 
+import imta_jax
 from imta_jax import export
-from imta_jax.adaptive.engine import AdaptiveClassifier, CalibrationSet, manifest_checksum
+from imta_jax.adaptive.engine import (
+  AdaptiveClassifier,
+  CalibrationSet,
+  OperatingPoint,
+  manifest_checksum,
+)
 from imta_jax.errors import UsageError
 
 ELSEWHERE = """
@@ -88,6 +95,17 @@ def test_an_export_keeps_rule_and_guarantee_and_can_leave_out_the_engine(tiny_cl
   for max_loss in (0.02, 0.2):
     guaranteed = AdaptiveClassifier.load(folder, max_loss=max_loss, confidence=0.8).thresholds
     np.testing.assert_array_equal(guaranteed, classifier.thresholds_losing(max_loss, 0.8))
+
+
+@pytest.mark.parametrize(('threshold', 'exit'), [(-np.inf, 0), (np.inf, 1)])
+def test_an_export_keeps_infinite_thresholds(tiny_classifier, tmp_path, threshold, exit):
+  classifier = copy.copy(tiny_classifier)
+  classifier.thresholds = np.full(2, threshold, np.float32)
+  classifier.operating_points = [OperatingPoint((threshold,) * 2, (1 - exit, exit), 0.5)]
+  classifier.save(tmp_path)
+  for budget in (None, classifier.madds[-1]):
+    answers = imta_jax.load(tmp_path, budget).predict(np.zeros((3, *classifier.image.shape), 'u1'))
+    np.testing.assert_array_equal(answers.exits, exit)
 
 
 def test_kernels_can_be_stored_in_half_the_size(tiny_classifier, tmp_path):

@@ -23,8 +23,8 @@ from .runner import Runner
 # The runtime of the programs that JAX compiles.
 XLA = 'xla'
 
-# `compile` compares runtimes by an image alone and by a batch, in so many turns.
-_TRIAL_SIZES, _TRIALS = (1, 16), 8
+# `compile` compares runtimes by batches of this size, in so many turns.
+_TRIAL_SIZE, _TRIALS = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -547,12 +547,11 @@ class AdaptiveClassifier:
       except ValueError as error:
         warnings.warn(str(error), stacklevel=3)
     if len(runners) > 1:
-      # [size, turn, runtime]; the first turn compiles.
       seconds = [
-        [[runner.time_all_stages(size) for runner in runners.values()] for _ in range(1 + _TRIALS)]
-        for size in _TRIAL_SIZES
+        [runner.time_all_stages(_TRIAL_SIZE) for runner in runners.values()]
+        for _ in range(1 + _TRIALS)  # The first turn compiles.
       ]
-      fastest = np.array(seconds)[:, 1:].min(axis=1).prod(axis=0).argmin()
+      fastest = np.min(seconds[1:], axis=0).argmin()
       self.runtime, self._runner = list(runners.items())[fastest]
 
   def _open(self, runtime):

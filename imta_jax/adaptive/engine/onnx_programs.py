@@ -132,17 +132,16 @@ class OnnxPrograms:
     *early, results = self._run(first, last, carry, keep)
     probabilities = [*early, results[-1]]
     befores = [carry[-1] if first else probabilities[0], *early]
-    leaves = [
-      self._scores[index](p, q) >= lower(thresholds[:, index])
-      for index, p, q in zip(range(first, last), probabilities, befores, strict=True)
+    scores = [
+      score(p, q)
+      for score, p, q in zip(self._scores[first:last], probabilities, befores, strict=True)
     ]
+    leaves = np.array(scores) >= lower(thresholds[:, first:last]).T
     if last == len(self._models):
-      leaves[-1][:] = True  # NaN included.
-    chosen = probabilities[-1]
-    exits = np.where(leaves[-1], last - 1, -1)
-    for index in reversed(range(len(early))):
-      exits = np.where(leaves[index], first + index, exits)
-      chosen = np.where(leaves[index][:, np.newaxis], early[index], chosen)
+      leaves[-1] = True  # NaN included.
+    at = leaves.argmax(axis=0)
+    exits = np.where(leaves.any(axis=0), first + at, -1)
+    chosen = np.array(probabilities)[at, np.arange(len(at))] if early else results[-1]
     return results, chosen, exits
 
   def compile_joins(self, sizes: Sequence[int]) -> None:

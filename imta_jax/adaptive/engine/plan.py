@@ -67,7 +67,7 @@ class BatchPlan:
       if last == first + 1 or not stops_early
     }
     self._reached = {
-      np.asarray(thresholds, np.float32).tobytes(): 1 - np.cumsum((0, *fractions[:-1]))
+      np.asarray(thresholds, np.float32).tobytes(): (1 - np.cumsum((0, *fractions[:-1]))).round(9)
       for thresholds, fractions in known_exit_fractions
     }
     # The same thresholds are used again and again, and this takes as long as part of a small stage.
@@ -187,10 +187,15 @@ def cheapest_batches(costs: Costs, most: int) -> tuple[np.ndarray, list[int]]:
     [count], for each number of images up to `most`: the lowest cost, and the size of the first
     batch to run for it.
   """
-  costs = {size: cost for size, cost in costs.items() if size <= most}
+  sizes = sorted(size for size in costs if size <= most)
   least, first = [0.0], [0]
   for count in range(1, most + 1):
-    cost, size = min((cost + least[max(0, count - size)], -size) for size, cost in costs.items())
-    least.append(cost)
-    first.append(-size)
+    # The smallest batch that holds all, unless several are cheaper by more than times are exact.
+    best, chosen = np.inf, 0
+    for size in sorted(sizes, key=lambda size: (size < count, abs(size - count))):
+      cost = costs[size] + least[max(0, count - size)]
+      if cost < (1 - _LEAST_TO_GAIN) * best:
+        best, chosen = cost, size
+    least.append(best)
+    first.append(chosen)
   return np.array(least), first

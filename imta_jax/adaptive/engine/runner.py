@@ -86,14 +86,14 @@ class Runner:
 
   def _run_in_turn(self, images, thresholds):
     """Runs stages until all images have left; returns probabilities and exits."""
-    carry, first, count = images, 0, len(images)
-    probabilities, exits = np.zeros((count, 1), np.float32), np.full(count, -1)
+    count, last = len(images), self.plan.last_stage(0, len(images), thresholds, len(images))
+    carry, here, exits = self.programs.run(0, last, images, thresholds, keep=False)
+    probabilities = np.array(here)
     while (exits < 0).any():
-      last = self.plan.last_stage(first, count, thresholds, count)
+      first, last = last, self.plan.last_stage(last, count, thresholds, count)
       carry, here, leaving = self.programs.run(first, last, carry, thresholds, keep=False)
       stays = exits < 0
-      probabilities = np.where(stays[:, np.newaxis], here, probabilities)
-      exits, first = np.where(stays, leaving, exits), last
+      probabilities[stays], exits[stays] = here[stays], leaving[stays]
     return probabilities, exits
 
   def run(
