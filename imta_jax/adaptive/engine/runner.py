@@ -24,7 +24,8 @@ from .plan import BatchPlan, expected_costs
 from .programs import Programs
 from .read_ahead import ReadAhead
 
-# How often `Runner.compile` times the programs, in turns; the shortest time counts.
+# How often `Runner.compile` times the programs, in turns. The turn that took the least time counts,
+# since times of one turn are comparable.
 _TIMINGS = 3
 
 # In a turn, batches of each size run for at least this long: a busy machine interrupts long batches
@@ -163,7 +164,7 @@ class Runner:
     for turn in range(1 + _TIMINGS):  # The first turn compiles.
       for size, least in costs.items():
         if turn < 2 or least.sum() < _LONG:
-          costs[size] = np.minimum(least, self._time(size))
+          costs[size] = min(least, self._time(size), key=np.sum)
     stage_costs = [
       {size: costs[size][stage] for size in sizes} for stage in range(self._num_stages)
     ]
