@@ -36,7 +36,12 @@ FORMAT = 'onnx-2'
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  opset = {'type': int, 'default': 17, 'help': "version of ONNX's operators, 17 or newer"}
+  opset = {
+    'type': int,
+    'default': 17,
+    'choices': range(17, 22),
+    'help': "version of ONNX's operators",
+  }
   export.export_network(__doc__, write_export, arguments, {'opset': opset})
 
 

@@ -24,8 +24,9 @@ RUNTIMES = {'openvino': ('onnx', 'openvino'), 'onnxruntime': ('onnx', 'onnxrunti
 
 # Programs of small batches take little longer per image, so that few rows are padding.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-# Batches up to this size are tried on a single thread, too.
-_SMALL = 2
+# Batches up to this size are tried on a single thread, too, in turns with all threads. That pays if
+# it takes at most this part of the time.
+_SMALL, _TURNS, _CLEARLY = 2, 10, 0.9
 # With weights of more bytes, each of which OpenVINO copies into each program, there are fewer.
 _LARGE, _FEW_BATCH_SIZES = 2**25, (1, 4, 16, 64)
 
@@ -160,8 +161,7 @@ class OnnxPrograms:
       open_program = _openvino_program if self._runtime == 'openvino' else _onnxruntime_program
       program = open_program(model, size, num_threads=0)
       if size <= _SMALL:
-        alone = open_program(model, size, num_threads=1)
-        program = min(program, alone, key=lambda program: _seconds(program, arrays))
+        program = _faster(program, open_program(model, size, num_threads=1), arrays)
       self._programs[first, last, size] = program
     results = program(arrays, keep)
     num_early = last - first - 1
@@ -217,14 +217,15 @@ def join_stages(
   ).SerializeToString()
 
 
-def _seconds(program, arrays):
-  """The least time of a few runs."""
-  seconds = []
-  for _ in range(5):
-    start = time.perf_counter()
-    program(arrays, keep=False)
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+def _faster(program, other, arrays):
+  """The other program if it is clearly faster: on a busy machine, times are not exact."""
+  seconds: list[list[float]] = [[], []]
+  for _ in range(_TURNS):
+    for run, of_run in zip((program, other), seconds, strict=True):
+      start = time.perf_counter()
+      run(arrays, keep=False)
+      of_run.append(time.perf_counter() - start)
+  return other if min(seconds[1]) < _CLEARLY * min(seconds[0]) else program
 
 
 @functools.cache

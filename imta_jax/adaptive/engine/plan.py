@@ -64,7 +64,7 @@ class BatchPlan:
       )
       for first in range(self._num_stages)
       for last in range(first + 1, self._num_stages + 1)
-      if last == first + 1 or not stops_early
+      if last == first + 1 or not stops_early or (first, last) == (0, self._num_stages)
     }
     self._reached = {
       np.asarray(thresholds, np.float32).tobytes(): (1 - np.cumsum((0, *fractions[:-1]))).round(9)
@@ -95,10 +95,7 @@ class BatchPlan:
     return self._cached_last_stage(first, size, thresholds.tobytes(), total)
 
   def _find_last_stage(self, first, size, thresholds, total):
-    lasts = range(first + 1, self._num_stages + 1)
-    if self._stops_early:
-      lasts = sorted({first + 1, self._num_stages} if first == 0 else {first + 1})
-    if size not in self._spared or len(lasts) == 1:
+    if size not in self._spared:
       return first + 1
     thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, self._num_stages)
     count = len(thresholds)
@@ -118,7 +115,11 @@ class BatchPlan:
       )
     # A stage runs for every row if any image reaches it, or the program runs to its end.
     runs = 1 - (1 - reached) ** count if self._stops_early else np.ones(self._num_stages)
-    costs = {last: self._cost(first, last, size, runs) + rest[last] for last in lasts}
+    costs = {
+      last: self._cost(first, last, size, runs) + rest[last]
+      for stage, last in self._batches
+      if stage == first
+    }
     most = (1 if self._stops_early else 1 + _LEAST_TO_GAIN) * min(costs.values())
     return max(last for last, cost in costs.items() if cost <= most)
 
