@@ -48,10 +48,10 @@ NO_EARLY_EXIT, NEARLY_AS_ACCURATE = 'engine, no early exit', 'engine, within 0.5
 _POINTS_LOST = 0.005  # Of NEARLY_AS_ACCURATE.
 _BUDGETS = (0.25, 0.5, 0.75)  # Fractions of the last exit's multiply-adds.
 _STREAMED_BATCH = 64
-# Seconds for which a method waits until the threads of the one before, which spin, are asleep.
-_PAUSE = 0.02
+# Seconds until the threads of the method before are asleep: those of ONNX Runtime spin for long.
+_PAUSE = 0.1
 # Consecutive calls of a method classify this many images.
-_IMAGES_PER_TURN = 16
+_IMAGES_PER_TURN = 64
 
 # Images [image, height, width, channels], uint8 → logits [image, class] of the last exit.
 Program = Callable[[np.ndarray], np.ndarray]
@@ -256,7 +256,7 @@ def torch_network(config: ConfigDict, network: str, classifier: AdaptiveClassifi
     from efficientnet_lite_pytorch import EfficientNet
 
     name = f'efficientnet-lite{config.model.get("variant", 0)}'
-    module = EfficientNet.from_name(name, override_params={'num_classes': classifier.num_classes})
+    module = EfficientNet.from_name(name, num_classes=classifier.num_classes)
   else:
     shape, classes = config_lib.image_shape(config), classifier.num_classes
     last = config.phases[-1]
