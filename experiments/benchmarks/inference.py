@@ -102,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     *choose_methods(classifier.operating_points, classifier.madds, last_accuracy),
   ]
   timings = measure(methods, programs, classifier, images, labels, options)
+  name = image_folder.title(config.dataset)
   description = {
-    'title': f'{config.dataset.name}, {classifier.runtime} on {jax.default_backend()}',
+    'title': f'{name}, {classifier.runtime} on {jax.default_backend()}',
     'command': ' '.join(['python', *(sys.argv if arguments is None else arguments)]),
     'machine': common.machine(),
     'load_average': load_average,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from imta_jax.data.arrays import SPLITS, Arrays
 from imta_jax.data.image_files import (
@@ -130,6 +131,11 @@ def scan(root: str) -> ImageFolder:
       labels[split] += [label] * len(of_class[split])
   arrays = {split: np.array(values, np.int32) for split, values in labels.items()}
   return ImageFolder(class_names, paths, arrays, 'test' in shares, ignored)
+
+
+def title(dataset: ConfigDict) -> str:
+  """Name of a data set for people; of a folder of images, that of the folder."""
+  return os.path.basename(dataset.data_dir) if dataset.name == NAME else dataset.name
 
 
 def _split_folders(root):

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from imta_jax import config as config_lib
 from imta_jax import evaluate, runtime
+from imta_jax.data import image_folder
 from imta_jax.data.dataset import Dataset
 from imta_jax.data.pipeline import open_dataset
 from imta_jax.errors import UsageError
@@ -91,7 +92,7 @@ class _Run:
   def train_networks(self) -> list[TrainedNetwork]:
     """Trains all phases."""
     self.reporter.say(
-      f'{self.config.dataset.name}: '
+      f'{image_folder.title(self.config.dataset)}: '
       + ', '.join(f'{count:,} {split}' for split, count in self.dataset.num_images.items())
       + f' images · {jax.device_count()} × {jax.devices()[0].device_kind}, '
       f'{jax.process_count()} host(s) · workdir {self.workdir}'
@@ -214,7 +215,8 @@ class _Run:
         layout.phase_label(of_phase.name, phase)
         for of_phase, phase in zip(trained, self.config.phases, strict=True)
       ]
-      evaluate.write_figure(evaluations, folder / 'budget.png', self.config.dataset.name, labels)
+      title = image_folder.title(self.config.dataset)
+      evaluate.write_figure(evaluations, folder / 'budget.png', title, labels)
     self.reporter.summary(evaluations[-1], self.workdir)
     return evaluations
 

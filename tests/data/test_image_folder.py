@@ -5,6 +5,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from imta_jax.data import image_folder
@@ -264,3 +265,10 @@ def test_a_survey_leaves_out_files_without_a_header(tmp_path):
     path.write_text('no image')
   with pytest.raises(UsageError, match=r'8 image\(s\) cannot be read'):
     image_folder.survey(folder)
+
+
+def test_a_folder_has_its_own_name_in_titles():
+  assert image_folder.title(ConfigDict({'name': image_folder.NAME, 'data_dir': '/a/flowers'})) == (
+    'flowers'
+  )
+  assert image_folder.title(ConfigDict({'name': 'cifar100', 'data_dir': None})) == 'cifar100'
