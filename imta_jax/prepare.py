@@ -67,7 +67,7 @@ def _copy_split(builder: Any, split: str, side: int | None, folder: epath.Path) 
 
   adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[builder.info.file_format]
   count = size = checksum = 0
-  for source in track(builder.info.splits[split].filepaths, split):
+  for source in track(builder.info.splits[split].filepaths, split, transient=True):
     copy, part = folder / source.name, folder / f'{source.name}.part'
     with files.accessing(copy, f'make room, or restore {source} if that is corrupt'):
       if not copy.exists():

@@ -53,6 +53,7 @@ class StreamedDataset(Dataset):
   ):
     if len(config.dataset.mean) != 3 or len(config.dataset.std) != 3:
       raise UsageError('config.dataset.mean and std need 3 numbers each: streamed images are RGB')
+    runtime.keep_freed_memory()
     self._reader, self._config = reader, config
     self.class_names, self.num_images = class_names, num_images
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
