@@ -12,6 +12,7 @@ import argparse
 import io
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,7 +68,8 @@ def _copy_split(builder: Any, split: str, side: int | None, folder: epath.Path) 
 
   adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[builder.info.file_format]
   count = size = checksum = 0
-  for source in track(builder.info.splits[split].filepaths, split, transient=True):
+  hidden = not sys.stdout.isatty()
+  for source in track(builder.info.splits[split].filepaths, split, transient=True, disable=hidden):
     copy, part = folder / source.name, folder / f'{source.name}.part'
     with files.accessing(copy, f'make room, or restore {source} if that is corrupt'):
       if not copy.exists():
