@@ -3,9 +3,10 @@
     python -m imta_jax.prepare --config=configs/imagenet.py --shorter_side=256 --output=small
     python -m imta_jax.main --config=configs/imagenet.py --config.dataset.data_dir=small
 
-The copy has the name, splits, files, order and labels of the original. JPEGs of the training split
-whose shorter side is longer are resized; all else, such as the test split, is copied byte for byte.
-The same command resumes, and verifies what is there.
+The copy has the name, splits, files, order and labels of the original. Training images that are
+JPEGs with a longer shorter side are resized. All else is copied byte for byte, also the images held
+out for validation, so that evaluations are the same. The same command resumes, and verifies what
+is there.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   dataset = config_lib.load(options.config).dataset
   if dataset.in_memory:
     raise UsageError(f'{options.config} keeps its images in memory: choose one that streams them')
-  builder, _ = tfds_sets.open_builder(dataset)
+  builder, splits = tfds_sets.open_builder(dataset)
   folder = options.output / builder.info.full_name
   if folder.resolve() == builder.data_path.resolve():
     raise UsageError(f'--output={options.output} has the original: choose another folder')
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
   info = json.loads((builder.data_path / 'dataset_info.json').read_text())
   for split in info['splits']:
-    side = options.shorter_side if split['name'] == dataset.train_split else None
-    split['numBytes'] = str(_copy_split(builder, split['name'], side, folder))
+    num_resized = splits['train'][1] if split['name'] == dataset.train_split else 0
+    size = _copy_split(builder, split['name'], folder, options.shorter_side, num_resized)
+    split['numBytes'] = str(size)
   with files.accessing(folder):
     for path in (*builder.data_path.glob('*.json'), *builder.data_path.glob('*.txt')):
       path.copy(folder / path.name, overwrite=True)
@@ -61,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   files.write_whole(folder / 'dataset_info.json', json.dumps(info, indent=2).encode())
 
 
-def _copy_split(builder: Any, split: str, side: int | None, folder: epath.Path) -> int:
-  """Copies and verifies the files of a split; returns the size of its records in bytes."""
+def _copy_split(builder: Any, split: str, folder: epath.Path, side: int, num_resized: int) -> int:
+  """Copies and verifies the files of a split, whose first images are resized.
+
+  Returns:
+    The size of all records in bytes.
+  """
   import tensorflow_datasets as tfds
   from rich.progress import track
 
@@ -73,45 +79,49 @@ def _copy_split(builder: Any, split: str, side: int | None, folder: epath.Path) 
     copy, part = folder / source.name, folder / f'{source.name}.part'
     with files.accessing(copy, f'make room, or restore {source} if that is corrupt'):
       if not copy.exists():
-        if side is None:
-          source.copy(part, overwrite=True)
-        else:
-          adapter.write_examples(part, enumerate(_resized(adapter.make_tf_data(source), side)))
+        records = _resized(adapter.make_tf_data(source), side, max(num_resized - count, 0))
+        adapter.write_examples(part, enumerate(records))
         part.replace(copy)
     with files.accessing(copy, 'delete it and run the command again'):
-      records = [adapter.make_tf_data(path).as_numpy_iterator() for path in (source, copy)]
-      for number, pair in enumerate(itertools.zip_longest(*records)):
-        if not _corresponds(*pair, side):
+      readers = [adapter.make_tf_data(path).as_numpy_iterator() for path in (source, copy)]
+      for number, (original, record) in enumerate(itertools.zip_longest(*readers)):
+        resized = count < num_resized
+        if not (_is_resized(original, record, side) if resized else original == record):
           raise UsageError(
             f'record {number} (counted from 0) of {copy} is not that of the original with a '
             f'shorter side of {side}: delete the copy, or choose another --output'
           )
-        count, size, checksum = count + 1, size + len(pair[1]), zlib.crc32(pair[1], checksum)
+        count, size, checksum = count + 1, size + len(record), zlib.crc32(record, checksum)
   print(f'{split}: {count:,} images, {size / 1e9:.3f} GB, checksum {checksum:08x}')
   return size
 
 
-def _resized(records: Any, side: int) -> Iterator[bytes]:
-  """Yields records with smaller images, which are resized in parallel."""
+def _resized(records: Any, side: int, number: int) -> Iterator[bytes]:
+  """Yields records, the first ones with smaller images, which are resized in parallel."""
   import tensorflow as tf
 
   def resize(record):
     feature = {'image': tf.io.FixedLenFeature((), tf.string)}
     encoded = tf.io.parse_single_example(record, feature)['image']
-    return record, preprocess.shrink_jpeg(encoded, side)
+    return record, encoded, preprocess.shrink_jpeg(encoded, side)
 
-  for record, image in records.map(resize, tf.data.AUTOTUNE).as_numpy_iterator():
-    example = tf.train.Example.FromString(record)
-    example.features.feature['image'].bytes_list.value[0] = image
-    yield example.SerializeToString(deterministic=True)
+  for record, image, smaller in (
+    records.take(number).map(resize, tf.data.AUTOTUNE).as_numpy_iterator()
+  ):
+    if smaller != image:
+      example = tf.train.Example.FromString(record)
+      example.features.feature['image'].bytes_list.value[0] = smaller
+      record = example.SerializeToString(deterministic=True)
+    yield record
+  yield from records.skip(number).as_numpy_iterator()
 
 
-def _corresponds(original: bytes | None, copy: bytes | None, side: int | None) -> bool:
+def _is_resized(original: bytes | None, copy: bytes | None, side: int) -> bool:
   """Whether a record has the features of another one, and its image at the expected size."""
   import tensorflow as tf
 
-  if side is None or original is None or copy is None:
-    return original == copy
+  if original is None or copy is None:
+    return False
   examples = [tf.train.Example.FromString(record) for record in (original, copy)]
   images = [example.features.feature['image'].bytes_list.value.pop() for example in examples]
   (original_side, kind), (copied_side, _) = map(_shorter_side_and_format, images)

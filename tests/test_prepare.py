@@ -14,7 +14,7 @@ from imta_jax import prepare
 from imta_jax.data import tfds_sets
 from imta_jax.errors import UsageError
 
-SIDE, NUM_TRAIN, NUM_TEST, NUM_FILES = 40, 26, 5, 3
+SIDE, NUM_TRAIN, NUM_VALIDATION, NUM_TEST, NUM_FILES = 40, 26, 6, 5, 3
 CONFIG = """
 from imta_jax import config as config_lib
 
@@ -22,8 +22,8 @@ def get_config(argument=''):
   config = config_lib.default()
   config.update(batch_size=8, evaluation_batch_size=8)
   config.dataset.update(
-    name='photographs', data_dir={data_dir!r}, validation_size=6, image_size=32, in_memory=False,
-    mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
+    name='photographs', data_dir={data_dir!r}, validation_size={num_validation},
+    image_size=32, in_memory=False, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
   )
   return config
 """
@@ -50,7 +50,7 @@ def original(prepare_numbered, tmp_path_factory):
 @pytest.fixture
 def config_file(original, tmp_path):
   path = tmp_path / 'config.py'
-  path.write_text(CONFIG.format(data_dir=str(original)))
+  path.write_text(CONFIG.format(data_dir=str(original), num_validation=NUM_VALIDATION))
   return path
 
 
@@ -86,18 +86,17 @@ def size_of(encoded):
   return Image.open(io.BytesIO(encoded)).size
 
 
-def test_longer_sides_are_resized_and_all_else_is_copied(tfds, config_file, original, copy):
+def test_training_images_are_resized_and_all_else_is_copied(tfds, config_file, original, copy):
   before, after = (open_reader(config_file, folder)[0] for folder in (original, copy))
   pairs = list(zip(stored(tfds, before, 'train'), stored(tfds, after, 'train'), strict=True))
   assert len(pairs) == NUM_TRAIN
-  kept = 0
-  for (label, image), (copied_label, copied) in pairs:
+  for number, ((label, image), (copied_label, copied)) in enumerate(pairs):
+    is_kept = min(size_of(image)) <= SIDE or number >= NUM_TRAIN - NUM_VALIDATION
     assert label == copied_label
-    width, height = size_of(image)
-    scale = min(1, SIDE / min(width, height))
-    assert size_of(copied) == (round(scale * width), round(scale * height))
-    kept += image == copied
-  assert kept == sum(min(size_of(image)) <= SIDE for (_, image), _ in pairs) in range(5, 15)
+    assert (image == copied) == is_kept
+    if not is_kept:
+      scale = SIDE / min(size_of(image))
+      assert size_of(copied) == tuple(round(scale * length) for length in size_of(image))
   for split, info in before.info.splits.items():
     assert after.info.splits[split].shard_lengths == info.shard_lengths
     assert len(info.shard_lengths) == NUM_FILES
@@ -107,20 +106,19 @@ def test_longer_sides_are_resized_and_all_else_is_copied(tfds, config_file, orig
       assert files_of(copy)[name].read_bytes() == path.read_bytes()
 
 
-def test_training_reads_the_same_images_and_tests_are_exact(config_file, original, copy):
+def test_training_takes_the_same_images_and_evaluation_is_exact(config_file, original, copy):
   (_, one), (_, other) = (open_reader(config_file, folder) for folder in (original, copy))
   batches = [list(itertools.islice(reader.train_batches(0, 0), 5)) for reader in (one, other)]
   for batch, copied in zip(*batches, strict=True):
     np.testing.assert_array_equal(batch['label'], copied['label'])
+    assert np.any(batch['image'] != copied['image'])
   resumed = next(other.train_batches(0, 3))
   np.testing.assert_array_equal(resumed['image'], batches[1][3]['image'])
-  for split, limit in (('test', 0), ('validation', 3)):
-    for batch, copied in zip(
-      one.evaluation_batches(split), other.evaluation_batches(split), strict=True
-    ):
-      np.testing.assert_array_equal(batch['mask'], copied['mask'])
-      difference = np.abs(batch['image'].astype(int) - copied['image'])
-      assert difference.mean() <= limit
+  for split in ('validation', 'test'):
+    evaluations = [reader.evaluation_batches(split) for reader in (one, other)]
+    for batch, copied in zip(*evaluations, strict=True):
+      for name, array in batch.items():
+        np.testing.assert_array_equal(array, copied[name])
 
 
 def test_an_interrupted_copy_is_completed(config_file, copy, capsys):
