@@ -104,15 +104,13 @@ def decode_random_crop(encoded: Any, size: int, min_area: float, flip: bool, see
   reduction = tf.reduce_min(extent[:2]) // size
   window = tf.concat([begin[:2], extent[:2]], axis=0)
   image = _decode_window(encoded, window, reduction, _ACCURATE)
-
-  def shrink():
-    columns = tf.transpose(_resize_height(image, size), (1, 0, 2))
-    return tf.transpose(_resize_height(columns, size), (1, 0, 2))
-
-  def enlarge():  # The same where nothing shrinks, but faster.
-    return _to_uint8(tf.image.resize(tf.cast(image, tf.float32), (size, size)))
-
-  image = tf.cond(tf.reduce_any(tf.shape(image)[:2] > size), shrink, enlarge)
+  image = tf.cond(
+    tf.reduce_any(tf.shape(image)[:2] > size),
+    lambda: tf.image.resize(image, (size, size), antialias=True),
+    # The same where nothing shrinks, but faster.
+    lambda: tf.image.resize(tf.cast(image, tf.float32), (size, size)),
+  )
+  image = tf.cast(image + 0.5, tf.uint8)
   return tf.image.stateless_random_flip_left_right(image, seed + 1) if flip else image
 
 
@@ -204,28 +202,6 @@ def _resize(image, size):
 
   image = tf.image.resize(image, size, antialias=True)
   return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
-
-
-def _resize_height(image, size):
-  """Resizes one axis with antialiasing; whole rows are vectors, unlike in tf.image.resize."""
-  import tensorflow as tf
-
-  height, width = tf.unstack(tf.shape(image)[:2])
-  rows = tf.raw_ops.ScaleAndTranslate(
-    images=tf.reshape(image, (1, height, 1, 3 * width)),
-    size=(size, 1),
-    scale=(size / tf.cast(height, tf.float32), 1.0),
-    translation=(0.0, 0.0),
-    kernel_type='triangle',
-  )
-  return tf.reshape(_to_uint8(rows), (size, width, 3))
-
-
-def _to_uint8(image):
-  """Rounds pixels between 0 and 255, apart from errors of rounding."""
-  import tensorflow as tf
-
-  return tf.cast(image + 0.5, tf.uint8)
 
 
 def _decode_png_on_white(encoded):
