@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = _copy_split(builder, split['name'], folder, options.shorter_side, num_resized)
     split['numBytes'] = str(size)
   with files.accessing(folder):
-    for path in (*builder.data_path.glob('*.json'), *builder.data_path.glob('*.txt')):
+    for path in (builder.data_path / 'features.json', *builder.data_path.glob('*.txt')):
       path.copy(folder / path.name, overwrite=True)
   # Comes last: TFDS takes a folder that has it for complete.
   files.write_whole(folder / 'dataset_info.json', json.dumps(info, indent=2).encode())
@@ -105,9 +105,8 @@ def _resized(records: Any, side: int, number: int) -> Iterator[bytes]:
     encoded = tf.io.parse_single_example(record, feature)['image']
     return record, encoded, preprocess.shrink_jpeg(encoded, side)
 
-  for record, image, smaller in (
-    records.take(number).map(resize, tf.data.AUTOTUNE).as_numpy_iterator()
-  ):
+  first = records.take(number).map(resize, tf.data.AUTOTUNE)
+  for record, image, smaller in first.as_numpy_iterator():
     if smaller != image:
       example = tf.train.Example.FromString(record)
       example.features.feature['image'].bytes_list.value[0] = smaller
