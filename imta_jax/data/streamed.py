@@ -87,11 +87,11 @@ class StreamedDataset(Dataset):
     batches = ({'image': batch['image'], 'label': batch['label']} for batch in checked)
     first = next(batches)
     missing = itertools.repeat(first, first_step % self._steps_per_stack)
-    batches = itertools.chain(missing, [first], batches)
-    if self._steps_per_stack == 1:  # Nothing is copied.
-      yield from (jax.tree.map(lambda array: array[:, None], batch) for batch in batches)
-    for stack in in_groups(batches, self._steps_per_stack):
-      yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
+    for stack in in_groups(itertools.chain(missing, [first], batches), self._steps_per_stack):
+      if len(stack) == 1:
+        yield jax.tree.map(lambda array: array[:, None], stack[0])  # Without a copy.
+      else:
+        yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
 
   def _checked(self, split, batch):
     name = f'the {split} split of {self._config.dataset.name}'
