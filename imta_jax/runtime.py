@@ -64,7 +64,7 @@ def set_up_compilation_cache() -> None:
 
 
 def keep_freed_memory() -> None:
-  """Keeps freed memory in the process: pages that are new for each image cost as much as decoding.
+  """Keeps freed memory in the process: new pages for every image take a fifth of its decoding.
 
   Where the C library is not glibc, nothing happens.
   """
