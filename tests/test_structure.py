@@ -53,7 +53,7 @@ def test_imports_are_found():
 def test_no_import_circle():
   graph = {module: imported_modules(module) for module in MODULES}
   order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle.
-  programs = ('main', 'serve', 'predict', 'export', 'sweep')
+  programs = ('main', 'serve', 'predict', 'prepare', 'export', 'sweep')
   assert order[-1] in ('imta_jax', *(f'imta_jax.{name}' for name in programs))
 
 

@@ -53,6 +53,7 @@ class StreamedDataset(Dataset):
   ):
     if len(config.dataset.mean) != 3 or len(config.dataset.std) != 3:
       raise UsageError('config.dataset.mean and std need 3 numbers each: streamed images are RGB')
+    runtime.keep_freed_memory()
     self._reader, self._config = reader, config
     self.class_names, self.num_images = class_names, num_images
     self.image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
@@ -87,7 +88,10 @@ class StreamedDataset(Dataset):
     first = next(batches)
     missing = itertools.repeat(first, first_step % self._steps_per_stack)
     for stack in in_groups(itertools.chain(missing, [first], batches), self._steps_per_stack):
-      yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
+      if len(stack) == 1:
+        yield jax.tree.map(lambda array: array[:, None], stack[0])  # Without a copy.
+      else:
+        yield jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *stack)
 
   def _checked(self, split, batch):
     name = f'the {split} split of {self._config.dataset.name}'

@@ -221,9 +221,15 @@ class TfdsReader:
 
     try:
       examples = self._read(split, seed).enumerate().skip(position * batch_size)
-      batches = _batch(examples.map(decode_example, tf.data.AUTOTUNE), batch_size)
-      batches = batches.take(num_batches - position).prefetch(tf.data.AUTOTUNE)
-      yield from batches.as_numpy_iterator()
+      examples = examples.map(decode_example, tf.data.AUTOTUNE)
+      if seed is None:
+        examples = _padded(examples)
+      batches = examples.batch(batch_size, drop_remainder=True).take(num_batches - position)
+      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+        yield {
+          name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+          for name, array in batch.items()
+        }
     except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
       refuse(self._builder, self._part(split), error)
 
@@ -246,6 +252,8 @@ class TfdsReader:
     )
     options = tf.data.Options()
     options.deterministic = True
+    # Threads that decode fill the batches.
+    options.experimental_optimization.map_and_batch_fusion = True
     examples = examples.with_options(options)
     return examples if seed is None else examples.shuffle(_SHUFFLE_BUFFER, seed=seed)
 
@@ -265,11 +273,9 @@ class TfdsReader:
     return decode
 
 
-def _batch(examples, size):
-  """Groups examples into batches [local devices, batch per device, …]; padding goes on for ever."""
+def _padded(examples):
+  """Appends padding, without end."""
   import tensorflow as tf
 
   filler = jax.tree.map(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
-  filled = examples.concatenate(tf.data.Dataset.from_tensors(filler).repeat())
-  local = jax.local_device_count()
-  return filled.batch(size // local, drop_remainder=True).batch(local, drop_remainder=True)
+  return examples.concatenate(tf.data.Dataset.from_tensors(filler).repeat())

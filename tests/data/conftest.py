@@ -13,49 +13,8 @@ from imta_jax.data.pipeline import open_dataset
 
 
 @pytest.fixture(scope='session')
-def tfds():
-  import tensorflow_datasets  # Slow to import, so only where it is needed.
-
-  return tensorflow_datasets
-
-
-@pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   return str(tmp_path_factory.mktemp('tfds'))
-
-
-@pytest.fixture(scope='session')
-def prepare_numbered(tfds):
-  """A function that prepares a data set in several files; the label of an image is its number.
-
-  It takes the name, the folder of TFDS, the arguments of the image's feature, {split: number of
-  images}, a function that gives the image of a number, and the number of files per split.
-  """
-
-  def prepare(dataset_name, folder, feature, counts, draw, num_files):
-    class Numbered(tfds.core.GeneratorBasedBuilder):
-      VERSION = tfds.core.Version('1.0.0')
-      name = dataset_name
-
-      def _info(self):
-        features = {
-          'image': tfds.features.Image(**feature),
-          'label': tfds.features.ClassLabel(num_classes=64),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-      def _split_generators(self, download_manager):
-        del download_manager
-        return {split: self._generate_examples(count) for split, count in counts.items()}
-
-      def _generate_examples(self, count):
-        for number in range(count):
-          yield number, {'image': draw(number), 'label': number}
-
-    options = tfds.download.DownloadConfig(num_shards=num_files)
-    Numbered(data_dir=str(folder)).download_and_prepare(download_config=options)
-
-  return prepare
 
 
 def make_mnist5k_config(data_dir):
