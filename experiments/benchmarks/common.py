@@ -84,7 +84,8 @@ class Task:
     )
     axes = (None, None, 0, None)
     loop = steps.on_devices(loop, axes, donated=(0,), cuda_graphs=cuda_graphs)
-    return loop, *runtime.replicate((self.phase.state, pack(self.phase.teacher))), source
+    state = jax.tree.map(jnp.copy, self.phase.state)  # The loop takes its memory.
+    return loop, *runtime.replicate((state, pack(self.phase.teacher))), source
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
