@@ -100,7 +100,7 @@ def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
   name, exits, large, batch_sizes = 'cifar100', (5, 7), 'imagenet', (256, 1024, 2048)
   network, scale, jobs, dtype, fields = 'cifar100.py:exits=5', 0.1, 9, 'bfloat16', []
   if rehearse:
-    name, exits, large, batch_sizes = 'mnist5k', (2, 3), 'mnist5k', (64, 128, 256)
+    name, exits, large, batch_sizes = 'mnist5k', (1, 2), 'mnist5k', (64, 128, 256)
     network, scale, jobs, dtype, fields = 'mnist5k.py', 0.003, 2, 'float32', list(_TINY)
 
   def step(config, phase, batch_size, *arguments):

@@ -10,7 +10,7 @@ from imta_jax import config as config_lib
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'experiments/benchmarks'))
-import training_step
+import training_step  # noqa: E402
 
 
 @pytest.mark.slow
