@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -196,6 +198,31 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
   first, second = records
   assert first['operations'] > second['operations']  # Phase II trains the last layers alone.
   assert f'| {first["launches"]} ' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(f'{config}_{target}', marks=marks)
+    for config in ('mnist5k', 'cifar100_exits-4', 'imagenet')
+    for target, marks in (('h100', NO_GPU), ('v5e-2x4', NO_TPU))
+  ],
+)
+def test_programs_are_those_of_the_committed_plans(name, tmp_path):
+  records = json.loads((ROOT / f'experiments/results/plans/{name}.json').read_text())
+  fields = ('config', 'target', 'dtype')
+  options = [f'--{field}={records[0][field]}' for field in fields]
+  options += [f'--batch_sizes={records[0]["batch_size"]}', f'--output={tmp_path}/plan.json']
+  # In a program of its own, whose compilers optimize.
+  subprocess.run([sys.executable, 'experiments/plan.py', *options], cwd=ROOT, check=True)
+  for found, record in zip(json.loads((tmp_path / 'plan.json').read_text()), records, strict=True):
+    if found['versions'] != record['versions']:
+      pytest.skip(f'recorded with {record["versions"]}')
+    assert found == {
+      field: pytest.approx(value, rel=0.02) if field.endswith(('bytes', 'launches')) else value
+      for field, value in record.items()
+    }
 
 
 def test_targets_without_a_compiler_say_how_to_get_it(monkeypatch):
