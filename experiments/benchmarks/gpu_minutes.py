@@ -18,6 +18,7 @@ networks on arrays of configs/mnist5k.py, on any machine.
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -48,10 +49,12 @@ class Part(NamedTuple):
   Attributes:
     result: The file that exists once the program has ended well.
     command: What to run, without Python.
+    seconds: How long it may take, so that one that hangs leaves time for the others.
   """
 
   result: Path
   command: Sequence[str | Path]
+  seconds: float = math.inf
 
 
 def main() -> int:
@@ -113,6 +116,7 @@ def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
         *(f'--batch_sizes={batch_size}', f'--dtype={dtype}', '--repeats=5', f'--output={result}'),
         *arguments,
       ],
+      420,
     )
 
   compared = ('--cuda_graphs=partial,concurrent', f'--lock={output / "lock"}')
@@ -170,8 +174,8 @@ def run(group: Sequence[Part], output: Path, deadline: float) -> bool:
             process_group=0,
           )
         )
-    for process in processes:
-      process.wait(max(0, deadline - time.monotonic()))
+    for part, process in zip(parts, processes, strict=False):
+      process.wait(max(0, min(deadline, start + part.seconds) - time.monotonic()))
   except subprocess.TimeoutExpired:
     pass
   finally:
