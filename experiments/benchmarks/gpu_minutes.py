@@ -90,10 +90,12 @@ def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
     rehearse: Whether to use small networks.
   """
   name, exits, large, batch_sizes = 'cifar100', (5, 7), 'imagenet', (256, 1024, 2048)
-  network, scale, jobs, dtype, fields = 'cifar100.py:exits=5', 0.1, 9, 'bfloat16', []
+  scale, jobs, dtype, fields = 0.1, 9, 'bfloat16', []
+  network = [f'--config=configs/{name}.py:exits=5']
   if rehearse:
     name, exits, large, batch_sizes = 'mnist5k', (1, 2), 'mnist5k', (64, 128, 256)
-    network, scale, jobs, dtype, fields = 'mnist5k.py', 0.003, 2, 'float32', list(_TINY)
+    scale, jobs, dtype, fields = 0.003, 2, 'float32', list(_TINY)
+    network = [f'--config=configs/{name}.py', '--repeats=1', '--calls=8']
 
   def step(config, phase, batch_size, *arguments):
     of_config = config.replace('.py', '').replace(':', '_')
@@ -123,7 +125,7 @@ def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
   )
   latency = [
     *(FOLDER / 'inference.py', FOLDER.parent / f'results/{name}/export', '--batch_sizes=1,16,256'),
-    *(f'--config=configs/{network}', f'--arrays={arrays}', f'--output={output / "latency"}'),
+    *(*network, f'--arrays={arrays}', f'--output={output / "latency"}'),
   ]
   return [
     [step(f'{name}.py:exits={n}', phase, 64, *compared) for n in exits for phase in (1, 2)],
