@@ -37,7 +37,6 @@ _TINY = (
   *('model.num_exits=2', 'model.channels=2', 'model.growth_rate=2'),
   *('model.scale_factors=(1, 2)', 'model.bottleneck_factors=(1, 2)'),
 )
-_GRACE = 20  # Seconds that a program has to save its state.
 
 
 class Part(NamedTuple):
@@ -178,10 +177,10 @@ def run(group: Sequence[Part], output: Path, deadline: float) -> bool:
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-  """Ends programs with those that they have started, which may save their states before."""
+  """Ends programs with those that they have started, which have 20 seconds to save their states."""
   _signal(processes, signal.SIGTERM)
-  start = time.monotonic()
-  while time.monotonic() < start + _GRACE and _signal(processes, 0):
+  end = time.monotonic() + 20
+  while time.monotonic() < end and _signal(processes, 0):
     time.sleep(0.1)
   _signal(processes, signal.SIGKILL)
 
