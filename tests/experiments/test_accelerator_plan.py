@@ -201,14 +201,7 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(f'{config}_{target}', marks=marks)
-    for config in ('mnist5k', 'cifar100_exits-4', 'imagenet')
-    for target, marks in (('h100', NO_GPU), ('v5e-2x4', NO_TPU))
-  ],
-)
+@pytest.mark.parametrize('name', [pytest.param('cifar100_exits-5_h100', marks=NO_GPU)])
 def test_programs_are_those_of_the_committed_plans(name, tmp_path):
   records = json.loads((ROOT / f'experiments/results/plans/{name}.json').read_text())
   fields = ('config', 'target', 'dtype')
