@@ -201,7 +201,8 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [pytest.param('cifar100_exits-5_h100', marks=NO_GPU)])
+@NO_GPU
+@pytest.mark.parametrize('name', ['mnist5k_h100', 'cifar100_exits-5_h100'])
 def test_programs_are_those_of_the_committed_plans(name, tmp_path):
   records = json.loads((ROOT / f'experiments/results/plans/{name}.json').read_text())
   fields = ('config', 'target', 'dtype')
