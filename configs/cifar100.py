@@ -2,8 +2,12 @@
 
     python -m imta_jax.main --config=configs/cifar100.py          # Table 1: 7 exits
     python -m imta_jax.main --config=configs/cifar100.py:exits=5  # Table 2; Figure 3: 4, 5, 6, 8
+    python -m imta_jax.main --config=configs/cifar100.py:recipe=dfs
     python -m imta_jax.main --config=configs/cifar100.py:network=densenet_bc-100
     python -m imta_jax.main --config=configs/cifar100.py:network=resnet-62,exits=7
+
+`recipe=dfs` trains phase I alone as Deep Feature Surgery (Gong et al., ECCV 2024), whose method
+is `'--config.phases[0].shared_channels=0.5'`; experiments/paper/recipes.py tells the two apart.
 
 Other networks are resnet-20, -32, … -110, densenet-40, -52, …, densenet_bc-40, -52, … -100 and
 hydranet-1, … -9; see imta_jax/models/baselines.py. They have one exit and phase I alone unless
@@ -25,14 +29,20 @@ Data: `tfds build cifar100`; otherwise the first run downloads it.
 """
 
 from imta_jax import config as config_lib
+from imta_jax.errors import UsageError
 from imta_jax.models import baselines
 
 
 def get_config(argument=''):
-  arguments = baselines.parse_argument(argument, exits=7)
+  arguments = baselines.parse_argument(argument, exits=7, recipe='paper')
   config = config_lib.default()
   if arguments.network != 'msdnet':
     baselines.choose(config, arguments.network, arguments.exits, 'cifar')
     return config
   config.model.num_exits = arguments.exits
+  if arguments.recipe == 'dfs':
+    config.batch_size, config.phases = 500, config.phases[:1]
+    config.phases[0].update(weight_decay=5e-4, milestones=(250 / 300, 280 / 300, 295 / 300))
+  elif arguments.recipe != 'paper':
+    raise UsageError(f'config argument recipe is {arguments.recipe!r}: choose paper or dfs')
   return config

@@ -26,6 +26,7 @@ from planning import counts, targets
 
 from imta_jax import command_line
 from imta_jax import config as config_lib
+from imta_jax.adaptive.compiler import graph_options
 from imta_jax.command_line import list_of, positive
 from imta_jax.errors import UsageError
 
@@ -92,7 +93,7 @@ def plan(
   Returns:
     The record of the plan. Amounts are None if the compiler finds no way to fit the step. Of them,
     'operations' are two per multiply-add; see `counts.count_hlo` for 'bytes' and 'launches';
-    'launches_in_graphs' are those in CUDA graphs, None but for GPUs.
+    'graphs' are CUDA graphs, 'launches_outside' is outside of them, both None but for GPUs.
 
   Raises:
     UsageError: If the phase does not exist or the devices do not divide the batch.
@@ -117,19 +118,21 @@ def plan(
     'batch_size': batch_size,
     'fits': False,
     'operations': work['operations'],
-    **dict.fromkeys(('bytes', 'launches', 'launches_in_graphs', 'collectives', 'collective_bytes')),
+    **dict.fromkeys(('bytes', 'launches', 'graphs', 'launches_outside')),
+    **dict.fromkeys(('collectives', 'collective_bytes')),
     **dict.fromkeys(('argument_bytes', 'temp_bytes', 'peak_bytes')),
     'memory_bytes': target.memory,
     'versions': f'jax {jax.__version__}, {target.compiler}',
   }
   print(f'compiling phase {number} at batch size {batch_size} for {target.name}', flush=True)
   try:
-    compiled, record['launches_in_graphs'] = _compile(loop.lower(*inputs), target)
+    options = graph_options(config.cuda_graphs, num_devices)
+    compiled, graphs = _compile(loop.lower(*inputs), target, options)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return record
-  record.update(counts.count_hlo(compiled.as_text()))
+  record.update(counts.count_hlo(compiled.as_text()), **graphs)
   if num_devices == 1:
     record.update(collectives=0, collective_bytes=0)
   memory = compiled.memory_analysis()
@@ -139,15 +142,16 @@ def plan(
   return record | {'fits': on_cpu or peak <= target.memory}
 
 
-def _compile(lowered, target):
-  """The compiled program and, for GPUs, the number of its launches in CUDA graphs."""
+def _compile(lowered, target, graph_options):
+  """The compiled program and, for GPUs, the counts of its CUDA graphs."""
   if not target.compiler_options:
-    return lowered.compile(), None
+    return lowered.compile(), {}
   with tempfile.TemporaryDirectory() as folder:
-    options = {**target.compiler_options, 'xla_dump_to': folder}
+    options = {**target.compiler_options, **graph_options, 'xla_dump_to': folder}
     compiled = lowered.compile(compiler_options=options)
     (path,) = Path(folder).glob('*.thunk_sequence_after_thunk_passes.txt')
-    return compiled, counts.count_thunks(path.read_text())[1]
+    graphs, outside = counts.count_thunks(path.read_text())
+    return compiled, {'graphs': graphs, 'launches_outside': outside}
 
 
 def search_largest(

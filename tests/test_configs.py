@@ -51,6 +51,16 @@ def test_cifar_follows_the_protocol(name):
   assert config.batch_size == 64 and config.global_batch_norm
 
 
+def test_the_recipe_of_deep_feature_surgery():
+  config = load('cifar100', 'recipe=dfs')
+  (phase,) = config.phases
+  assert (config.batch_size, phase.epochs, phase.learning_rate) == (500, 300, 0.1)
+  assert phase.weight_decay == 5e-4
+  assert [round(drop * phase.epochs) for drop in phase.milestones] == [250, 280, 295]
+  with pytest.raises(UsageError, match="recipe is 'other': choose paper or dfs"):
+    load('cifar100', 'recipe=other')
+
+
 def test_imagenet_follows_the_protocol():
   config = load('imagenet')
   assert (config.batch_size, config.dataset.image_size) == (256, 224)

@@ -63,7 +63,7 @@ class Task:
     """Network and variables of the phase."""
     return self.phase.model, self.phase.state.weights.variables
 
-  def train_loop(self) -> tuple[Callable, train_state.TrainState, Any, Batch]:
+  def train_loop(self, cuda_graphs: str) -> tuple[Callable, train_state.TrainState, Any, Batch]:
     """Returns the mapped training loop, and the state, teacher and batches on the devices.
 
     The loop takes these and a number of steps, as in training: 1 on CPUs. Its steps alternate
@@ -82,8 +82,10 @@ class Task:
     loop = steps.make_train_loop(
       self.phase.train_step, draw, dtype=self.phase.model.dtype, one_step=on_cpu
     )
-    loop = steps.on_devices(loop, (None, None, 0, None), donated=(0,))
-    return loop, *runtime.replicate((self.phase.state, pack(self.phase.teacher))), source
+    axes = (None, None, 0, None)
+    loop = steps.on_devices(loop, axes, donated=(0,), cuda_graphs=cuda_graphs)
+    state = jax.tree.map(jnp.copy, self.phase.state)  # The loop takes its memory.
+    return loop, *runtime.replicate((state, pack(self.phase.teacher))), source
 
 
 def make_task(config: ConfigDict, index: int, batch_size: int) -> Task:
@@ -218,9 +220,9 @@ def _dataset(config):
     ) from None
 
 
-def ours(task: Task) -> Callable[[int], None]:
+def ours(task: Task, cuda_graphs: str) -> Callable[[int], None]:
   """Returns a function that runs a given number of training steps and waits for them."""
-  train, state, teacher, source = task.train_loop()
+  train, state, teacher, source = task.train_loop(cuda_graphs)
 
   def run(count):
     nonlocal state

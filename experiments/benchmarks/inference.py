@@ -5,8 +5,8 @@
     python experiments/benchmarks/inference.py experiments/results/cifar100/export \\
       --config=configs/cifar100.py:exits=5 --output=latency
 
-*Whole network*: one program that computes the logits of the last exit, as XLA, OpenVINO and ONNX
-Runtime run it, with ONNX written by imta_jax and by PyTorch, and as `torch.compile` runs it.
+*Whole network*: one program that computes the logits of the last exit, as XLA and `torch.compile`
+run it and, on CPUs, OpenVINO and ONNX Runtime, with ONNX written by imta_jax and by PyTorch.
 *Engine*: `AdaptiveClassifier` after `compile()`, with no early exit and with thresholds chosen on
 validation images. Images are given to `predict` in batches of each size, and to `stream` in batches
 of 64. All take turns on the same images, so that other load on the machine affects all alike.
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('network', help='workdir of a run, or an exported folder')
   parser.add_argument('--config', help='config of an exported network, as in training')
+  parser.add_argument('--arrays', help='the data set, as imta_jax.data.prepare wrote it')
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), default=(1, 16, 64, 256))
   parser.add_argument('--repeats', type=positive(int), default=5, help='default: 5')
   parser.add_argument('--images', type=positive(int), default=1024, help='at most; default: 1024')
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = config_lib.load(options.config)
   else:
     config = layout.load_config(epath.Path(options.network))
+  config.dataset.arrays_dir = options.arrays or config.dataset.arrays_dir
   images, labels = test_images(config, options.images)
   classifier = command_line.open_classifier(options.network, runtime=options.runtime)
   start = time.perf_counter()
@@ -176,19 +178,20 @@ def whole_networks(classifier: AdaptiveClassifier, peer: Any | None) -> dict[str
 
   program = jax.jit(last_logits, compiler_options=compiler_options())
   programs = {'XLA': lambda images: np.asarray(program(weights, images))}
-  written = {}
-  if common.is_installed('onnx'):
+  written, on_cpu = {}, jax.default_backend() == 'cpu'
+  if on_cpu and common.is_installed('onnx'):
     written[''] = _read_stages(classifier)
   if peer is not None:
     import torch
 
-    example = torch.zeros((2, *classifier.image.shape), dtype=torch.uint8)
-    written[" of PyTorch's export"] = _torch_to_onnx(peer, example)
-    compiled = torch.compile(peer)
+    if on_cpu:
+      example = torch.zeros((2, *classifier.image.shape), dtype=torch.uint8)
+      written[" of PyTorch's export"] = _torch_to_onnx(peer, example)
+    compiled = torch.compile(peer, mode=None if on_cpu else 'reduce-overhead')  # With CUDA graphs.
 
     def run_compiled(images):
       with torch.inference_mode():
-        return compiled(torch.from_numpy(images)).numpy()
+        return compiled(torch.from_numpy(images).to(common.torch_device())).cpu().numpy()
 
     programs['PyTorch compiled'] = run_compiled
   for source, model in written.items():
@@ -273,7 +276,7 @@ def torch_network(config: ConfigDict, network: str, classifier: AdaptiveClassifi
       print(f'PyTorch is not measured: {error}')
       return None
   mean, std = (
-    255 * torch.tensor(tuple(values)).reshape(1, -1, 1, 1)
+    255 * torch.tensor(tuple(values), device=common.torch_device()).reshape(1, -1, 1, 1)
     for values in (config.dataset.mean, config.dataset.std)
   )
 
@@ -286,7 +289,7 @@ def torch_network(config: ConfigDict, network: str, classifier: AdaptiveClassifi
       logits = self.module((images.permute(0, 3, 1, 2).float() - mean) / std)
       return logits[-1] if logits.ndim == 3 else logits
 
-  return FromPixels().eval().requires_grad_(False)
+  return FromPixels().to(common.torch_device()).eval().requires_grad_(False)
 
 
 def choose_methods(

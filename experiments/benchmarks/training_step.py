@@ -10,9 +10,12 @@ our step and the limit are measured.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import common
@@ -36,6 +39,15 @@ def main() -> None:
   parser.add_argument('--phases', type=list_of(positive(int)), default=[1, 2], help='default: 1,2')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
   parser.add_argument('--peers', default='eager,tuned', help="default: 'eager,tuned'; may be empty")
+  parser.add_argument(
+    '--cuda_graphs',
+    type=list_of(str),
+    default=(),
+    help="values of config.cuda_graphs to compare ours with, as in 'partial,concurrent'",
+  )
+  parser.add_argument(
+    '--lock', help='file shared by programs that compile at once and are timed one by one'
+  )
   parser.add_argument('--repeats', type=positive(int), default=7, help='turns; default: 7')
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all timings')
   options = parser.parse_args()
@@ -58,14 +70,18 @@ def main() -> None:
       difference = common.check_peer(config, number - 1)
       print(f'phase {number}: logits of the peer differ by {difference:.0e} of the largest logit')
     for batch_size in batch_sizes:
-      result = measure(config, number - 1, batch_size, peers, options.repeats)
+      result = measure(config, number - 1, batch_size, peers, options)
       results.append({'config': options.config, 'dtype': config.model.dtype, **result})
   print(f'\n{format_table(results)}')
   common.write_json(options.output, {'machine': machine, 'results': results})
 
 
 def measure(
-  config: ConfigDict, index: int, batch_size: int, peers: Sequence[str], repeats: int
+  config: ConfigDict,
+  index: int,
+  batch_size: int,
+  peers: Sequence[str],
+  options: argparse.Namespace,
 ) -> dict[str, Any]:
   """Measures the training step of a phase at a batch size.
 
@@ -74,19 +90,26 @@ def measure(
     index: The phase, counted from 0.
     batch_size: Images per step, on all devices together.
     peers: The peers to compare with, of 'eager' and 'tuned'.
-    repeats: Number of turns per contestant.
+    options: `repeats`, `cuda_graphs` and `lock` of the command line.
 
   Returns:
     The record for the JSON file: seconds per step of each contestant, the limit, the step's work
     and the measured rates.
   """
   task = common.make_task(config, index, batch_size)
-  contestants = {'ours': common.ours(task)}
-  for name in peers:
-    contestants[name] = peer(config, task, name)
+  contestants = {'ours': common.ours(task, config.cuda_graphs)}
+  for name in options.cuda_graphs:
+    contestants[f'ours, {name}'] = common.ours(task, name)
+  with _locked(options.lock, fcntl.LOCK_SH):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      list(pool.map(lambda run: run(1), contestants.values()))  # Compile at once.
+    for name in peers:
+      contestants[name] = peer(config, task, name)
+      contestants[name](1)
   yardsticks = {'operations': limits.matrix_product(config.model.dtype), 'bytes': limits.triad()}
   contestants |= {name: run for name, (run, _) in yardsticks.items()}
-  timings = common.interleave(contestants, repeats)
+  with _locked(options.lock, fcntl.LOCK_EX):
+    timings = common.interleave(contestants, options.repeats)
   per_device = batch_size // jax.device_count()
   amounts = limits.work(task.phase, per_device, config_lib.image_shape(config))
   rates, bounds = {}, {}
@@ -103,6 +126,17 @@ def measure(
     'work_per_step': amounts,
     'rates': rates,
   }
+
+
+@contextlib.contextmanager
+def _locked(path: str | None, kind: int) -> Iterator[None]:
+  """Holds a lock, if there is one: shared by all who compile, or alone."""
+  if path is None:
+    yield
+    return
+  with open(path, 'a') as file:
+    fcntl.flock(file, kind)
+    yield
 
 
 def peer(config: ConfigDict, task: common.Task, name: str) -> Callable[[int], None]:

@@ -72,7 +72,7 @@ def runs_of(config: str, folder: str) -> list[Run]:
 def write(
   runs: Runs, output: epath.Path, folder: str, title: str, paper: Mapping[str, Sequence[float]]
 ) -> str:
-  """Writes the table, and returns it as Markdown.
+  """Writes the table, without rows whose runs are missing, and returns it as Markdown.
 
   Args:
     runs: The finished runs of `runs_of`.
@@ -84,11 +84,14 @@ def write(
   rows = {
     name: report.row(name, runs.accuracies(f'{folder}/{run}', phase), paper.get(name))
     for name, (run, phase) in _ROWS.items()
+    if runs.has(f'{folder}/{run}')
   }
   return report.write_table(
     output,
     title,
     list(rows.values()),
-    [report.difference(rows[one], rows[other]) for one, other in _COMPARISONS],
-    report.provenance(runs, {f'{folder}/{run}' for run, _ in _ROWS.values()}),
+    [report.difference(rows[a], rows[b]) for a, b in _COMPARISONS if {a, b} <= rows.keys()],
+    report.provenance(
+      runs, {f'{folder}/{run}' for name, (run, _) in _ROWS.items() if name in rows}
+    ),
   )

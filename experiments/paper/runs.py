@@ -61,6 +61,10 @@ class Runs:
     """Returns the workdir of a run."""
     return self.folder / run / f'seed_{seed}'
 
+  def has(self, run: str) -> bool:
+    """Whether all seeds of a run are finished."""
+    return all(is_finished(self.workdir(run, seed)) for seed in range(self.num_seeds))
+
   def predictions(self, run: str, phase: int, split: str) -> list[evaluate.Predictions]:
     """Returns the predictions of a run after a phase, counted from 0, for each seed."""
     name = layout.phase_name(phase)
@@ -129,6 +133,11 @@ def main(
     'large device; default: %(default)s',
   )
   parser.add_argument(
+    '--without',
+    default='',
+    help="runs of Tables 2 and 3 to leave out with their rows, as in 'partitioning,OFA'",
+  )
+  parser.add_argument(
     '--runs', help='folder of the workdirs, which tables and figures share; default: runs/paper'
   )
   parser.add_argument(
@@ -139,6 +148,8 @@ def main(
   known, others = parser.parse_known_args()
   folder = epath.Path(known.runs or 'runs/paper').resolve()
   chosen = Runs(folder, known.scale, known.seeds, _overrides(others))
+  without = known.without.split(',')
+  runs = [run for run in runs if run.name.rpartition('/')[2] not in without]
   wanted = [(run, seed) for seed in range(known.seeds) for run in runs]
   if known.train:
     train_all(chosen, wanted, known.jobs)
@@ -234,8 +245,9 @@ def train(chosen: Runs, run: Run, seed: int, shares_device: bool = False) -> Non
       layout.checkpoint_folder(of_run, layout.phase_name(0))
       for of_run in (chosen.workdir(run.first_phase_of, seed), workdir)
     )
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
+    if source.exists():  # Otherwise, for example on another machine, the phase is trained again.
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.copytree(source, target)
   arguments = command(chosen, run, seed)
   print(shlex.join(arguments), flush=True)
   environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if shares_device else {}

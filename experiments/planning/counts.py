@@ -142,25 +142,25 @@ _CONTAINERS = {'kCommandBuffer', 'kSequential', 'kWhile', 'kConditional', 'kCall
 
 
 def count_thunks(text: str) -> tuple[int, int]:
-  """Counts what a GPU launches in a step.
+  """Counts the CUDA graphs (XLA's command buffers) of a step.
 
   Args:
     text: XLA's *.thunk_sequence_after_thunk_passes.txt: a line per thunk, those of a command buffer
-      (a CUDA graph) or of a loop indented below it.
+      or of a loop indented below it.
 
   Returns:
-    All launches, and those among them that lie in command buffers; of the loop if there is one.
+    The graphs, and the launches outside of them; of the loop if there is one.
   """
   lines = [(len(found[1]), found[2]) for found in re.finditer(r'^( *)\d+: (k\w+)', text, re.M)]
   if (0, 'kWhile') in lines:
     lines = lines[lines.index((0, 'kWhile')) + 1 :]
     lines = lines[: next((i for i, (indent, _) in enumerate(lines) if not indent), None)]
-  launches = in_graphs = 0
+  graphs = outside = 0
   graph_indent = math.inf
   for indent, kind in lines:
     if indent <= graph_indent:
       graph_indent = indent if kind == 'kCommandBuffer' else math.inf
-    if kind not in _CONTAINERS and not kind.endswith('Done'):
-      launches += 1
-      in_graphs += indent > graph_indent
-  return launches, in_graphs
+    graphs += kind == 'kCommandBuffer'
+    is_launch = kind not in _CONTAINERS and not kind.endswith('Done')
+    outside += is_launch and indent <= graph_indent
+  return graphs, outside

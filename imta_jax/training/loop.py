@@ -187,7 +187,12 @@ class _Run:
         state,
         teacher=runtime.replicate(pack(phase.teacher)),
         read=dataset.train_reader(index, step),
-        train=steps.on_devices(loop, (None, None, dataset.source_axes, None), donated=(0,)),
+        train=steps.on_devices(
+          loop,
+          (None, None, dataset.source_axes, None),
+          donated=(0,),
+          cuda_graphs=config.cuda_graphs,
+        ),
         checkpoints=checkpoints,
         metrics=metrics,
         profile=profile,

@@ -74,7 +74,7 @@ class Phase:
       )
     self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
     self.model = config_lib.create_model(config, phase, num_classes)
-    self._image_shape = image_shape
+    self._image_shape, self._cuda_graphs = image_shape, config.cuda_graphs
     variables = initial_variables(self.model, config.seed, image_shape)
     if predecessor is not None:
       variables = transplant(predecessor[1], variables)
@@ -97,7 +97,8 @@ class Phase:
   @functools.cached_property
   def predict(self) -> Callable:
     """The mapped evaluation step; see `steps.make_predict_step`."""
-    return steps.on_devices(steps.make_predict_step(self.model), (None, 0))
+    step = steps.make_predict_step(self.model)
+    return steps.on_devices(step, (None, 0), cuda_graphs=self._cuda_graphs)
 
 
 def initial_variables(

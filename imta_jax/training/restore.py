@@ -66,7 +66,8 @@ def restore_network(workdir: epath.Path, index: int) -> TrainedNetwork:
   with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
     chosen = chosen_state(checkpoints, like, phase, name, workdir)
   costs = exit_costs(model, image_shape, variables)
-  predict = steps.on_devices(steps.make_predict_step(model), (None, 0))
+  step = steps.make_predict_step(model)
+  predict = steps.on_devices(step, (None, 0), cuda_graphs=config.cuda_graphs)
   return TrainedNetwork(name, model, chosen.weights, predict, costs)
 
 

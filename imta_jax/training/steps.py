@@ -271,6 +271,7 @@ def on_devices(
   *,
   donated: Sequence[int] = (),
   devices: Sequence[jax.Device] | None = None,
+  cuda_graphs: str = 'whole',
 ) -> Callable:
   """Maps a step over the devices of all hosts.
 
@@ -281,6 +282,7 @@ def on_devices(
     donated: Indices of arguments whose memory the results take, so that they cannot be used again.
       Ignored with several hosts, where donating replicated arrays has failed.
     devices: Devices to compile for, which need not be present. Default: the devices of all hosts.
+    cuda_graphs: See config.cuda_graphs.
 
   Returns:
     The pmapped function. Its results are replicated and have no axis over devices.
@@ -295,7 +297,7 @@ def on_devices(
   )
   # pmap takes no compiler options, so the step is compiled ahead of time. With several hosts, the
   # compiled program would not accept the arrays of one host, so the options are left out.
-  options = {**compiler_options(), **_step_options()}
+  options = {**compiler_options(cuda_graphs, jax.device_count()), **_step_options()}
   if not options or devices is not None or jax.process_count() > 1:
     return mapped
   programs = {}

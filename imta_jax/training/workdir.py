@@ -30,7 +30,7 @@ from imta_jax.files import accessing, read_whole, write_whole
 from imta_jax.runtime import import_tensorflow
 
 # Fields that do not change what an undisturbed run computes.
-_MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.profile_steps')
+_MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.cuda_graphs', 'config.profile_steps')
 
 _TRAIN_AGAIN = 'remove it and run the training command again'
 

@@ -19,6 +19,7 @@ from imta_jax.errors import UsageError
 from imta_jax.training import workdir as layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments/paper'))
+import ablation
 import figure_6
 import figure_7
 import report
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
   path.stem
   for path in (ROOT / 'experiments/paper').glob('*.py')
-  if path.stem.startswith(('table_', 'figure_'))
+  if path.stem.startswith(('table_', 'figure_', 'recipes'))
 )
 # MNIST-5k in the place of the paper's sets, and two exits.
 TINY = [
@@ -103,7 +104,7 @@ def test_a_program_writes_its_results_once_its_runs_are_there(
   about = (output / 'README.md').read_text()
   assert f'{name}.py' in about and '1 seed(s), 0.01 of the length' in about
   assert len(list((output / 'configs').iterdir())) == len(program.RUNS)
-  if name.startswith('table'):
+  if not name.startswith('figure'):
     assert about.strip() == printed.strip()
     assert '| exit 1 | exit 2 |' in about
   else:
@@ -145,6 +146,35 @@ def test_a_training_that_fails_is_named(tmp_path, monkeypatch):
   chosen = runs.Runs(epath.Path(tmp_path), 1.0, 1, {})
   with pytest.raises(UsageError, match=r'cifar100_exits=5/none/seed_0 ended with status 1$'):
     runs.train(chosen, table_2.RUNS[0], 0)
+
+
+def test_a_run_without_checkpoints_to_go_on_from_trains_phase_one_itself(tmp_path, monkeypatch):
+  commands = []
+  monkeypatch.setattr(
+    runs.subprocess,
+    'run',
+    lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 0),
+  )
+  (isc,) = (run for run in table_2.RUNS if run.name.endswith('/ISC'))
+  runs.train(runs.Runs(epath.Path(tmp_path), 1.0, 1, {}), isc, 0)
+  assert len(commands) == 1 and not list(tmp_path.iterdir())
+
+
+def test_runs_can_be_left_out(tmp_path, monkeypatch, capsys):
+  arguments = [f'--runs={tmp_path}', '--seeds=1', '--without=partitioning,OFA']
+  monkeypatch.setattr(sys, 'argv', ['table_2.py', *arguments])
+  with pytest.raises(UsageError, match='^4 of 4 runs'):
+    table_2.main()
+  assert 'partitioning' not in capsys.readouterr().out
+
+
+def test_rows_without_runs_are_left_out(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs.Runs, 'has', lambda _, run: 'partitioning' not in run)
+  monkeypatch.setattr(runs.Runs, 'accuracies', lambda *_: np.ones((1, 5)))
+  monkeypatch.setattr(report, 'provenance', lambda *_: '')
+  chosen, output = runs.Runs(epath.Path(tmp_path), 1.0, 1, {}), epath.Path(tmp_path)
+  table = ablation.write(chosen, output, table_2.FOLDER, 'Table 2', {})
+  assert '| OFA - none |' in table and 'partitioning' not in table
 
 
 def test_runs_at_the_same_time_wait_for_those_they_go_on_from(tmp_path, monkeypatch):
