@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument('--batch_sizes', type=list_of(positive(int)), help="default: the config's")
   parser.add_argument('--phases', type=list_of(positive(int)), help='default: all')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the config's")
+  parser.add_argument('--cuda_graphs', choices=('partial', 'whole', 'concurrent'))
   parser.add_argument('--remat', action='store_true', help='recompute activations')
   parser.add_argument('--largest', action='store_true', help='find the largest batch that fits')
   parser.add_argument('--output', type=command_line.output_file, help='JSON file for all records')
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   targets.prepare_environment()
   config = config_lib.load(options.config)
   config.model.dtype = options.dtype or config.model.dtype
+  config.cuda_graphs = options.cuda_graphs or config.cuda_graphs
   if options.remat:
     config.model.remat = True
   target = targets.open_target(options.target)
@@ -114,6 +116,7 @@ def plan(
     'target': target.name,
     'devices': num_devices,
     'dtype': config.model.dtype,
+    'cuda_graphs': config.cuda_graphs,
     'phase': number,
     'batch_size': batch_size,
     'fits': False,

@@ -85,10 +85,10 @@ _FIELDS = {
   # Training steps per device-side loop. Default: up to the next event for sets in memory on
   # accelerators; otherwise 1.
   'steps_per_dispatch': _positive(int),
-  # CUDA graphs of a step on one GPU: 'whole' is one graph of all kernels; 'concurrent' also runs
-  # independent ones at the same time, which takes more memory; 'partial', XLA's default, leaves
-  # convolutions out.
-  'cuda_graphs': _one_of('whole', 'concurrent', 'partial'),
+  # CUDA graphs of a step on one GPU: 'partial', XLA's default, leaves convolutions out; 'whole' is
+  # one graph of all kernels; 'concurrent' also runs independent ones at the same time, which takes
+  # more memory.
+  'cuda_graphs': _one_of('partial', 'whole', 'concurrent'),
   'checkpoint_every_epochs': _positive(1),  # Epochs between validations and checkpoints.
   # For epochs that take hours: if set, also saves checkpoints, without a validation, after so many
   # minutes, at the next of log_every_steps.

@@ -109,7 +109,7 @@ def all_parts(output: Path, arrays: Path, rehearse: bool) -> list[list[Part]]:
       420,
     )
 
-  compared = ('--cuda_graphs=partial,concurrent', f'--lock={output / "lock"}')
+  compared = ('--cuda_graphs=whole,concurrent', f'--lock={output / "lock"}')
   table, figure = (
     Part(
       output / program / 'README.md',

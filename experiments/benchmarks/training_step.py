@@ -43,7 +43,7 @@ def main() -> None:
     '--cuda_graphs',
     type=list_of(str),
     default=(),
-    help="values of config.cuda_graphs to compare ours with, as in 'partial,concurrent'",
+    help="values of config.cuda_graphs to compare ours with, as in 'whole,concurrent'",
   )
   parser.add_argument(
     '--lock', help='file shared by programs that compile at once and are timed one by one'

@@ -9,6 +9,7 @@ import jax
 # faster.
 _CPU_OPTIONS = {'xla_cpu_experimental_ynn_fusion_type': ''}
 # What XLA puts into CUDA graphs; convolutions are not in its default, and cut a step into pieces.
+# These were compiled, but not run on a GPU yet: nothing takes them by itself.
 _WHOLE = {'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUDNN,CONVOLUTION'}
 _CUDA_GRAPHS = {
   'whole': _WHOLE,
@@ -28,7 +29,7 @@ def graph_options(cuda_graphs: str, num_devices: int = 1) -> dict[str, str]:
 
 
 @functools.cache
-def compiler_options(cuda_graphs: str = 'whole', num_devices: int = 1) -> dict[str, str]:
+def compiler_options(cuda_graphs: str = 'partial', num_devices: int = 1) -> dict[str, str]:
   """Options that pay on the platform in use; none where its version of XLA lacks them.
 
   Args:

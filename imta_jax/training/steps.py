@@ -271,7 +271,7 @@ def on_devices(
   *,
   donated: Sequence[int] = (),
   devices: Sequence[jax.Device] | None = None,
-  cuda_graphs: str = 'whole',
+  cuda_graphs: str = 'partial',
 ) -> Callable:
   """Maps a step over the devices of all hosts.
 

@@ -178,6 +178,7 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
       f'--config={tmp_path}/small.py',
       f'--target={name}',
       '--batch_sizes=16',
+      '--cuda_graphs=whole',
       f'--output={tmp_path}/plan.json',
     ]
   )
@@ -205,7 +206,7 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
 @pytest.mark.parametrize('name', ['mnist5k_h100', 'cifar100_exits-5_h100'])
 def test_programs_are_those_of_the_committed_plans(name, tmp_path):
   records = json.loads((ROOT / f'experiments/results/plans/{name}.json').read_text())
-  fields = ('config', 'target', 'dtype')
+  fields = ('config', 'target', 'dtype', 'cuda_graphs')
   options = [f'--{field}={records[0][field]}' for field in fields]
   options += [f'--batch_sizes={records[0]["batch_size"]}', f'--output={tmp_path}/plan.json']
   # In a program of its own, whose compilers optimize.

@@ -99,7 +99,7 @@ def test_what_changes_no_result_may_change(tmp_path):
   folder, config = epath.Path(tmp_path), config_lib.default()
   workdir.claim(config, folder, NAMES, **DATA)
   config.checkpoint_every_minutes = 10.0
-  config.cuda_graphs = 'partial'
+  config.cuda_graphs = 'whole'
   config.profile_steps = 20
   workdir.claim(config, saved(folder), NAMES, **DATA)
 
