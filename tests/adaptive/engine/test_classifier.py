@@ -125,14 +125,21 @@ def test_every_image_leaves_where_the_policy_says(network, classifier, p, count)
 
 
 @pytest.mark.parametrize(
-  ('rule', 'madds'), [*((rule, SMALL) for rule in RULES), ('agreement', LARGE)]
+  ('rule', 'madds', 'runtime'),
+  [
+    *((rule, SMALL, 'xla') for rule in RULES),
+    ('agreement', LARGE, 'xla'),
+    ('agreement', SMALL, 'openvino'),
+    ('agreement', LARGE, 'openvino'),
+  ],
 )
-def test_every_rule_lets_images_leave_where_the_policy_says(network, rule, madds):
+def test_every_rule_lets_images_leave_where_the_policy_says(network, rule, madds, runtime):
+  skip_unless_installed(runtime)
   _, images, probabilities = network
   how = {'rule': rule, 'temperatures': (0.7, 1.0, 1.6)}
   thresholds = find_thresholds(probabilities, geometric_shares(1.0, 3), **how)
   exits = choose_exits(exit_scores(probabilities, **how), thresholds)
-  answers = classifier_of(network, thresholds, madds=madds, **how).predict(images)
+  answers = classifier_of(network, thresholds, madds=madds, runtime=runtime, **how).predict(images)
   np.testing.assert_array_equal(answers.exits, exits)
   assert len(set(exits)) == 3
   expected = probabilities[exits, np.arange(len(exits))]

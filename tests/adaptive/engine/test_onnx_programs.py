@@ -49,6 +49,22 @@ def test_compile_takes_the_runtime_that_was_fastest(make_classifier, monkeypatch
   np.testing.assert_array_equal(network.predict(images).exits, expected.exits)
 
 
+@pytest.mark.parametrize(('seconds', 'is_taken'), [(0.95, False), (0.8, True)])
+def test_one_thread_must_be_clearly_faster(monkeypatch, seconds, is_taken):
+  now = [0.0]
+
+  def program(seconds):
+    def run(arrays, keep):
+      now[0] += seconds
+
+    return run
+
+  monkeypatch.setattr(onnx_programs.time, 'perf_counter', lambda: now[0])
+  all_threads, one_thread = program(1.0), program(seconds)
+  taken = onnx_programs._faster(all_threads, one_thread, {})
+  assert taken is (one_thread if is_taken else all_threads)
+
+
 @pytest.mark.parametrize('runtime', RUNTIMES)
 def test_a_network_in_half_precision_computes_in_float32(
   tiny_msdnet, random_variables, images, runtime

@@ -22,6 +22,12 @@ def test_batches_cost_least():
   assert [first[count] for count in (1, 2, 4, 5, 15, 16)] == [1, 4, 4, 16, 16, 16]
 
 
+@pytest.mark.parametrize(('half', 'first_batch'), [(9.8, 16), (9.0, 8)])
+def test_a_batch_is_divided_if_that_is_clearly_cheaper(half, first_batch):
+  _, first = cheapest_batches({8: half, 16: 20.0}, most=16)
+  assert first[16] == first_batch
+
+
 def test_no_batch_is_larger_than_pays():
   # 1.7 an image of a full batch of 4, 1.9 of one of 16, though the last stage gains by it.
   stages = [{1: 2, 4: 3, 16: 16}, {1: 2, 4: 3, 16: 12}, {1: 2, 4: 0.8, 16: 2.4}]
