@@ -19,5 +19,5 @@ def test_steps_with_other_graphs_are_timed_beside_ours(tmp_path):
   config.model.update(scale_factors=(1,), bottleneck_factors=(1,))
   options = argparse.Namespace(repeats=2, cuda_graphs=['whole'], lock=str(tmp_path / 'lock'))
   result = training_step.measure(config, 0, 16, [], options)
-  assert set(result['seconds_per_step']) == {'ours', 'ours, partial'}
+  assert set(result['seconds_per_step']) == {'ours', 'ours, whole'}
   assert all(len(seconds) == 2 for seconds in result['seconds_per_step'].values())
