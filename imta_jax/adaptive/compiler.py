@@ -1,7 +1,6 @@
 """Compiler options for each platform, for training as for inference."""
 
 import functools
-import os
 
 import jax
 
@@ -37,11 +36,10 @@ def compiler_options(cuda_graphs: str = 'partial', num_devices: int = 1) -> dict
     num_devices: See `graph_options`.
 
   Returns:
-    Names and values, without those that XLA_FLAGS sets.
+    Names and values.
   """
   of_platform = {'cpu': _CPU_OPTIONS, 'gpu': graph_options(cuda_graphs, num_devices)}
   options = of_platform.get(jax.default_backend(), {})
-  options = {k: v for k, v in options.items() if k not in os.environ.get('XLA_FLAGS', '')}
   try:
     jax.jit(lambda: 0, compiler_options=options)()
   except jax.errors.JaxRuntimeError:

@@ -135,7 +135,7 @@ def scan(root: str) -> ImageFolder:
 
 def title(dataset: ConfigDict) -> str:
   """Name of a data set for people; of a folder of images, that of the folder."""
-  return os.path.basename(dataset.data_dir) if dataset.name == NAME else dataset.name
+  return os.path.basename(dataset.data_dir.rstrip('/')) if dataset.name == NAME else dataset.name
 
 
 def _split_folders(root):

@@ -1,4 +1,4 @@
-"""Compiler options: CUDA graphs on one GPU, and what the user or XLA decides otherwise."""
+"""Compiler options: CUDA graphs on one GPU, if XLA has them."""
 
 import jax
 import pytest
@@ -29,12 +29,6 @@ def test_options_that_xla_lacks_are_left_out(on_gpu, monkeypatch):
   unknown = {'xla_gpu_enable_command_buffer': 'NO_SUCH_KIND'}
   monkeypatch.setitem(compiler._CUDA_GRAPHS, 'whole', unknown)
   assert compiler.compiler_options('whole') == {}
-
-
-def test_options_in_xla_flags_are_the_users(on_gpu, monkeypatch):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_command_buffer=')
-  expected = {'xla_gpu_command_buffer_scheduling_mode': 'CONCURRENT'}
-  assert compiler.compiler_options('concurrent') == expected
 
 
 def test_steps_are_compiled_with_the_graphs_of_the_config(monkeypatch):

@@ -268,7 +268,7 @@ def test_a_survey_leaves_out_files_without_a_header(tmp_path):
 
 
 def test_a_folder_has_its_own_name_in_titles():
-  assert image_folder.title(ConfigDict({'name': image_folder.NAME, 'data_dir': '/a/flowers'})) == (
+  assert image_folder.title(ConfigDict({'name': image_folder.NAME, 'data_dir': '/a/flowers/'})) == (
     'flowers'
   )
   assert image_folder.title(ConfigDict({'name': 'cifar100', 'data_dir': None})) == 'cifar100'

@@ -128,17 +128,17 @@ class OnnxPrograms:
     self._programs: dict[Any, Callable[..., list[np.ndarray]]] = {}
 
   def run(
-    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+    self, first: int, end: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, np.ndarray, np.ndarray]:
-    *early, results = self._run(first, last, carry, keep)
+    *early, results = self._run(first, end, carry, keep)
     probabilities = [*early, results[-1]]
     befores = [carry[-1] if first else probabilities[0], *early]
     scores = [
       score(p, q)
-      for score, p, q in zip(self._scores[first:last], probabilities, befores, strict=True)
+      for score, p, q in zip(self._scores[first:end], probabilities, befores, strict=True)
     ]
-    leaves = np.array(scores) >= lower(thresholds[:, first:last]).T
-    if last == len(self._models):
+    leaves = np.array(scores) >= lower(thresholds[:, first:end]).T
+    if end == len(self._models):
       leaves[-1] = True  # NaN included.
     at = leaves.argmax(axis=0)
     exits = np.where(leaves.any(axis=0), first + at, -1)
@@ -148,23 +148,23 @@ class OnnxPrograms:
   def compile_joins(self, sizes: Sequence[int]) -> None:
     pass
 
-  def _run(self, first, last, carry, keep):
+  def _run(self, first, end, carry, keep):
     """Runs stages; returns the probabilities of all but the last one, and the results of that."""
     arrays = dict(zip(self._names[first], carry if first else (carry,), strict=True))
     size = len(next(iter(arrays.values())))
     if self._runtime == 'onnxruntime':  # Its programs take batches of any size.
       size = min(size, _SMALL + 1)
-    program = self._programs.get((first, last, size))
+    program = self._programs.get((first, end, size))
     if program is None:
-      names = [*(names[-1] for names in self._names[first + 1 : last]), *self._names[last]]
-      model = join_stages(self._models[first:last], self._leaves[first:last], first, names)
+      names = [*(names[-1] for names in self._names[first + 1 : end]), *self._names[end]]
+      model = join_stages(self._models[first:end], self._leaves[first:end], first, names)
       open_program = _openvino_program if self._runtime == 'openvino' else _onnxruntime_program
       program = open_program(model, size, num_threads=0)
       if size <= _SMALL:
         program = _faster(program, open_program(model, size, num_threads=1), arrays)
-      self._programs[first, last, size] = program
+      self._programs[first, end, size] = program
     results = program(arrays, keep)
-    num_early = last - first - 1
+    num_early = end - first - 1
     return *results[:num_early], results[num_early:]
 
 

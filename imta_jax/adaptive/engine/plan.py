@@ -57,21 +57,21 @@ class BatchPlan:
     image_costs = {size: costs.sum() / size for size, costs in self._costs.items()}
     most = (1 + _TIE) * min(image_costs.values())
     self.full_batch = max(size for size, cost in image_costs.items() if cost <= most)
-    # (first, last) → see `cheapest_batches`.
+    # (first, end) → see `cheapest_batches`.
     self._batches = {
-      (first, last): cheapest_batches(
-        {size: self._cost(first, last, size) for size in self._costs}, self.full_batch
+      (first, end): cheapest_batches(
+        {size: self._cost(first, end, size) for size in self._costs}, self.full_batch
       )
       for first in range(self._num_stages)
-      for last in range(first + 1, self._num_stages + 1)
-      if last == first + 1 or not stops_early or (first, last) == (0, self._num_stages)
+      for end in range(first + 1, self._num_stages + 1)
+      if end == first + 1 or not stops_early or (first, end) == (0, self._num_stages)
     }
     self._reached = {
       np.asarray(thresholds, np.float32).tobytes(): (1 - np.cumsum((0, *fractions[:-1]))).round(9)
       for thresholds, fractions in known_exit_fractions
     }
     # The same thresholds are used again and again, and this takes as long as part of a small stage.
-    self._cached_last_stage = functools.lru_cache(maxsize=256)(self._find_last_stage)
+    self._cached_program_end = functools.lru_cache(maxsize=256)(self._find_program_end)
 
   def first_batch(self, stage: int, count: int) -> int:
     """The size of the next batch.
@@ -83,18 +83,18 @@ class BatchPlan:
     _, first_batches = self._batches[stage, stage + 1]
     return first_batches[min(count, self.full_batch)]
 
-  def last_stage(self, first: int, size: int, thresholds: np.ndarray, total: float) -> int:
-    """The stage before which a program that starts with another one should end.
+  def program_end(self, first: int, size: int, thresholds: np.ndarray, total: float) -> int:
+    """The stage before which a program that starts with stage `first` is likely to end best.
 
     Args:
-      first: The stage with which it starts, counted from 0.
+      first: Counted from 0.
       size: Capacity of the batch.
       thresholds: [image, exit], float32, of the images in it.
       total: Number of images that share batches in later stages, these included, before any left.
     """
-    return self._cached_last_stage(first, size, thresholds.tobytes(), total)
+    return self._cached_program_end(first, size, thresholds.tobytes(), total)
 
-  def _find_last_stage(self, first, size, thresholds, total):
+  def _find_program_end(self, first, size, thresholds, total):
     if size not in self._spared:
       return first + 1
     thresholds = np.frombuffer(thresholds, np.float32).reshape(-1, self._num_stages)
@@ -109,32 +109,32 @@ class BatchPlan:
     rest = np.zeros(self._num_stages + 1)
     for stage in reversed(range(first + 1, self._num_stages)):
       rest[stage] = min(
-        self._cost_of_share(stage, last, reached[stage], count, total) + rest[last]
-        for last in range(stage + 1, self._num_stages + 1)
-        if (stage, last) in self._batches
+        self._cost_of_share(stage, end, reached[stage], count, total) + rest[end]
+        for end in range(stage + 1, self._num_stages + 1)
+        if (stage, end) in self._batches
       )
     # A stage runs for every row if any image reaches it, or the program runs to its end.
     runs = 1 - (1 - reached) ** count if self._stops_early else np.ones(self._num_stages)
     costs = {
-      last: self._cost(first, last, size, runs) + rest[last]
-      for stage, last in self._batches
+      end: self._cost(first, end, size, runs) + rest[end]
+      for stage, end in self._batches
       if stage == first
     }
     most = (1 if self._stops_early else 1 + _LEAST_TO_GAIN) * min(costs.values())
-    return max(last for last, cost in costs.items() if cost <= most)
+    return max(end for end, cost in costs.items() if cost <= most)
 
-  def _cost(self, first, last, size, runs=None):
+  def _cost(self, first, end, size, runs=None):
     """Cost of a program of some stages, each of which runs with a probability."""
-    costs = self._costs[size][first:last].copy()
+    costs = self._costs[size][first:end].copy()
     costs[1:] = np.maximum(costs[1:] - self._spared.get(size, 0), 0)
-    return costs.sum() if runs is None else np.dot(costs, runs[first:last])
+    return costs.sum() if runs is None else np.dot(costs, runs[first:end])
 
-  def _cost_of_share(self, first, last, fraction, count, total):
+  def _cost_of_share(self, first, end, fraction, count, total):
     """Cost of a program for those of `count` images that reach it."""
     together = min(total * fraction, self.full_batch)
     if not together:
       return 0.0
-    least, _ = self._batches[first, last]
+    least, _ = self._batches[first, end]
     return np.interp(together, np.arange(len(least)), least) / together * fraction * count
 
   def reached_stages(self, thresholds: np.ndarray) -> np.ndarray:

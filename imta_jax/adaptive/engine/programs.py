@@ -59,20 +59,20 @@ class Programs(Protocol):
   overhead: float
 
   def run(
-    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+    self, first: int, end: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, Array, Array]:
-    """Runs stages `first` to `last` - 1 as one program.
+    """Runs stages `first` to `end` - 1 as one program.
 
     Args:
       first: The first stage, counted from 0.
-      last: The stage after the last one to run.
+      end: The stage after the last one to run.
       carry: The input of the first one.
       thresholds: [row, exit], of all exits.
       keep: Whether results must outlast the next call with these stages and number of rows.
 
     Returns:
-      The input of stage `last`, unless that was the last one; probabilities [row, class] at the
-      exit that an image takes; and this exit [row], or -1 if the image stays.
+      The input of stage `end`, if there is one; probabilities [row, class] at the exit that an
+      image takes; and this exit [row], or -1 if the image stays.
     """
 
   def compile_joins(self, sizes: Sequence[int]) -> None:
@@ -113,10 +113,10 @@ class XlaPrograms:
     self._all_stages = _program(partial(_run_all_stages, runs), weights)
 
   def run(
-    self, first: int, last: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
+    self, first: int, end: int, carry: Carry, thresholds: np.ndarray, keep: bool = True
   ) -> tuple[Carry, Array, Array]:
     del keep  # All results outlast other calls.
-    if last == first + 1:
+    if end == first + 1:
       return self._stages[first](carry, thresholds)
     return self._all_stages(carry, thresholds)
 

@@ -87,12 +87,12 @@ class Runner:
 
   def _run_in_turn(self, images, thresholds):
     """Runs stages until all images have left; returns probabilities and exits."""
-    count, last = len(images), self.plan.last_stage(0, len(images), thresholds, len(images))
-    carry, here, exits = self.programs.run(0, last, images, thresholds, keep=False)
+    count, end = len(images), self.plan.program_end(0, len(images), thresholds, len(images))
+    carry, here, exits = self.programs.run(0, end, images, thresholds, keep=False)
     probabilities = np.array(here)
     while (exits < 0).any():
-      first, last = last, self.plan.last_stage(last, count, thresholds, count)
-      carry, here, leaving = self.programs.run(first, last, carry, thresholds, keep=False)
+      first, end = end, self.plan.program_end(end, count, thresholds, count)
+      carry, here, leaving = self.programs.run(first, end, carry, thresholds, keep=False)
       stays = exits < 0
       probabilities[stays], exits[stays] = here[stays], leaving[stays]
     return probabilities, exits
@@ -177,10 +177,10 @@ class Runner:
     """Runs the programs that a batch takes which no image leaves."""
     rows, first = np.tile(thresholds, (size, 1)), 0
     while first < self._num_stages:
-      last = self.plan.last_stage(first, size, rows, size)
+      end = self.plan.program_end(first, size, rows, size)
       carry = zeros(self.programs.carries[first], size)
-      jax.block_until_ready(self.programs.run(first, last, carry, rows))
-      first = last
+      jax.block_until_ready(self.programs.run(first, end, carry, rows))
+      first = end
 
   def time_all_stages(self, size: int) -> float:
     """Seconds that the program of all stages takes for a batch that no image leaves early."""
@@ -204,13 +204,13 @@ class Runner:
     pixels = np.zeros((size, *images.shape[1:]), images.dtype)
     carries = [pixels, *(zeros(one, size) for one in others)]
 
-    def run(first, last):
+    def run(first, end):
       if size == 1 and not self.programs.stops_early:  # As `run_together` runs it.
-        np.asarray(self.programs.run(first, last, carries[first], thresholds, keep=False)[-1])
+        np.asarray(self.programs.run(first, end, carries[first], thresholds, keep=False)[-1])
         return
       # The carries of a previous stage are joined.
       carry = self.programs.join([carries[first]], [rows], size) if first else pixels
-      self._run_batch(first, last, Batch(carry, rows, rows, thresholds))()
+      self._run_batch(first, end, Batch(carry, rows, rows, thresholds))()
 
     runs = [partial(run, stage, stage + 1) for stage in range(len(carries))]
     if size in self._fused_sizes:
@@ -237,12 +237,12 @@ class Runner:
       images that leave, or None, and a batch of the remaining images.
     """
     batch = queues[index].take(self.plan.first_batch(index, queues[index].count))
-    last = self.plan.last_stage(index, capacity(batch.carry), batch.thresholds, total)
-    return queues[last], self._run_batch(index, last, batch)
+    end = self.plan.program_end(index, capacity(batch.carry), batch.thresholds, total)
+    return queues[end], self._run_batch(index, end, batch)
 
-  def _run_batch(self, first, last, batch):
+  def _run_batch(self, first, end, batch):
     """Starts a program on a batch; see `_start`."""
-    carry, probabilities, exits = self.programs.run(first, last, batch.carry, batch.bounds())
+    carry, probabilities, exits = self.programs.run(first, end, batch.carry, batch.bounds())
     return lambda: batch.divide(carry, probabilities, np.asarray(exits, np.int64))
 
 

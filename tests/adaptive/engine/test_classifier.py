@@ -81,7 +81,7 @@ def classifier_of(network, thresholds, stages=STAGES, **fields):
     ('xla', 'by stages on the device'),
     ('openvino', 'as one'),
     ('openvino', 'by stages'),
-    ('openvino', {0: 2, 2: 3}),  # First → last stage of programs.
+    ('openvino', {0: 2, 2: 3}),  # First → end stage of programs.
     ('openvino', {0: 1, 1: 3}),
     ('onnxruntime', 'by stages'),
   ],
@@ -95,7 +95,7 @@ def classifier(network, request):
   if how == 'by stages on the device':  # As on accelerators.
     classifier._runner.programs.join = join_on_device
   if isinstance(how, dict):
-    classifier._runner.plan.last_stage = lambda first, *_: how[first]
+    classifier._runner.plan.program_end = lambda first, *_: how[first]
   return classifier
 
 
@@ -220,7 +220,7 @@ def test_who_leaves_early_is_answered_before_others_go_on(network):
   stages = []
   programs = classifier._runner.programs
   run = programs.run
-  programs.run = lambda first, last, *args: stages.append(last - 1) or run(first, last, *args)
+  programs.run = lambda first, end, *args: stages.append(end - 1) or run(first, end, *args)
   parts = []
   for answers in classifier.predict_as_completed(images[:16]):
     parts.append(answers)
@@ -284,8 +284,8 @@ def test_compiling_again_for_more_images(network, monkeypatch):
   monkeypatch.setattr(Runner, '_time', lambda self, size: np.ones(4))
   classifier = classifier_of(network, [0.5] * 3, madds=SMALL).compile(1)
   thresholds = np.full((16, 3), np.inf, np.float32)
-  assert classifier._runner.plan.last_stage(0, 16, thresholds, 16) == 1
-  assert classifier.compile()._runner.plan.last_stage(0, 16, thresholds, 16) == 3
+  assert classifier._runner.plan.program_end(0, 16, thresholds, 16) == 1
+  assert classifier.compile()._runner.plan.program_end(0, 16, thresholds, 16) == 3
 
 
 @pytest.fixture
@@ -328,10 +328,10 @@ def test_images_go_in_the_batches_that_were_quickest(network, monkeypatch):
   programs = classifier._runner.programs
   run = programs.run
 
-  def counted(first, last, carry, thresholds):
+  def counted(first, end, carry, thresholds):
     if first == 0:
       sizes.append(len(carry))
-    return run(first, last, carry, thresholds)
+    return run(first, end, carry, thresholds)
 
   programs.run = counted
   assert_follows_policy(classifier.predict(images[:16]), probabilities[:, :16], thresholds)

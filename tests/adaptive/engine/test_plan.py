@@ -9,7 +9,7 @@ SIZES = (1, 4, 16)
 
 
 def is_one_program(plan, size, thresholds, total):
-  return plan.last_stage(0, size, thresholds, total) == thresholds.shape[1]
+  return plan.program_end(0, size, thresholds, total) == thresholds.shape[1]
 
 
 def test_batches_cost_least():
@@ -104,19 +104,19 @@ def test_stages_between_which_few_images_leave_share_a_program():
   stages, fused = [{1: 6.0}] * 3, {1: 8.0}
   thresholds = np.float32([[0.9, 0.8, 0.7]])
 
-  def last_stages(*leaving):
+  def program_ends(*leaving):
     plan = BatchPlan(stages, fused, [(thresholds[0], leaving)], stops_early=False)
-    return [plan.last_stage(first, 1, thresholds, 1) for first in range(3)]
+    return [plan.program_end(first, 1, thresholds, 1) for first in range(3)]
 
   # 6 + 0.95 · 6 + 0.1 · 6 = 12.3 by stages, 7 + 0.1 · 6 = 7.6 by two programs, 8 by one.
-  assert last_stages(0.05, 0.85, 0.1) == [2, 2, 3]
+  assert program_ends(0.05, 0.85, 0.1) == [2, 2, 3]
   # 12.3, 9, 8; from the second stage on 6 + 0.3 / 0.95 · 6 = 7.9 by stages, 7 by one program.
-  assert last_stages(0.05, 0.65, 0.3) == [3, 3, 3]
+  assert program_ends(0.05, 0.65, 0.3) == [3, 3, 3]
   # 6 + 0.1 · 7 = 6.7, and 8.
-  assert last_stages(0.9, 0.05, 0.05) == [1, 3, 3]
+  assert program_ends(0.9, 0.05, 0.05) == [1, 3, 3]
   # Only whole networks that stop early are compiled besides stages.
   plan = BatchPlan(stages, fused, [(thresholds[0], (0.05, 0.85, 0.1))])
-  assert [plan.last_stage(first, 1, thresholds, 1) for first in range(3)] == [3, 2, 3]
+  assert [plan.program_end(first, 1, thresholds, 1) for first in range(3)] == [3, 2, 3]
 
 
 @pytest.mark.parametrize(
