@@ -4,9 +4,11 @@ TensorFlow is imported only when a function is called; its errors do not name fi
 """
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import jax
@@ -168,13 +170,24 @@ class TfdsReader:
   def train_batches(self, phase: int, first_step: int) -> Iterator[dict[str, np.ndarray]]:
     batch_size = self._config.batch_size // jax.process_count()
     num_batches = self._steps_per_epoch
-    epoch, position = divmod(first_step, num_batches)
-    while True:
+
+    def open_epoch(epoch, position=0):
       number = [self._config.seed, shuffle_number(phase, epoch)]
       seed = int(np.random.SeedSequence(number).generate_state(1)[0])
-      decode = self._random_crop(seed)
-      yield from self._batches('train', decode, batch_size, num_batches, position, seed)
-      epoch, position = epoch + 1, 0
+      return self._open('train', self._random_crop(seed), batch_size, num_batches, position, seed)
+
+    epoch, position = divmod(first_step, num_batches)
+    batches = open_epoch(epoch, position)
+    # An epoch takes seconds to start: the next one is opened when the shuffle buffer of this one
+    # is no longer refilled.
+    filled = max(num_batches - _SHUFFLE_BUFFER // batch_size, 0)
+    with ThreadPoolExecutor(1) as pool:
+      while True:
+        yield from itertools.islice(batches, max(filled - position, 0))
+        epoch, position = epoch + 1, 0
+        following = pool.submit(open_epoch, epoch)
+        yield from batches
+        batches = following.result()
 
   def evaluation_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
     dataset = self._config.dataset
@@ -188,7 +201,7 @@ class TfdsReader:
       def decode(_, encoded):
         return preprocess.decode_center_crop(encoded, dataset.image_size)
 
-    return self._batches(split, decode, batch_size, -(-largest_part // batch_size))
+    return self._open(split, decode, batch_size, -(-largest_part // batch_size))
 
   def files(self, split: str) -> list[tuple]:
     info = self._builder.info
@@ -196,8 +209,8 @@ class TfdsReader:
     # TFDS records the size of all files together.
     return [(os.path.basename(file.filename), info.dataset_size) for file in instructions]
 
-  def _batches(self, split, decode, batch_size, num_batches, position=0, seed=None):
-    """Yields batches [local devices, batch per device, …]; an error names what is corrupt.
+  def _open(self, split, decode, batch_size, num_batches, position=0, seed=None):
+    """Starts to read, and returns an iterator of batches [local devices, batch per device, …].
 
     Args:
       split: The split.
@@ -219,17 +232,29 @@ class TfdsReader:
         'mask': True,  # False for padding.
       }
 
-    try:
+    with self._naming_what_is_corrupt(split):
       examples = self._read(split, seed).enumerate().skip(position * batch_size)
       examples = examples.map(decode_example, tf.data.AUTOTUNE)
       if seed is None:
         examples = _padded(examples)
       batches = examples.batch(batch_size, drop_remainder=True).take(num_batches - position)
-      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+      batches = batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    return self._per_device(split, batches)
+
+  def _per_device(self, split, batches):
+    with self._naming_what_is_corrupt(split):
+      for batch in batches:
         yield {
           name: array.reshape(jax.local_device_count(), -1, *array.shape[1:])
           for name, array in batch.items()
         }
+
+  @contextlib.contextmanager
+  def _naming_what_is_corrupt(self, split):
+    import tensorflow as tf
+
+    try:
+      yield
     except (tf.errors.OpError, AssertionError) as error:  # TFDS asserts that a folder exists.
       refuse(self._builder, self._part(split), error)
 
@@ -254,6 +279,7 @@ class TfdsReader:
     options.deterministic = True
     # Threads that decode fill the batches.
     options.experimental_optimization.map_and_batch_fusion = True
+    options.experimental_warm_start = True
     examples = examples.with_options(options)
     return examples if seed is None else examples.shuffle(_SHUFFLE_BUFFER, seed=seed)
 

@@ -158,12 +158,14 @@ def test_random_crops_are_parts_of_the_image_at_fair_aspect_ratios(kind, min_are
 def test_crops_are_resized_like_pillow_s(kind):
   # Noise in squares of 4 pixels, which differs by 20 without antialiasing.
   noise = np.random.default_rng(0).integers(0, 256, (66, 99, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-  for height, width in ((20, 30), (100, 150), (264, 396)):
+  for height, width in ((20, 30), (72, 73), (74, 72), (100, 150), (264, 396)):
     encoded = encode(noise[:height, :width], kind)
     image = crop_with_tensorflow(encoded, (0, 0), 64, min_area=1.0)  # Only the whole image fits.
     whole = Image.open(io.BytesIO(encoded)).resize((64, 64), Image.Resampling.BILINEAR)
     is_reduced = kind == 'JPEG' and height == 264  # Decoded at a quarter of its size.
-    assert np.abs(image - np.asarray(whole).astype(int)).mean() < (6 if is_reduced else 0.6)
+    # Shrunk by 9/8, it is not antialiased.
+    tolerance = 6 if is_reduced else 3 if height == 72 else 0.6
+    assert np.abs(image - np.asarray(whole).astype(int)).mean() < tolerance
 
 
 def test_random_crops_are_mirrored_half_the_time_where_asked(kind, random_crop):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -120,6 +121,35 @@ def test_batches_depend_on_seed_phase_and_step_alone(config):
   config.seed = 1
   orders.append(labels_of(read(config, 0, 1)))
   assert len(set(map(tuple, orders))) == 5
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(config, monkeypatch):
+  import tensorflow as tf
+
+  runs = []
+  for num_workers in (1, 7):
+    monkeypatch.setattr(tf.data, 'AUTOTUNE', num_workers)
+    runs.append(read(config, 3, STEPS_PER_EPOCH))
+  assert_same(*runs)
+
+
+@pytest.mark.parametrize(
+  ('buffer', 'expected'), [(2 * BATCH_SIZE, [0, 0, 0, 1, 1, 1]), (100, [1, 1, 1, 1, 1, 2])]
+)
+def test_an_epoch_is_opened_when_the_buffer_of_the_one_before_is_no_longer_refilled(
+  config, monkeypatch, buffer, expected
+):
+  opened = []
+
+  class Pool(ThreadPoolExecutor):
+    def submit(self, function, epoch):
+      opened.append(epoch)
+      return super().submit(function, epoch)
+
+  monkeypatch.setattr(tfds_sets, 'ThreadPoolExecutor', Pool)
+  monkeypatch.setattr(tfds_sets, '_SHUFFLE_BUFFER', buffer)
+  batches = reader_of(config).train_batches(0, 0)
+  assert [len(opened) for _ in itertools.islice(batches, STEPS_PER_EPOCH + 1)] == expected
 
 
 def test_stacks_of_steps_hold_the_same_batches(config, take):
