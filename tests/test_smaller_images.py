@@ -13,6 +13,7 @@ from imta_jax import config as config_lib
 from imta_jax import prepare
 from imta_jax.data import tfds_sets
 from imta_jax.errors import UsageError
+from imta_jax.training import loop, signals
 
 SIDE, NUM_TRAIN, NUM_VALIDATION, NUM_TEST, NUM_FILES = 40, 26, 6, 5, 3
 CONFIG = """
@@ -119,6 +120,29 @@ def test_training_takes_the_same_images_and_evaluation_is_exact(config_file, ori
     for batch, copied in zip(*evaluations, strict=True):
       for name, array in batch.items():
         np.testing.assert_array_equal(array, copied[name])
+
+
+def test_a_run_on_a_copy_resumes_where_it_was_stopped(config_file, copy, tmp_path, monkeypatch):
+  config = config_lib.load(str(config_file))
+  config.update(evaluation_batch_size=8, tensorboard=False)
+  config.dataset.data_dir = str(copy)
+  config.model.update(num_exits=2, base=1, step=1, channels=2, growth_rate=2)
+  config.model.update(scale_factors=(1,), bottleneck_factors=(1,))
+  config.phases[0].steps = 5  # Of 2 per epoch.
+  config.phases = config.phases[:1]
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  loop.train_and_evaluate(config, whole)
+  calls = itertools.count(1)
+  with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    patch.setattr(signals.StopRequest, 'requested', lambda stop: next(calls) >= 3)
+    loop.train_and_evaluate(config, stopped)
+  assert {int(path.name) for path in (stopped / 'checkpoints/phase_1').iterdir()} == {2, 3}
+  loop.train_and_evaluate(config, stopped)
+  for split in ('validation', 'test'):
+    name = f'evaluation/phase_1_{split}.npz'
+    with np.load(whole / name) as expected, np.load(stopped / name) as found:
+      for array in expected:
+        np.testing.assert_array_equal(found[array], expected[array])
 
 
 def test_an_interrupted_copy_is_completed(config_file, copy, capsys):
