@@ -202,8 +202,17 @@ def test_a_small_network_is_planned(name, num_devices, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@NO_GPU
-@pytest.mark.parametrize('name', ['mnist5k_h100', 'cifar100_exits-5_h100'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('mnist5k_h100', marks=NO_GPU),
+    pytest.param('cifar100_exits-5_h100', marks=NO_GPU),
+    pytest.param('cifar100_h100', marks=NO_GPU),
+    pytest.param('imagenet_h100', marks=NO_GPU),
+    pytest.param('mnist5k_v5e-2x4', marks=NO_TPU),
+    pytest.param('cifar100_exits-5_v5e-2x4', marks=NO_TPU),
+  ],
+)
 def test_programs_are_those_of_the_committed_plans(name, tmp_path):
   records = json.loads((ROOT / f'experiments/results/plans/{name}.json').read_text())
   fields = ('config', 'target', 'dtype', 'cuda_graphs')
