@@ -1,5 +1,6 @@
 """The README and the pages of results: code runs as printed, figures follow from the results."""
 
+import collections
 import csv
 import importlib.metadata
 import itertools
@@ -217,6 +218,13 @@ def test_the_flowers_follow_from_the_committed_results():
   for name, row in zip((0, 1, 2, 'mean'), [*rows, mean], strict=True):
     exits = ' | '.join(f'{figure:.1f}' for figure in row[:5])
     assert f'| {name} | {exits} | {row[5]:.1f} at {row[6]:.0f} % |' in page
+  recipes = collections.defaultdict(list)
+  for row in read_csv('flowers', 'ablation.csv'):
+    recipes[row['recipe']].append([100 * float(row[name]) for name in list(row)[2:]])
+  for recipe, of_seeds in recipes.items():
+    *exits, early, share = np.mean(of_seeds, axis=0)
+    cells = ' | '.join(f'{figure:.1f}' for figure in exits)
+    assert f'| {recipe} | {cells} | {early:.1f} at {share:.0f} % |' in page
   assert f'classifies {mean[4]:.1f} % of 240' in TEXT
   assert f'{mean[5]:.1f} % with early exits at {mean[6]:.0f} % of the multiply-adds' in TEXT
   accuracies = '  '.join(f'{figure:.1f}' for figure in mean[:5])
