@@ -124,8 +124,7 @@ def test_training_takes_the_same_images_and_evaluation_is_exact(config_file, ori
 
 def test_a_run_on_a_copy_resumes_where_it_was_stopped(config_file, copy, tmp_path, monkeypatch):
   config = config_lib.load(str(config_file))
-  config.update(evaluation_batch_size=8, tensorboard=False)
-  config.dataset.data_dir = str(copy)
+  config.tensorboard, config.dataset.data_dir = False, str(copy)
   config.model.update(num_exits=2, base=1, step=1, channels=2, growth_rate=2)
   config.model.update(scale_factors=(1,), bottleneck_factors=(1,))
   config.phases[0].steps = 5  # Of 2 per epoch.

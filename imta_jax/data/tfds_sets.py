@@ -279,6 +279,7 @@ class TfdsReader:
     options.deterministic = True
     # Threads that decode fill the batches.
     options.experimental_optimization.map_and_batch_fusion = True
+    # An epoch is read from when it is opened, not from when its first batch is taken.
     options.experimental_warm_start = True
     examples = examples.with_options(options)
     return examples if seed is None else examples.shuffle(_SHUFFLE_BUFFER, seed=seed)
