@@ -112,8 +112,11 @@ def fine_tuned(network, num_images):
     config_lib.phase_two(),
   )
   exits.update(trained='exits', learning_rate=0.05)
-  # Early layers fit any photographs, and take most of the time.
-  everything.update(frozen_stages=1, batch_norm='evaluation', learning_rate=0.003)
+  # Early layers fit any photographs, and take most of the time. Without statistics of its batches
+  # a network diverges at this rate, unless its gradients are clipped.
+  everything.update(
+    frozen_stages=1, batch_norm='evaluation', learning_rate=0.01, max_gradient_norm=1.0
+  )
   last_layers.update(learning_rate=0.02)
   config.phases = [exits, everything, last_layers]
   epochs = float(max(MIN_EPOCHS, round(MIN_STEPS * config.batch_size / num_images['train'])))

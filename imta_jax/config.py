@@ -135,6 +135,8 @@ _PHASE_FIELDS = {
     'numbers that increase from above 0 to below 1',
   ),
   'warmup_epochs': _not_negative(0.0),
+  # If set, gradients whose global norm is larger are scaled down to it.
+  'max_gradient_norm': _positive(float),
   'momentum': _Field(0.9, lambda value: 0 <= value < 1, '0 or more and below 1'),
   'nesterov': True,
   'weight_decay': _not_negative(1e-4),

@@ -100,7 +100,7 @@ def test_default_is_made_anew():
         *('checkpoint_every_epochs', 'checkpoint_every_minutes'),
         *('dataset.validation_size', 'dataset.image_size'),
         *('phases.0.temperature', 'phases.0.epochs', 'phases.1.steps', 'phases.1.learning_rate'),
-        'phases.0.reference_batch_size',
+        *('phases.0.reference_batch_size', 'phases.0.max_gradient_norm'),
       )
     ),
     *(

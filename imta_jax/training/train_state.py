@@ -130,7 +130,7 @@ def create_schedule(
 
 
 def create_optimizer(phase: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Creates SGD with momentum; weight decay is added to the gradient, like an L2 penalty."""
+  """Creates SGD with momentum; weight decay is added to the clipped gradient (an L2 penalty)."""
   decays_all = phase.decayed == 'everything'
 
   def mask(params):
@@ -138,7 +138,9 @@ def create_optimizer(phase: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
       lambda path, _: decays_all or path[-1].key == 'kernel', params
     )
 
+  largest = phase.max_gradient_norm
   return optax.chain(
+    *([optax.clip_by_global_norm(largest)] if largest else []),
     optax.add_decayed_weights(phase.weight_decay, mask),
     optax.sgd(schedule, phase.momentum, nesterov=phase.nesterov),
   )

@@ -1,5 +1,7 @@
 """The train state: learning rates, the optimizer, and what is trained."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,10 @@ def test_the_rate_scales_with_the_batch():
   np.testing.assert_allclose(scaled, 4 * np.array(plain), rtol=1e-5)
 
 
-@pytest.mark.parametrize('nesterov', [True, False])
-def test_the_optimizer_is_sgd_with_momentum_and_weight_decay(nesterov):
+@pytest.mark.parametrize(('nesterov', 'clipped'), [(True, None), (False, 2.5)])
+def test_the_optimizer_is_sgd_with_momentum_weight_decay_and_clipped_gradients(nesterov, clipped):
   phase = make_phase(learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+  phase.max_gradient_norm = clipped
   schedule = train_state.create_schedule(phase, 4, 2, 64)
   optimizer = train_state.create_optimizer(phase, schedule)
   random = np.random.default_rng(0)
@@ -73,17 +76,21 @@ def test_the_optimizer_is_sgd_with_momentum_and_weight_decay(nesterov):
   }
   expected = jax.tree.map(np.float64, params)
   momentum = jax.tree.map(np.zeros_like, expected)
-  state = optimizer.init(params)
+  state, norms = optimizer.init(params), []
   for rate in (0.1, 0.1, 0.01, 0.001):
     gradient = jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), params)
     updates, state = optimizer.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
 
+    norms.append(math.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient))))
+    if clipped:
+      gradient = jax.tree.map(lambda g, n=norms[-1]: g * min(1, clipped / n), gradient)
     penalised = jax.tree.map(lambda g, p: g + 0.01 * p, gradient, expected)
     momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, penalised)
     step = jax.tree.map(lambda m, g: g + 0.9 * m if nesterov else m, momentum, penalised)
     expected = jax.tree.map(lambda p, s, rate=rate: p - rate * s, expected, step)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
+  assert min(norms) < 2.5 < max(norms)
 
 
 def test_kernels_alone_decay_where_asked():
