@@ -280,7 +280,7 @@ class TfdsReader:
     # Threads that decode fill the batches.
     options.experimental_optimization.map_and_batch_fusion = True
     # One thread more than cores decodes, since threads also wait: for locks, and for records.
-    options.threading.private_threadpool_size = os.cpu_count() + 1
+    options.threading.private_threadpool_size = (os.cpu_count() or 1) + 1
     # An epoch is read from when it is opened, not from when its first batch is taken.
     options.experimental_warm_start = True
     examples = examples.with_options(options)
