@@ -186,6 +186,8 @@ class _Writer:
     self._names: dict[Any, str] = {}
     # Sum → the mean of the same terms, and their number.
     self._means: dict[str, tuple[str, int]] = {}
+    # max(x, 0) → x.
+    self._positive: dict[str, str] = {}
 
   def input(self, name, spec):
     self._inputs.append(_value_info(name, spec))
@@ -312,13 +314,21 @@ class _Writer:
     return self._node(kind, names, axes, is_compact, **attributes)
 
   def _simplify(self, kind, x, y=None, *_):
-    """Writes max(x, 0) as Relu, and a sum divided by its number of terms as their mean."""
+    """Writes max(x, 0) as Relu, ReLU6 as Clip, and a sum divided by its terms' number as a mean.
+
+    Runtimes compute Relu and Clip with the convolution before them.
+    """
     if not isinstance(x, _Tensor):
       x, y = (y, x) if kind == 'Max' else (x, y)
     if not isinstance(x, _Tensor) or not isinstance(y, np.ndarray) or y.size != 1:
       return None
     if kind == 'Max' and y.item() == 0:
-      return self._node('Relu', [x.name], x.axes, x.is_compact)
+      relu = self._node('Relu', [x.name], x.axes, x.is_compact)
+      self._positive[relu.name] = x.name
+      return relu
+    if kind == 'Min' and x.name in self._positive:
+      bounds = (self._array(bound.reshape(())) for bound in (np.zeros_like(y), y))
+      return self._node('Clip', [self._positive[x.name], *bounds], x.axes, x.is_compact)
     mean, count = self._means.get(x.name, ('', 0))
     return dataclasses.replace(x, name=mean) if kind == 'Div' and y.item() == count else None
 

@@ -56,6 +56,7 @@ FUNCTIONS = {
   'a mean whose axes change': lambda w, x: x.sum(axis=1).transpose(2, 0, 1) / 6,
   'a dense layer': lambda w, x: x.mean(axis=(1, 2)) @ w['matrix'] + 1,
   'the extremes': lambda w, x: jnp.minimum(x.max(axis=(1, 2)), 0.5) - x.min(axis=(1, 2)),
+  'ReLU6': lambda w, x: jnp.minimum(jax.nn.relu(4 * convolve(x, w['kernel'])), 6),
   'a part of a map of two': lambda w, x: jax.lax.slice(
     jnp.concatenate([convolve(x, w['kernel']), x[:, :, :5]], axis=-1),
     (0, 0, 1, 2),
@@ -93,6 +94,9 @@ def test_a_function_gives_the_same_in_onnx(name, with_weights, opset):
     if name == 'what is for all platforms':
       expected = x + 1
     np.testing.assert_allclose(result, expected, atol=1e-5 * np.abs(expected).max())
+  if name == 'ReLU6':  # Which runtimes compute with the convolution, unlike Relu and Min.
+    assert {'Clip'} == {node.op_type for node in model.graph.node} & {'Clip', 'Relu', 'Min'}
+    assert expected.min() == 0 and expected.max() == 6
 
 
 def test_maps_are_transposed_where_they_enter_and_leave(tiny_msdnet, random_variables):
