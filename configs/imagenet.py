@@ -26,7 +26,7 @@ def get_config(argument=''):
   config = config_lib.default()
   config.batch_size = 256
   config.evaluation_batch_size = 256
-  # Each device normalises its own images, as in the published code on several GPUs: the 32 images
+  # Each device normalizes its own images, as in the published code on several GPUs: the 32 images
   # on each of eight devices suffice, and exchanging statistics would add a fifth of the kernels.
   # Choose True for fewer images per device.
   config.global_batch_norm = False

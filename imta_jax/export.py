@@ -214,10 +214,10 @@ def write_folder(
 
 
 def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
-  """Serialises each stage, a function (list of weights, carry) → carry for any batch size."""
+  """Serializes each stage, a function (list of weights, carry) → carry for any batch size."""
   (batch,) = export.symbolic_shape('batch')
   carry = jax.ShapeDtypeStruct((batch, *classifier.image.shape), classifier.image.dtype)
-  serialised = []
+  serialized = []
   for stage, tree in zip(classifier.stages, classifier.weights, strict=True):
     leaves, structure = jax.tree.flatten(tree)
 
@@ -227,12 +227,12 @@ def _stages(classifier: AdaptiveClassifier) -> list[bytes]:
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     with _without_folders():
       exported = export.export(jax.jit(run), platforms=PLATFORMS)(specs, carry)
-    serialised.append(bytes(exported.serialize()))
+    serialized.append(bytes(exported.serialize()))
     carry = jax.tree.unflatten(
       exported.out_tree,
       [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.out_avals],
     )
-  return serialised
+  return serialized
 
 
 @contextlib.contextmanager

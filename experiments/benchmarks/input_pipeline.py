@@ -2,7 +2,7 @@
 
     TFDS_DATA_DIR=… python experiments/benchmarks/input_pipeline.py --config=configs/imagenet.py
 
-Ours: the batches that training uses, decoded, cropped, flipped, and normalised on the device. With
+Ours: the batches that training uses, decoded, cropped, flipped, and normalized on the device. With
 as many --images per turn as the data set has, a turn crosses from one epoch to the next.
 
 Peer, if PyTorch is installed: encoded images, already in memory, through Pillow (JPEG draft mode,

@@ -158,7 +158,7 @@ def _keys_of_images(key, first, count):
 
 
 def _prepare(config, device, start, batch, augments):
-  """Normalises an evaluation batch on its device."""
+  """Normalizes an evaluation batch on its device."""
   image, dataset = batch['image'], config.dataset
   if augments:
     key = jax.random.fold_in(jax.random.key(config.seed), start)

@@ -125,7 +125,7 @@ def steps_per_epoch(num_train: int, config: ConfigDict) -> int:
 
 
 def draw_batch(config: ConfigDict, source: dict[str, jax.Array], step: jax.Array) -> Batch:
-  """Takes this device's batch from a stack of them, and normalises it; see `Dataset.draw`.
+  """Takes this device's batch from a stack of them, and normalizes it; see `Dataset.draw`.
 
   Args:
     config: A complete config.

@@ -1,7 +1,7 @@
 """Batch norm of several maps at once.
 
 Running variances are those of the batch, divided by its number of elements n, as in Flax. PyTorch
-divides by n - 1, which differs most where ISC normalises vectors: by 64/63 in batches of 64.
+divides by n - 1, which differs most where ISC normalizes vectors: by 64/63 in batches of 64.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Maps = tuple[jax.Array, ...]
 def normalize(
   maps: Maps, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool
 ) -> Maps:
-  """Normalises maps with given statistics, then optionally applies ReLU.
+  """Normalizes maps with given statistics, then optionally applies ReLU.
 
   Args:
     maps: Arrays [..., channels], whose shapes may differ.
@@ -68,7 +68,7 @@ _normalize.defvjp(
 def batch_norm(
   maps: Maps, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
 ) -> tuple[Maps, jax.Array, jax.Array]:
-  """Normalises maps with the statistics of the batch, then optionally applies ReLU.
+  """Normalizes maps with the statistics of the batch, then optionally applies ReLU.
 
   The gradient is written by hand: it takes a fraction of the operations that automatic
   differentiation would trace, and the maps are the only large arrays that it stores.

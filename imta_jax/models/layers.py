@@ -32,7 +32,7 @@ OfNorm = tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]
 class ConvNorm(nn.Module):
   """A convolution, batch norm and optionally ReLU.
 
-  Kernels are initialised from a normal distribution with standard deviation
+  Kernels are initialized from a normal distribution with standard deviation
   sqrt(2 / (kernel area × output channels)). With variables of `folding.fold_batch_norm` there is no
   batch norm.
 
@@ -77,7 +77,7 @@ ConvNormFactory = Callable[..., ConvNorm]
 
 
 class Convolution(nn.Module):
-  """A convolution alone, without bias, padded and initialised like that of ConvNorm.
+  """A convolution alone, without bias, padded and initialized like that of ConvNorm.
 
   Attributes:
     features: Number of output channels.
@@ -98,7 +98,7 @@ class Convolution(nn.Module):
 
 
 class NormRelu(nn.Module):
-  """Batch norm and ReLU, for networks that normalise the input of a convolution.
+  """Batch norm and ReLU, for networks that normalize the input of a convolution.
 
   Attributes:
     batch_norm_axis: Name of the mapped axis over which batch statistics are averaged, or None.

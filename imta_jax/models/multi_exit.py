@@ -90,7 +90,7 @@ class MultiExitNetwork(nn.Module):
     """Computes the logits of every exit.
 
     Args:
-      images: [batch, height, width, channels], normalised.
+      images: [batch, height, width, channels], normalized.
       train: Whether batch norm uses and records the statistics of the batch.
       frozen_stages: The number of first stages in which it does not.
 
@@ -105,7 +105,7 @@ class MultiExitNetwork(nn.Module):
     """Computes the embedding of every exit: all but the last layers.
 
     Args:
-      images: [batch, height, width, channels], normalised.
+      images: [batch, height, width, channels], normalized.
       train: Whether batch norm uses and records the statistics of the batch.
       frozen_stages: The number of first stages in which it does not.
 
@@ -138,7 +138,7 @@ class MultiExitNetwork(nn.Module):
     """Returns the input of the first stage, for `run_stage`.
 
     Args:
-      images: [batch, height, width, channels], normalised.
+      images: [batch, height, width, channels], normalized.
     """
     return (images.astype(self.dtype),)
 

@@ -151,7 +151,7 @@ def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
 
 
 def _summary(new: Sequence[str], flat: Mapping[str, Any]) -> str:
-  """Summarises new variables by their stages, exits and classifiers."""
+  """Summarizes new variables by their stages, exits and classifiers."""
   totals = collections.Counter(name.split('/')[1] for name in flat)
   counts = collections.Counter(name.split('/')[1] for name in new)
   parts = []

@@ -83,7 +83,7 @@ def test_corrupt_arrays_are_read_again(stored, corruption):
 
 @pytest.mark.parametrize('shift', [-(10**9), 10**9], ids=['past', 'future'])
 def test_a_data_set_prepared_again_is_read_again_whatever_clocks_say(stored, source, shift):
-  """A cached set is recognised by a stamp that is equal, not by one that is younger."""
+  """A cached set is recognized by a stamp that is equal, not by one that is younger."""
   config, _ = stored
   times = os.stat(source)
   os.utime(source, (times.st_atime, times.st_mtime + shift))

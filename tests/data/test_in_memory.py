@@ -16,7 +16,7 @@ STEPS_PER_EPOCH = 6
 
 @pytest.fixture
 def numbers_of(mnist5k_splits, mnist5k_config):
-  """A function that returns the indices of normalised images in their split."""
+  """A function that returns the indices of normalized images in their split."""
   dataset = mnist5k_config.dataset
   tables = {
     split: {image.tobytes(): number for number, image in enumerate(images)}

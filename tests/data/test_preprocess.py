@@ -1,4 +1,4 @@
-"""Preprocessing: normalisation, crops and flips."""
+"""Preprocessing: normalization, crops and flips."""
 
 import io
 from functools import partial

@@ -69,7 +69,7 @@ def take(flat, train_batches):
 
 
 def numbers_of(images):
-  """Returns the numbers of normalised images, recognised by their grey levels."""
+  """Returns the numbers of normalized images, recognized by their grey levels."""
   pixels = 255 * (images * np.array([0.4, 0.5, 0.6]) + np.array([0.1, 0.2, 0.3]))
   np.testing.assert_allclose(pixels, np.broadcast_to(pixels[:, :1, :1, :1], pixels.shape), atol=0.1)
   return (pixels[:, 0, 0, 0].round() // 4).astype(int).tolist()

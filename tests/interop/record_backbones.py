@@ -41,7 +41,7 @@ def draw_images(side: int) -> np.ndarray:
 
 
 def crop_photographs() -> np.ndarray:
-  """Returns five parts [5, 224, 224, 3] of two photographs, normalised as for EfficientNet-Lite."""
+  """Returns five parts [5, 224, 224, 3] of two photographs, normalized as for EfficientNet-Lite."""
   from sklearn.datasets import load_sample_images
 
   temple, flower = load_sample_images().images

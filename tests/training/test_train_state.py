@@ -85,9 +85,9 @@ def test_the_optimizer_is_sgd_with_momentum_weight_decay_and_clipped_gradients(n
     norms.append(math.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient))))
     if clipped:
       gradient = jax.tree.map(lambda g, n=norms[-1]: g * min(1, clipped / n), gradient)
-    penalised = jax.tree.map(lambda g, p: g + 0.01 * p, gradient, expected)
-    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, penalised)
-    step = jax.tree.map(lambda m, g: g + 0.9 * m if nesterov else m, momentum, penalised)
+    penalized = jax.tree.map(lambda g, p: g + 0.01 * p, gradient, expected)
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, penalized)
+    step = jax.tree.map(lambda m, g: g + 0.9 * m if nesterov else m, momentum, penalized)
     expected = jax.tree.map(lambda p, s, rate=rate: p - rate * s, expected, step)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
   assert min(norms) < 2.5 < max(norms)

@@ -106,7 +106,7 @@ class AdaptiveClassifier:
         runtime.
       runtime: See the class. By default it is XLA, until `compile` finds a faster one that is
         installed.
-      onnx_models: Of each stage a serialised ONNX model without weights, for the other runtimes;
+      onnx_models: Of each stage a serialized ONNX model without weights, for the other runtimes;
         by default they are written when they are needed.
 
     Raises:
@@ -241,8 +241,8 @@ class AdaptiveClassifier:
       variables: Its variables.
       thresholds: [exit].
       image_shape: (height, width, channels).
-      mean: [channels], of pixels between 0 and 1; if given, images are uint8 and are normalised by
-        the classifier, otherwise they are normalised floats.
+      mean: [channels], of pixels between 0 and 1; if given, images are uint8 and are normalized by
+        the classifier, otherwise they are normalized floats.
       std: [channels], likewise.
       madds: See the class; counted if not given.
       operating_points: What `choose` selects from: see the class, or what `policy.budget_sweep`
@@ -583,7 +583,7 @@ class AdaptiveClassifier:
     """The stages in ONNX, for batches of any size.
 
     Returns:
-      Of each stage a serialised model, whose inputs `k/i` are leaf i of the weights of stage k,
+      Of each stage a serialized model, whose inputs `k/i` are leaf i of the weights of stage k,
       counted from 0; see imta_jax.interop.onnx_graph.write_stages.
 
     Raises:

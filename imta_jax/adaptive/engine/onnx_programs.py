@@ -190,7 +190,7 @@ def join_stages(
     outputs: Names of the results: of outputs of the stages, or `stage_k_probabilities`.
 
   Returns:
-    A serialised ONNX model.
+    A serialized ONNX model.
   """
   from onnx import TensorProto, helper, numpy_helper
 
