@@ -195,15 +195,23 @@ def open_classifier(network: str, **choices: Any) -> AdaptiveClassifier:
     **choices: Those of `load`, but phases are counted from 1. None stands for the default.
 
   Raises:
-    UsageError: If there is no such network, or no thresholds are within the budget.
+    UsageError: If there is no such network, it does not classify image files, or no thresholds are
+      within the budget.
   """
   given = {name: value for name, value in choices.items() if value is not None}
   if 'phase' in given:
     given['phase'] -= 1
   try:
-    return load(network, **given)
+    classifier = load(network, **given)
   except ValueError as error:
     raise UsageError(str(error)) from error
+  image = classifier.image
+  if image.dtype != np.uint8 or image.shape[-1] not in (1, 3):
+    raise UsageError(
+      f'{network} classifies arrays of {image.dtype} with shape {image.shape}, not image files: '
+      'use imta_jax.load'
+    )
+  return classifier
 
 
 def describe(

@@ -111,7 +111,7 @@ _PHASE_FIELDS = {
   # Mode of batch norm in what 'everything' and 'exits' train: 'evaluation' keeps the running
   # statistics, for sets so small that those of a batch vary.
   'batch_norm': _one_of('training', 'evaluation'),
-  # The same in layers that are not trained; the published code uses 'training'.
+  # If that is 'training': the same in layers that are not trained, as in the published code.
   'frozen_batch_norm': _one_of('evaluation', 'training'),
   'gradient_equilibrium': _one_of('all', 'coarsest', 'off'),
   # Feature partitioning: share of each coarsest map's channels that later exits train. 1 turns it

@@ -186,7 +186,7 @@ def write_folder(
     'image_dtype': str(np.dtype(classifier.image.dtype)),
     'preprocessing': classifier.preprocessing,
     'class_names': list(classifier.class_names),
-    'madds': [int(madds) for madds in classifier.madds],
+    'madds': np.asarray(classifier.madds).tolist(),
     'rule': classifier.rule,
     'temperatures': list(classifier.temperatures),
     'thresholds': _finite(classifier.thresholds.tolist()),

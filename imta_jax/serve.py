@@ -107,9 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
   set_up_compilation_cache()
-  classifier = open_classifier(options.network, **choices(options))
+  chosen = choices(options)
+  latency = chosen.pop('latency')
+  classifier = open_classifier(options.network, **chosen)
   try:
     app = create_app(classifier, limits, options.confidence)
+    classifier.choose(latency=latency)  # In the runtime that is now compiled.
   except ValueError as error:
     raise UsageError(str(error)) from error
   uvicorn.run(

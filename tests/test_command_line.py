@@ -1,12 +1,14 @@
 """What command lines share: the network to run, and errors of the environment in one line."""
 
 import argparse
+import copy
 import io
 import os
 import pwd
 import sys
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
@@ -50,11 +52,13 @@ def test_files_to_write_are_in_a_folder_that_exists(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('is_export', [False, True])
-def test_arguments_reach_the_network_together(is_export, tmp_path, monkeypatch):
+def test_arguments_reach_the_network_together(is_export, tiny_classifier, tmp_path, monkeypatch):
   calls = []
   for name in ('load', 'from_workdir'):
     monkeypatch.setattr(
-      AdaptiveClassifier, name, lambda *args, name=name, **fields: calls.append((name, fields))
+      AdaptiveClassifier,
+      name,
+      lambda *args, name=name, **fields: calls.append((name, fields)) or tiny_classifier,
     )
   limits = {'latency': None, 'max_loss': 0.1, 'confidence': 0.8, 'runtime': 'openvino'}
   arguments = [str(tmp_path), '--max_loss=0.1', '--confidence=0.8', '--runtime=openvino']
@@ -79,6 +83,15 @@ def test_what_is_no_network_is_refused_in_a_line(tmp_path):
     command_line.open_classifier(str(tmp_path))
   with pytest.raises(UsageError, match='has one phase, rule and sweep: leave out phase, rule'):
     command_line.open_classifier(str(tmp_path), phase=1, rule='margin', sweep=None)
+
+
+def test_a_classifier_of_floats_is_not_for_image_files(tiny_classifier, tmp_path):
+  classifier = copy.copy(tiny_classifier)
+  classifier.image = jax.ShapeDtypeStruct(classifier.image.shape, np.float32)
+  classifier.save(tmp_path / 'exported')
+  message = r'arrays of float32 with shape \(2, 2, 1\), not image files: use imta_jax.load'
+  with pytest.raises(UsageError, match=message):
+    command_line.open_classifier(str(tmp_path / 'exported'))
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,13 @@ def test_an_export_keeps_infinite_thresholds(tiny_classifier, tmp_path, threshol
     np.testing.assert_array_equal(answers.exits, exit)
 
 
+def test_an_export_keeps_costs_that_are_no_integers(tiny_classifier, tmp_path):
+  classifier = copy.copy(tiny_classifier)
+  classifier.madds = (0.25, 1.5)
+  classifier.save(tmp_path)
+  assert imta_jax.load(tmp_path).madds == (0.25, 1.5)
+
+
 def test_kernels_can_be_stored_in_half_the_size(tiny_classifier, tmp_path):
   folder = epath.Path(tmp_path) / 'exported'
   export.write_export(tiny_classifier, folder, float16=True)

@@ -271,6 +271,7 @@ def test_the_command_line_sets_the_network_the_limits_and_the_address(tiny_expor
   monkeypatch.setattr(serve, 'set_up_compilation_cache', lambda: None)
   monkeypatch.setattr(serve, 'create_app', lambda *args: calls.append(args))
   monkeypatch.setattr(serve.uvicorn, 'run', lambda app, **options: calls.append(options))
+  monkeypatch.setattr(AdaptiveClassifier, 'measure_costs', lambda self: [1, 1 + len(calls)])
   given = {'max_batch': 3, 'max_delay_ms': 4, 'max_queue': 5, 'max_body_mb': 6}
   given |= {'max_megapixels': 7, 'overload_budget': 8}
   flags = [f'--{name}={value}' for name, value in given.items()]
@@ -279,6 +280,9 @@ def test_the_command_line_sets_the_network_the_limits_and_the_address(tiny_expor
   assert limits == serve.Limits(**given) and confidence == 0.6
   np.testing.assert_array_equal(network.thresholds, network.thresholds_losing(0.9, 0.6))
   assert (address['host'], address['port']) == ('127.0.0.1', 8123)
+  # A latency is measured once the fastest runtime is compiled: then, exits cost 1 and 4.
+  with pytest.raises(UsageError, match='latency 2: too small: the minimum is 2.5'):
+    serve.main([str(tiny_export), '--latency=2'])
 
 
 @pytest.mark.parametrize('flag', ['--port=0', '--max_batch=0', '--max_queue=1.5'])

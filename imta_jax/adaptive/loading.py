@@ -40,7 +40,7 @@ def load(
       those that are installed.
 
   Returns:
-    A classifier of uint8 images.
+    A classifier of images like its attribute `image`: uint8, unless an export was saved otherwise.
 
   Raises:
     ValueError: If there is no such network, a file is corrupt, no thresholds are within the

@@ -103,7 +103,7 @@ def decode_random_crop(encoded: Any, size: int, min_area: float, flip: bool, see
   )
   reduction = tf.reduce_min(extent[:2]) // size
   window = tf.concat([begin[:2], extent[:2]], axis=0)
-  image = _decode_window(encoded, window, reduction, _ACCURATE)
+  image = _decode_window(encoded, window, reduction)
   # Antialiasing takes several times as long, and changes nothing where nothing shrinks; little, up
   # to 8/7.
   image = tf.cond(
@@ -168,7 +168,7 @@ def _encoded_shape(encoded):
   )
 
 
-def _decode_window(encoded, window, reduction=1, dct_method=''):
+def _decode_window(encoded, window, reduction=1):
   """Decodes a window (top, left, height, width) of an image.
 
   Of a JPEG, only the window is decoded, at 1/2, 1/4 or 1/8 of its size if `reduction` is at least
@@ -178,7 +178,7 @@ def _decode_window(encoded, window, reduction=1, dct_method=''):
 
   def decode_jpeg(ratio):
     return tf.image.decode_and_crop_jpeg(
-      encoded, window // ratio, channels=3, ratio=ratio, dct_method=dct_method
+      encoded, window // ratio, channels=3, ratio=ratio, dct_method=_ACCURATE
     )
 
   def crop_decoded():

@@ -180,19 +180,24 @@ class _Writer:
 
   def __init__(self, opset, prefix, batch):
     self._opset, self._prefix, self._batch = opset, prefix, batch
-    self._nodes: list[onnx.NodeProto] = []
+    self._nodes: dict[str, onnx.NodeProto] = {}  # By the name of the first result.
     self._inputs: list[onnx.ValueInfoProto] = []
     self._outputs: list[onnx.ValueInfoProto] = []
     self._constants: dict[str, np.ndarray] = {}
+    self._widths: dict[str, int] = {}  # Of inputs that are vectors.
     # What is in the graph already: constants by content, transposed tensors by name and axes.
     self._names: dict[Any, str] = {}
     # Sum → the mean of the same terms, and their number.
     self._means: dict[str, tuple[str, int]] = {}
+    # What Concat joins: names, axis and sizes.
+    self._joined: dict[str, tuple[Sequence[str], int, Sequence[int]]] = {}
     # max(x, 0) → x.
     self._positive: dict[str, str] = {}
 
   def input(self, name, spec):
     self._inputs.append(_value_info(name, spec))
+    if len(spec.shape) == 1:
+      (self._widths[name],) = spec.shape
     return _Tensor(name, tuple(range(len(spec.shape))))
 
   def maps(self, name, spec):
@@ -203,13 +208,13 @@ class _Writer:
     return _Tensor(self._tensor(value, _MAPS), _MAPS)
 
   def output(self, name, value, aval):
-    self._nodes.append(helper.make_node('Identity', [self._full(value, aval)], [name], name=name))
+    self._nodes[name] = helper.make_node('Identity', [self._full(value, aval)], [name], name=name)
     self._outputs.append(_value_info(name, aval))
 
   def model(self):
     """The model, without nodes that no output needs."""
     needed, nodes = {info.name for info in self._outputs}, []
-    for node in reversed(self._nodes):
+    for node in reversed(self._nodes.values()):
       if needed.intersection(node.output):
         needed.update(node.input)
         nodes.append(node)
@@ -270,7 +275,7 @@ class _Writer:
     """Adds a node with several results."""
     name = f'{self._prefix}{kind}_{len(self._nodes)}'
     names = [name, *(f'{name}_{index}' for index in range(1, count))]
-    self._nodes.append(helper.make_node(kind, inputs, names, name=name, **attributes))
+    self._nodes[name] = helper.make_node(kind, inputs, names, name=name, **attributes)
     return [_Tensor(name, tuple(order)) for name in names]
 
   def _array(self, array):
@@ -320,6 +325,8 @@ class _Writer:
     axes = _common_axes([operand for operand in operands if operand.ndim == ndim])
     names = [self._tensor(x, axes if x.ndim == ndim else None) for x in operands]
     is_compact = all(getattr(operand, 'is_compact', True) for operand in operands)
+    if kind == 'Add' and (joined := self._distribute(kind, names, axes)):
+      return joined
     return self._node(kind, names, axes, is_compact, **attributes)
 
   def _simplify(self, kind, x, y=None, *_):
@@ -332,7 +339,8 @@ class _Writer:
     if not isinstance(x, _Tensor) or not isinstance(y, np.ndarray) or y.size != 1:
       return None
     if kind == 'Max' and y.item() == 0:
-      relu = self._node('Relu', [x.name], x.axes, x.is_compact)
+      relu = self._distribute('Relu', [x.name], x.axes)
+      relu = relu or self._node('Relu', [x.name], x.axes, x.is_compact)
       self._positive[relu.name] = x.name
       return relu
     if kind == 'Min' and x.name in self._positive:
@@ -427,13 +435,66 @@ class _Writer:
   def _concatenate(self, equation, *operands):
     axes = _common_axes(operands)
     names = [self._full(x, v.aval, axes) for x, v in zip(operands, equation.invars, strict=True)]
-    return self._node('Concat', names, axes, axis=axes.index(equation.params['dimension']))
+    sizes = [variable.aval.shape[equation.params['dimension']] for variable in equation.invars]
+    return self._join(names, axes, axes.index(equation.params['dimension']), sizes)
+
+  def _join(self, names, axes, axis, sizes):
+    result = self._node('Concat', names, axes, axis=axis)
+    self._joined[result.name] = names, axis, sizes
+    return result
+
+  def _distribute(self, kind, inputs, axes):
+    """Adds a bias to joined convolutions, or takes their ReLU, before they are joined.
+
+    Runtimes compute both with the convolution.
+    """
+    names, axis, sizes = self._joined.get(inputs[0], ((), 0, ()))
+    before = {'Add': 'Conv', 'Relu': 'Add'}[kind]
+    if not names or any(name not in self._nodes for name in names):
+      return None
+    if any(self._nodes[name].op_type != before for name in names):
+      return None
+    if kind == 'Add' and self._width(inputs[1]) != sum(sizes):
+      return None
+    biases = [self._parts(bias, axes, axis, sizes) for bias in inputs[1:]]
+    parts = [
+      self._node(kind, [name, *(bias.name for bias in of_part)], axes)
+      for name, *of_part in zip(names, *biases, strict=True)
+    ]
+    return self._join([part.name for part in parts], axes, axis, sizes)
 
   def _split(self, equation, x):
     axes, sizes = _common_axes([x]), equation.params['sizes']
-    inputs = [self._full(x, equation.invars[0].aval, axes), self._integers(*sizes)]
-    axis = axes.index(equation.params['axis'])
-    return self._results(len(sizes), 'Split', inputs, axes, axis=axis)
+    name = self._full(x, equation.invars[0].aval, axes)
+    return self._parts(name, axes, axes.index(equation.params['axis']), sizes)
+
+  def _parts(self, name, axes, axis, sizes):
+    """Splits a tensor; if it is a convolution's, the kernel instead.
+
+    Runtimes split kernels once, when they compile, and maps each time that they run.
+    """
+    node = self._nodes.get(name)
+    kind, inputs = (node.op_type, node.input) if node else ('', [])
+    if kind == 'Conv' and axes[axis] == 3:
+      attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+      if attributes.get('group', 1) == 1:
+        kernels = self._parts(inputs[1], range(4), 0, sizes)
+        return [self._node(kind, [inputs[0], k.name], axes, **attributes) for k in kernels]
+    elif kind == 'Relu' or (kind == 'Add' and self._width(inputs[1]) == sum(sizes)):
+      operands = [self._parts(operand, axes, axis, sizes) for operand in inputs]
+      names = ([part.name for part in parts] for parts in zip(*operands, strict=True))
+      return [self._node(kind, inputs, axes) for inputs in names]
+    return self._results(len(sizes), 'Split', [name, self._integers(*sizes)], axes, axis=axis)
+
+  def _width(self, name):
+    """The number of elements of a bias, which may have got axes; 0 for what is none."""
+    if name in self._constants:
+      return self._constants[name].size
+    if (node := self._nodes.get(name)) is None:
+      return self._widths.get(name, 0)
+    if node.op_type in ('Transpose', 'Unsqueeze'):
+      return self._width(node.input[0])
+    return sum(map(self._width, node.input)) if node.op_type == 'Concat' else 0
 
   def _slice(self, equation, x):
     axes, params = _common_axes([x]), equation.params

@@ -166,7 +166,9 @@ class MultiExitNetwork(nn.Module):
     self, index: int, features: Features, train: bool, frozen_stages: int = 0
   ) -> tuple[Features, jax.Array]:
     """Runs stage `index` and its exit, with GE where the exit branches off (Eq. 4 and 5)."""
-    run = nn.remat(_run, static_argnums=2) if self.remat and train else _run
+    # Training steps can change statistics, also those that keep them as they are.
+    is_training = self.is_mutable_collection('batch_stats') and not self.is_initializing()
+    run = nn.remat(_run, static_argnums=2) if self.remat and is_training else _run
     features = run(self.stages[index], features, train and index >= frozen_stages)
     coarsest = features[-1]
     if self.gradient_equilibrium not in GRADIENT_EQUILIBRIA:

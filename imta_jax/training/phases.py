@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -67,19 +68,16 @@ class Phase:
         donor has nothing in common with it, or the first phase freezes layers that have no donor.
     """
     phase = config.phases[index]
-    if index == 0 and phase.trained != 'everything' and config.init_from is None:
-      raise UsageError(
-        f'config.phases[0].trained is {phase.trained!r}, but there are no weights to start from: '
-        'set config.init_from to a file of weights, a workdir or an export'
-      )
     self.name, self.config, self.loaded = layout.phase_name(index), phase, ''
     self.model = config_lib.create_model(config, phase, num_classes)
     self._image_shape, self._cuda_graphs = image_shape, config.cuda_graphs
-    variables = initial_variables(self.model, config.seed, image_shape)
+    variables = fresh = initial_variables(self.model, config.seed, image_shape)
     if predecessor is not None:
-      variables = transplant(predecessor[1], variables)
+      variables = transplant(predecessor[1], fresh)
     elif donor is not None:
-      variables, self.loaded = start_from(donor(self.model, image_shape), variables)
+      variables, self.loaded = start_from(donor(self.model, image_shape), fresh)
+    if predecessor is None:
+      _check_frozen(phase, variables['params'], fresh['params'])
     self.num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
     self.schedule = train_state.create_schedule(
       phase, self.num_steps, steps_per_epoch, config.batch_size
@@ -148,6 +146,17 @@ def start_from(donor: Variables, fresh: Variables) -> tuple[Variables, str]:
     f'loaded {len(flat) - len(new)} of {len(flat)} arrays; new: {_summary(new, flat)}; unused: '
     f'{unused} of the trained network'
   )
+
+
+def _check_frozen(phase: ConfigDict, params: Variables, fresh: Variables) -> None:
+  """Refuses a first phase that keeps initial values as they are."""
+  for name in params:
+    leaves = zip(jax.tree.leaves(params[name]), jax.tree.leaves(fresh[name]), strict=True)
+    if not train_state.is_trained(name, phase) and any(leaf is new for leaf, new in leaves):
+      raise UsageError(
+        f'config.phases[0] does not train {name}, which has no weights to start from: set '
+        'config.init_from to a network with all layers that are not trained'
+      )
 
 
 def _summary(new: Sequence[str], flat: Mapping[str, Any]) -> str:

@@ -29,8 +29,16 @@ from imta_jax.errors import UsageError
 from imta_jax.files import accessing, read_whole, write_whole
 from imta_jax.runtime import import_tensorflow
 
-# Fields that do not change what an undisturbed run computes.
-_MAY_CHANGE = ('config.checkpoint_every_minutes', 'config.cuda_graphs', 'config.profile_steps')
+# Fields that do not change what an undisturbed run computes. Where the data lies is one: data.json
+# tells whether it is the same.
+_MAY_CHANGE = (
+  'config.checkpoint_every_minutes',
+  'config.cuda_graphs',
+  'config.dataset.arrays_dir',
+  'config.dataset.data_dir',
+  'config.profile_steps',
+  'config.tensorboard',
+)
 
 _TRAIN_AGAIN = 'remove it and run the training command again'
 
@@ -175,9 +183,7 @@ def claim(config: ConfigDict, workdir: epath.Path, class_names: Sequence[str], *
     _check_owner(workdir, found)
   if jax.process_index() == 0:
     for name, content in found.items():
-      path = workdir / f'{name}.json'
-      if is_new or not path.exists():
-        write_whole(path, (json.dumps(content, indent=2) + '\n').encode())
+      write_whole(workdir / f'{name}.json', (json.dumps(content, indent=2) + '\n').encode())
     record_environment(workdir)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('workdir claimed')

@@ -20,6 +20,8 @@ WEIGHTS = {
   'depthwise': RANDOM.standard_normal((3, 3, 1, 4)).astype('f4'),
   'matrix': RANDOM.standard_normal((4, 5)).astype('f4'),
   'vector': RANDOM.uniform(0.5, 1, 4).astype('f4'),
+  'bias': RANDOM.standard_normal(6).astype('f4'),
+  'scalar': np.array(0.3, 'f4'),
 }
 
 
@@ -65,6 +67,27 @@ FUNCTIONS = {
   ),
   'a flattened map': lambda w, x: convolve(x, w['kernel']).reshape(x.shape[0], -1),
   'a split': lambda w, x: jnp.multiply(*jnp.split(convolve(x, w['kernel']), 2, axis=-1)),
+  'a split of joined convolutions': lambda w, x: jnp.multiply(
+    *jnp.split(
+      jax.nn.relu(
+        convolve(x, jnp.concatenate([w['kernel'], -w['kernel']], axis=-1))
+        + jnp.concatenate([w['bias'], 2 * w['bias']])
+      ),
+      2,
+      axis=-1,
+    )
+  ),
+  'a split along another axis': lambda w, x: jnp.split(convolve(x, w['kernel']), 3, axis=1)[1],
+  'a split of a sum': lambda w, x: jnp.multiply(
+    *jnp.split(jax.nn.relu(convolve(x, w['kernel']) + w['scalar']), 2, axis=-1)
+  ),
+  'joined convolutions': lambda w, x: jax.nn.relu(
+    jnp.concatenate([convolve(x, w['kernel']), convolve(2 * x, w['kernel'])], axis=-1)
+    + jnp.concatenate([w['bias'], 2 * w['bias']])
+  ),
+  'joined convolutions and a number': lambda w, x: jax.nn.relu(
+    jnp.concatenate([convolve(x, w['kernel']), convolve(2 * x, w['kernel'])], axis=1) + w['scalar']
+  ),
   'padding': lambda w, x: jnp.pad(convolve(x, w['kernel']), ((0, 0), (1, 2), (0, 0), (0, 1))),
   'other axes': lambda w, x: jnp.transpose(convolve(x, w['kernel']), (0, 3, 2, 1)),
   'roots': lambda w, x: jax.lax.rsqrt(jnp.square(x) + 1) * jnp.sqrt(w['vector']) + x**3,
@@ -111,6 +134,26 @@ def test_maps_are_transposed_where_they_enter_and_leave(tiny_msdnet, random_vari
   assert kinds.count('Transpose') == 1 + num_maps
   assert {'Conv', 'Relu', 'Concat', 'AveragePool', 'MatMul'} <= set(kinds)
   assert kinds.count('Mul') == kinds.count('Sqrt') == 0  # Batch norm is folded.
+
+
+@pytest.mark.parametrize('with_weights', [True, False])
+def test_each_convolution_has_its_own_bias_and_relu(tiny_msdnet, random_variables, with_weights):
+  model = tiny_msdnet(num_classes=5)
+  classifier = AdaptiveClassifier.from_model(
+    model, random_variables(model, (8, 8, 3)), [0.5, 0], (8, 8, 3)
+  )
+  for stage in write_stages(
+    classifier.stages, classifier.weights, classifier.image, with_weights=with_weights
+  ):
+    of_images = {value.name for value in stage.graph.input if 'map' in value.name}
+    kinds = {}
+    for node in stage.graph.node:
+      kinds[node.output[0]] = node.op_type
+      if node.op_type == 'Conv' or of_images.intersection(node.input):
+        of_images.update(node.output)
+        assert node.op_type != 'Split'
+      if node.op_type in ('Add', 'Relu') and node.input[0] in of_images:
+        assert kinds[node.input[0]] in ('Conv', 'Add', 'MatMul')
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from imta_jax.models.initial_values import initialize
 
 
 @pytest.mark.slow
-def test_rematerialisation_keeps_less_and_changes_nothing():
+@pytest.mark.parametrize('train', [True, False])  # As phases with batch_norm='evaluation'.
+def test_rematerialization_keeps_less_and_changes_nothing(train):
   images = np.random.default_rng(0).standard_normal((32, 16, 16, 3)).astype(np.float32)
   kept, gradients = [], []
   for remat in (False, True):
@@ -28,7 +29,7 @@ def test_rematerialisation_keeps_less_and_changes_nothing():
 
     def loss(params, model=model, stats=variables['batch_stats']):
       logits, updated = model.apply(
-        {'params': params, 'batch_stats': stats}, images, train=True, mutable=['batch_stats']
+        {'params': params, 'batch_stats': stats}, images, train, mutable=['batch_stats']
       )
       return (logits**2).sum(), updated
 

@@ -122,15 +122,22 @@ def test_the_frozen_teacher_is_the_last_exit_of_the_previous_phase(trained, pred
     assert set(phase.teacher['params']) == {f'classifiers_{index}' for index in range(2)}
 
 
-@pytest.mark.parametrize('trained', ['exits', 'last_layers'])
-def test_a_first_phase_does_not_freeze_random_layers(trained):
-  config = make_config()
-  config.phases[0].trained = trained
-  message = rf"^config.phases\[0\].trained is '{trained}', but there are no weights to start from"
-  with pytest.raises(UsageError, match=message):
-    set_up(config, 0)
-  config.init_from = 'weights.npz'
-  assert set_up(config, 0).state.frozen.tree
+@pytest.mark.parametrize(
+  'fields', [{'trained': 'exits'}, {'trained': 'last_layers'}, {'frozen_stages': 2}]
+)
+def test_a_first_phase_does_not_freeze_random_layers(predecessor, fields):
+  config, (_, variables) = make_config(), predecessor
+  config.phases[0].update(fields)
+  params = variables['params']
+  part = {name: tree for name, tree in params.items() if name != 'stages_1'}
+  for donor in (None, lambda *_: {**variables, 'params': part}):
+    first = 'stages_1' if donor else '(stages|exits)_0'
+    with pytest.raises(UsageError, match=rf'^config.phases\[0\] does not train {first}, which has'):
+      set_up(config, 0, donor=donor)
+  phase = set_up(config, 0, donor=lambda *_: variables)
+  jax.tree.map(
+    np.testing.assert_array_equal, phase.state.frozen.tree['stages_1'], params['stages_1']
+  )
 
 
 def test_an_online_teacher_needs_no_variables(predecessor):

@@ -101,7 +101,12 @@ def test_what_changes_no_result_may_change(tmp_path):
   config.checkpoint_every_minutes = 10.0
   config.cuda_graphs = 'whole'
   config.profile_steps = 20
+  config.tensorboard = False
+  config.dataset.data_dir, config.dataset.arrays_dir = '/elsewhere', '/elsewhere/arrays'
   workdir.claim(config, saved(folder), NAMES, **DATA)
+  assert (
+    workdir.load_config(folder).dataset.data_dir == '/elsewhere'
+  )  # Evaluation finds the data where it lies now.
 
 
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):

@@ -308,7 +308,7 @@ class AdaptiveClassifier:
       **limits: `latency`, `max_loss` and `confidence`; see `choose`.
 
     Returns:
-      A classifier of uint8 images.
+      A classifier of images like its attribute `image`.
 
     Raises:
       ValueError: If the folder is not an export, a file has changed, or the files do not match.
@@ -349,8 +349,8 @@ class AdaptiveClassifier:
 
     Args:
       budget: Average multiply-adds per image, on validation images.
-      latency: Average seconds per image, one image at a time; each exit is timed on this machine
-        first.
+      latency: Average seconds per image, one image at a time; each exit is timed first, on this
+        machine and in the runtime of now: call `compile` before.
       max_loss: By how much the accuracy may lie below that of the last exit, a fraction; see
         `guarantee` for what it rests on.
       confidence: Probability that the guarantee holds.
@@ -556,6 +556,7 @@ class AdaptiveClassifier:
       least[XLA] *= _TO_TAKE_XLA
       self.runtime = min(least, key=least.__getitem__)
       self._runner = runners[self.runtime]
+    self._is_chosen = True
 
   def _open(self, runtime):
     """Prepares a runtime.

@@ -131,9 +131,9 @@ class BatchPlan:
 
   def _cost_of_share(self, first, end, fraction, count, total):
     """Cost of a program for those of `count` images that reach it."""
-    together = min(total * fraction, self.full_batch)
-    if not together:
+    if not fraction:  # Also of infinitely many.
       return 0.0
+    together = min(total * fraction, self.full_batch)
     least, _ = self._batches[first, end]
     return np.interp(together, np.arange(len(least)), least) / together * fraction * count
 

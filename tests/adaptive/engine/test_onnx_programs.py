@@ -47,6 +47,8 @@ def test_compile_takes_the_runtime_that_was_fastest(make_classifier, monkeypatch
   monkeypatch.setattr(Runner, 'compile', lambda self, thresholds, largest: None)
   assert network.compile().runtime == fastest
   np.testing.assert_array_equal(network.predict(images).exits, expected.exits)
+  chosen = network._runner
+  assert network.compile()._runner is chosen  # It is chosen once.
 
 
 @pytest.mark.parametrize(('seconds', 'is_taken'), [(0.95, False), (0.8, True)])

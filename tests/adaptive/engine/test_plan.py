@@ -50,6 +50,7 @@ def test_no_batch_is_larger_than_pays():
     ((0.5, 0.25, 0.25), np.inf, 27, True),
     # Where all leave at once, what follows is not run either way.
     ((1, 0, 0), 16, 11, True),
+    ((1, 0, 0), np.inf, 11, True),
     ((0, 0, 1), 16, 1e-3, True),
   ],
 )
