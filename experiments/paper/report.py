@@ -15,6 +15,11 @@ from imta_jax.evaluate import save_figure
 from imta_jax.files import write_csv, write_whole
 from imta_jax.training import workdir as layout
 
+_DIFFERENCES = (
+  'Differences in percentage points, with 95 % intervals over seeds. *reproduces*: it lies '
+  "on the paper's side of zero; *opposite*: on the other side; *unclear*: it contains zero."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -57,14 +62,14 @@ class Difference:
     """Returns whether the sign of each of the paper's differences is reproduced.
 
     Returns:
-      'reproduces' or 'opposite' if the interval lies on one side of zero, otherwise 'too small'.
+      'reproduces' or 'opposite' if the interval lies on one side of zero, otherwise 'unclear'.
     """
     if self.paper is None:
       return [''] * len(self.mean)
     significant = np.abs(self.mean) > self.margin
     same = np.sign(self.mean) == np.sign(self.paper)
     return [
-      ('reproduces' if same else 'opposite') if clear else 'too small'
+      ('reproduces' if same else 'opposite') if clear else 'unclear'
       for clear, same in zip(significant, same, strict=True)
     ]
 
@@ -114,7 +119,7 @@ def write_table(
   lines = [f'# {title}', '', 'Top-1 accuracy on test images in %, mean ± standard deviation.', '']
   lines += _markdown(['', *exits], (line for row in rows for line in _lines(row, num_exits)))
   if differences:
-    lines += ['', 'Differences in percentage points, with 95 % intervals:', '']
+    lines += ['', _DIFFERENCES, '']
     lines += _markdown(['', *exits, 'average'], map(_line, differences))
   text = '\n'.join([*lines, '', about])
   write_whole(folder / 'README.md', text.encode())

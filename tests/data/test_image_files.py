@@ -147,11 +147,13 @@ def test_without_a_crop_all_is_resized():
   np.testing.assert_allclose(image[2:-2, 2:-2, 0], means[2:-2, 2:-2], atol=2)
 
 
+@pytest.mark.parametrize('format', ['PNG', 'JPEG'])
 @pytest.mark.parametrize('shape', [(90, 70), (300, 257)])
-def test_the_central_crop_is_that_of_evaluation(shape):
+def test_the_central_crop_is_that_of_evaluation(shape, format):
   coarse = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
   pixels = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
-  content = encoded(pixels)
+  options = {} if format == 'PNG' else {'quality': 80, 'subsampling': 0}
+  content = encoded(pixels, format, **options)
   for size in (24, 64):
     expected = preprocess.decode_center_crop(content, size).numpy()
     difference = read(content, (size, size, 3), 'center').astype(int) - expected

@@ -267,8 +267,8 @@ def test_differences_are_paired_and_have_students_intervals():
     (0.5, 0.4, 0.3, 'reproduces'),
     (-0.5, 0.4, -0.3, 'reproduces'),
     (0.5, 0.4, -0.3, 'opposite'),
-    (0.5, 0.6, 0.3, 'too small'),
-    (0.5, np.nan, 0.3, 'too small'),
+    (0.5, 0.6, 0.3, 'unclear'),
+    (0.5, np.nan, 0.3, 'unclear'),
   ],
 )
 def test_a_verdict_needs_an_interval_on_one_side_of_zero(mean, margin, paper, verdict):
