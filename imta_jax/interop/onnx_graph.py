@@ -473,8 +473,8 @@ class _Writer:
 
     Runtimes split kernels once, when they compile, and maps each time that they run.
     """
-    node = self._nodes.get(name)
-    kind, inputs = (node.op_type, node.input) if node else ('', [])
+    node = self._nodes.get(name, onnx.NodeProto())  # Inputs and constants have none.
+    kind, inputs = node.op_type, node.input
     if kind == 'Conv' and axes[axis] == 3:
       attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
       if attributes.get('group', 1) == 1:

@@ -120,6 +120,9 @@ def test_a_function_gives_the_same_in_onnx(name, with_weights, opset):
   if name == 'ReLU6':  # Which runtimes compute with the convolution, unlike Relu and Min.
     assert {'Clip'} == {node.op_type for node in model.graph.node} & {'Clip', 'Relu', 'Min'}
     assert expected.min() == 0 and expected.max() == 6
+  if name == 'joined convolutions':
+    *_, last, _, _ = (node.op_type for node in model.graph.node)  # Then Transpose and Identity.
+    assert last == 'Concat'
 
 
 def test_maps_are_transposed_where_they_enter_and_leave(tiny_msdnet, random_variables):
