@@ -21,6 +21,7 @@ WEIGHTS = {
   'matrix': RANDOM.standard_normal((4, 5)).astype('f4'),
   'vector': RANDOM.uniform(0.5, 1, 4).astype('f4'),
   'bias': RANDOM.standard_normal(6).astype('f4'),
+  'offset': RANDOM.standard_normal(6).astype('f4'),
   'scalar': np.array(0.3, 'f4'),
 }
 
@@ -71,7 +72,7 @@ FUNCTIONS = {
     *jnp.split(
       jax.nn.relu(
         convolve(x, jnp.concatenate([w['kernel'], -w['kernel']], axis=-1))
-        + jnp.concatenate([w['bias'], 2 * w['bias']])
+        + jnp.concatenate([w['bias'], w['offset']])
       ),
       2,
       axis=-1,
@@ -83,7 +84,7 @@ FUNCTIONS = {
   ),
   'joined convolutions': lambda w, x: jax.nn.relu(
     jnp.concatenate([convolve(x, w['kernel']), convolve(2 * x, w['kernel'])], axis=-1)
-    + jnp.concatenate([w['bias'], 2 * w['bias']])
+    + jnp.concatenate([w['bias'], w['offset']])
   ),
   'joined convolutions and a number': lambda w, x: jax.nn.relu(
     jnp.concatenate([convolve(x, w['kernel']), convolve(2 * x, w['kernel'])], axis=1) + w['scalar']
