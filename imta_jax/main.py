@@ -58,8 +58,11 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this host, counted from 0.')
 
-# Seconds after which a process reports that it waits for others, and after which it exits.
-_QUIET_SECONDS, _JOIN_SECONDS = 5, 300
+# Seconds after which a process reports that it waits for others, and after which it exits; and for
+# which it waits for them after an error.
+_QUIET_SECONDS, _JOIN_SECONDS, _LEAVE_SECONDS = 5, 300, 10
+# The exit status after an error that a user can fix.
+_USAGE_STATUS = 1
 
 
 def main(argv: Sequence[str]) -> None:
@@ -211,7 +214,7 @@ def run() -> None:
   # Logs the outcome of operations that Orbax abandons after an error.
   std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
   try:
-    command_line.run(partial(app.run, main, flags_parser=parse_flags), usage_status=1)
+    command_line.run(partial(app.run, main, flags_parser=parse_flags), usage_status=_USAGE_STATUS)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
@@ -221,7 +224,20 @@ def run() -> None:
       file=sys.stderr,
       flush=True,
     )
-    os._exit(1)  # An orderly shutdown of the cluster would wait for the other host.
+    os._exit(_USAGE_STATUS)  # An orderly shutdown of the cluster would wait for the other host.
+  except SystemExit as end:
+    if end.code == _USAGE_STATUS and jax.distributed.is_initialized():
+      _leave_cluster()
+    raise
+
+
+def _leave_cluster():
+  """Ends this process soon: hosts without the error go on, and a shutdown would wait for them."""
+  shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  shutdown.start()
+  shutdown.join(_LEAVE_SECONDS)
+  sys.stdout.flush()
+  os._exit(_USAGE_STATUS)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from imta_jax.training import loop
+from imta_jax.training import loop, workdir_lock
 from imta_jax.training.workdir import load_config
 
 pytestmark = pytest.mark.slow
@@ -229,6 +229,14 @@ def test_hosts_with_other_images_are_refused(start, tmp_path):
   refusal = 'error: image_folder is not the same on all hosts: process 1 has other'
   hosts = start(2, 1, tmp_path / 'run', program=(path,))
   assert all(refusal in output for output in outputs_of(hosts, 1))
+
+
+def test_an_error_of_the_first_host_alone_ends_all(start, tmp_path):
+  with workdir_lock.hold(epath.Path(tmp_path)):
+    hosts = start(2, 1, tmp_path)
+    first, second = [host.communicate(timeout=120)[0] for host in hosts]
+  assert 'is in use by' in first and 'another task died' in second
+  assert hosts[0].returncode == 1 and hosts[1].returncode not in (0, None)
 
 
 def losses(workdir):
