@@ -278,6 +278,10 @@ class _Writer:
     self._nodes[name] = helper.make_node(kind, inputs, names, name=name, **attributes)
     return [_Tensor(name, tuple(order)) for name in names]
 
+  def _made(self, name):
+    """The node that computes a tensor; an empty one for inputs and constants."""
+    return self._nodes.get(name, onnx.NodeProto())
+
   def _array(self, array):
     """The name of a constant."""
     key = array.tobytes(), array.shape, array.dtype.str
@@ -450,9 +454,7 @@ class _Writer:
     """
     names, axis, sizes = self._joined.get(inputs[0], ((), 0, ()))
     before = {'Add': 'Conv', 'Relu': 'Add'}[kind]
-    if not names or any(name not in self._nodes for name in names):
-      return None
-    if any(self._nodes[name].op_type != before for name in names):
+    if {self._made(name).op_type for name in names} != {before}:
       return None
     if kind == 'Add' and self._width(inputs[1]) != sum(sizes):
       return None
@@ -473,7 +475,7 @@ class _Writer:
 
     Runtimes split kernels once, when they compile, and maps each time that they run.
     """
-    node = self._nodes.get(name, onnx.NodeProto())  # Inputs and constants have none.
+    node = self._made(name)
     kind, inputs = node.op_type, node.input
     if kind == 'Conv' and axes[axis] == 3:
       attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -490,11 +492,11 @@ class _Writer:
     """The number of elements of a bias, which may have got axes; 0 for what is none."""
     if name in self._constants:
       return self._constants[name].size
-    if (node := self._nodes.get(name)) is None:
-      return self._widths.get(name, 0)
-    if node.op_type in ('Transpose', 'Unsqueeze'):
-      return self._width(node.input[0])
-    return sum(map(self._width, node.input)) if node.op_type == 'Concat' else 0
+    node = self._made(name)
+    if node.op_type in ('Concat', 'Transpose', 'Unsqueeze'):
+      inputs = node.input if node.op_type == 'Concat' else node.input[:1]
+      return sum(map(self._width, inputs))
+    return self._widths.get(name, 0)
 
   def _slice(self, equation, x):
     axes, params = _common_axes([x]), equation.params

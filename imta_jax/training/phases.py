@@ -74,9 +74,9 @@ class Phase:
     variables = fresh = initial_variables(self.model, config.seed, image_shape)
     if predecessor is not None:
       variables = transplant(predecessor[1], fresh)
-    elif donor is not None:
-      variables, self.loaded = start_from(donor(self.model, image_shape), fresh)
-    if predecessor is None:
+    else:
+      if donor is not None:
+        variables, self.loaded = start_from(donor(self.model, image_shape), fresh)
       _check_frozen(phase, variables['params'], fresh['params'])
     self.num_steps = phase.steps or max(1, round(phase.epochs * steps_per_epoch))
     self.schedule = train_state.create_schedule(

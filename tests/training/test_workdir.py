@@ -104,9 +104,8 @@ def test_what_changes_no_result_may_change(tmp_path):
   config.tensorboard = False
   config.dataset.data_dir, config.dataset.arrays_dir = '/elsewhere', '/elsewhere/arrays'
   workdir.claim(config, saved(folder), NAMES, **DATA)
-  assert (
-    workdir.load_config(folder).dataset.data_dir == '/elsewhere'
-  )  # Evaluation finds the data where it lies now.
+  # Evaluation finds the data where it lies now.
+  assert workdir.load_config(folder).dataset.data_dir == '/elsewhere'
 
 
 def test_checkpoints_without_their_config_are_not_adopted(tmp_path):

@@ -349,8 +349,8 @@ class AdaptiveClassifier:
 
     Args:
       budget: Average multiply-adds per image, on validation images.
-      latency: Average seconds per image, one image at a time; each exit is timed first, on this
-        machine and in the runtime of now: call `compile` before.
+      latency: Average seconds per image, one image at a time; each exit is timed on this machine
+        first, in the runtime in use: call `compile` before.
       max_loss: By how much the accuracy may lie below that of the last exit, a fraction; see
         `guarantee` for what it rests on.
       confidence: Probability that the guarantee holds.
